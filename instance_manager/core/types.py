@@ -1,0 +1,125 @@
+"""The words of the protocol: positions, timelines, epochs, members, and how two logs compare.
+
+A *member* is a data directory, not a machine: its id is made new at every initdb, clone and rewind (rule R6, P7), and is
+at the same time its application_name, its slot and its entry in the record.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NewType
+
+Lsn = NewType("Lsn", int)
+"""Byte position in the write-ahead log."""
+
+Timeline = NewType("Timeline", int)
+"""Postgres timeline id, from 1."""
+
+Epoch = NewType("Epoch", int)
+"""Count of elections of the cluster (`leaseTransitions` of the Lease); 0 before the first holder."""
+
+MemberName = NewType("MemberName", str)
+"""Name of an instance (the pod's name); survives its data directory."""
+
+MemberId = NewType("MemberId", str)
+"""Name of one data directory: `<member name with _>_<8 hex>`; valid as slot name and application_name."""
+
+MEMBER_NAME_PATTERN = re.compile(r"[a-z]([-a-z0-9]{0,51}[a-z0-9])?")
+MEMBER_ID_PATTERN = re.compile(r"[a-z][_a-z0-9]{0,53}_[0-9a-f]{8}")
+_LSN_PATTERN = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
+
+
+def parse_lsn(text: str) -> Lsn:
+    """The position written as Postgres writes it (`16/B374D848`); ValueError for anything else."""
+    match = _LSN_PATTERN.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not a WAL position: {text!r}")
+    return Lsn((int(match[1], 16) << 32) | int(match[2], 16))
+
+
+def format_lsn(lsn: int) -> str:
+    """The position as Postgres writes it, `16/B374D848`."""
+    return f"{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}"
+
+
+def make_member_id(name: MemberName, random_hex: str) -> MemberId:
+    """The id of a new data directory of the instance `name`; `random_hex` is 8 random hex digits."""
+    member_id = f"{name.replace('-', '_')}_{random_hex}"
+    if MEMBER_NAME_PATTERN.fullmatch(name) is None or MEMBER_ID_PATTERN.fullmatch(member_id) is None:
+        raise ValueError(f"not a member name that Postgres can use for a slot: {name!r} (lower case, digits, -, 52 at most)")
+    return MemberId(member_id)
+
+
+def member_name_of(member_id: MemberId) -> MemberName:
+    """The instance that the data directory belongs to. A name with `_` cannot exist, so the way back is unique."""
+    return MemberName(member_id.rsplit("_", 1)[0].replace("_", "-"))
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class WalEnd:
+    """The end of the last complete record that a log holds, and the timeline of the segment that holds it (P11).
+
+    Ordered as logs are ranked: with claimed timelines (P4) timeline order is epoch order, so a log on a later
+    timeline is ahead of any on an earlier one.
+    """
+
+    timeline: Timeline
+    lsn: Lsn
+
+    def __str__(self) -> str:
+        return f"{self.timeline}:{format_lsn(self.lsn)}"
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineSwitch:
+    """One link of the recorded chain: `timeline` was forked from `parent` at `switch_lsn` by the winner of `epoch`."""
+
+    timeline: Timeline
+    parent: Timeline
+    switch_lsn: Lsn
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineChain:
+    """The accepted history of the cluster, oldest switch first; the first timeline has no switch.
+
+    Source of the rule: P4 and R2. A timeline that is not in it was never claimed.
+    """
+
+    first: Timeline
+    switches: tuple[TimelineSwitch, ...] = ()
+
+    @property
+    def current(self) -> Timeline:
+        return self.switches[-1].timeline if self.switches else self.first
+
+    def contains(self, end: WalEnd) -> bool:
+        """Is a log that ends at `end` a prefix of, or equal to, the cluster's accepted history so far?"""
+        if end.timeline == self.current:
+            return True
+        for switch in self.switches:
+            if switch.parent == end.timeline:
+                return end.lsn <= switch.switch_lsn
+        return False
+
+    def fork_of(self, timeline: Timeline) -> Lsn | None:
+        """Where the accepted history left `timeline`; None while it is the current one. KeyError: never claimed."""
+        if timeline == self.current:
+            return None
+        for switch in self.switches:
+            if switch.parent == timeline:
+                return switch.switch_lsn
+        raise KeyError(timeline)
+
+    def matches(self, history: tuple[tuple[Timeline, Lsn], ...]) -> bool:
+        """Does a history file's list of (parent timeline, switch position) agree with this chain as far as it goes?"""
+        own = tuple((switch.parent, switch.switch_lsn) for switch in self.switches)
+        return own[: len(history)] == history
+
+    def extended(self, switch: TimelineSwitch) -> TimelineChain:
+        """The chain after a takeover; ValueError if the number was used or the parent is not the current timeline."""
+        if switch.parent != self.current or switch.timeline <= self.current:
+            raise ValueError(f"timeline {switch.timeline} cannot follow {self.current}")
+        return TimelineChain(self.first, (*self.switches, switch))
