@@ -47,7 +47,9 @@ def make_member_id(name: MemberName, random_hex: str) -> MemberId:
     """The id of a new data directory of the instance `name`; `random_hex` is 8 random hex digits."""
     member_id = f"{name.replace('-', '_')}_{random_hex}"
     if MEMBER_NAME_PATTERN.fullmatch(name) is None or MEMBER_ID_PATTERN.fullmatch(member_id) is None:
-        raise ValueError(f"not a member name that Postgres can use for a slot: {name!r} (lower case, digits, -, 52 at most)")
+        raise ValueError(
+            f"not a member name that Postgres can use for a slot: {name!r} (lower case, digits, -, 52 at most)"
+        )
     return MemberId(member_id)
 
 

@@ -1,0 +1,203 @@
+"""The whole configuration of one instance, as one validated, immutable model read from a YAML file.
+
+Unknown keys, wrong types and unsound timings are errors that say where and what to do; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import yaml
+
+from instance_manager.core.timing import Timings
+from instance_manager.core.types import MEMBER_NAME_PATTERN, MemberName
+
+Durability = Literal["preferred", "required", "asynchronous"]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class ConfigurationError(Exception):
+    """The configuration cannot be used; the text names the key and the mend."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every part of the configuration."""
+
+
+class ClusterSection(Section):
+    name: str
+    uid: str
+    """Random id of this cluster, so that a leftover Lease of a deleted namesake is recognised (R14)."""
+    durability: Durability = "preferred"
+    synchronous_standbys: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """How many standbys must hold a commit before it is acknowledged; by default half the instances, rounded down."""
+    maximum_lag_on_failover_bytes: Annotated[int, msgspec.Meta(ge=0)] = 16 * 1024 * 1024
+    """Asynchronous clusters only: a candidate further behind the last known position does not take over by itself."""
+
+
+class MemberSection(Section):
+    name: str
+    host: str
+    postgres_port: Port
+    http_port: Port
+
+
+class InstanceSection(Section):
+    name: str
+    directory: Path
+    """Volume of this instance: holds `data/` (Postgres), `state/` (promises, outside the data directory: P6),
+    `socket/` and `control.sock`."""
+    listen_host: str | None = None
+    """Address that Postgres and HTTP bind; by default the member's own `host`."""
+    priority: int = 0
+    """Among equal logs the higher one is preferred as primary."""
+    run_as: str = "postgres"
+    """Operating system user of Postgres when the instance manager runs as root; ignored otherwise."""
+    termination_log: Path | None = None
+
+
+class LocalCoordinationSection(Section):
+    directory: Path
+    """Holds the Lease record; shared by all instances of this machine."""
+    locks_directory: Path
+    """One lock file per instance, held by its supervisor and its Postgres: the proof of life and death."""
+
+
+class CoordinationSection(Section):
+    local: LocalCoordinationSection
+
+
+class SecretsSection(Section):
+    """Files with one secret each; read at use, never logged, never in an argument list."""
+
+    peer_token: Path
+    replication_password: Path
+    application_password: Path
+    monitoring_password: Path
+
+
+class PostgresSection(Section):
+    bin_directory: Path | None = None
+    parameters: dict[str, str | int | float | bool] = {}
+    host_based_access: tuple[str, ...] = ()
+    """Lines of pg_hba.conf for applications, after the instance manager's own."""
+    application_networks: tuple[str, ...] = ("127.0.0.1/32", "::1/128")
+    """Networks from which the application's owner may log in with its password."""
+    application_database: str = "app"
+    application_owner: str = "app"
+
+
+class Configuration(Section):
+    cluster: ClusterSection
+    instance: InstanceSection
+    members: tuple[MemberSection, ...]
+    coordination: CoordinationSection
+    secrets: SecretsSection
+    postgres: PostgresSection = PostgresSection()
+    timings: Timings = Timings()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @property
+    def me(self) -> MemberSection:
+        return next(member for member in self.members if member.name == self.instance.name)
+
+    @property
+    def peers(self) -> tuple[MemberSection, ...]:
+        return tuple(member for member in self.members if member.name != self.instance.name)
+
+    @property
+    def name(self) -> MemberName:
+        return MemberName(self.instance.name)
+
+    @property
+    def listen_host(self) -> str:
+        return self.instance.listen_host or self.me.host
+
+    @property
+    def wanted_synchronous_standbys(self) -> int:
+        """k when every instance is well: a commit is then on a majority of the instances, the primary included."""
+        if len(self.members) == 1 or self.cluster.durability == "asynchronous":
+            return 0
+        return self.cluster.synchronous_standbys or max(1, len(self.members) // 2)
+
+    @property
+    def data_directory(self) -> Path:
+        return self.instance.directory / "data"
+
+    @property
+    def state_directory(self) -> Path:
+        return self.instance.directory / "state"
+
+    @property
+    def socket_directory(self) -> Path:
+        return self.instance.directory / "socket"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.instance.directory / "control.sock"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.coordination.local.locks_directory / f"{self.instance.name}.lock"
+
+
+def _decode_path(kind: type, value: object) -> object:
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    raise NotImplementedError
+
+
+def load_configuration(path: Path) -> Configuration:
+    """Read and check the file; ConfigurationError with the file's name, the place in it and the mend."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: is not YAML: {error}") from error
+    try:
+        configuration = msgspec.convert(raw, Configuration, dec_hook=_decode_path)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    problems = check(configuration)
+    if problems:
+        raise ConfigurationError("\n".join(f"{path}: {problem}" for problem in problems))
+    return configuration
+
+
+def check(configuration: Configuration) -> tuple[str, ...]:
+    """What is wrong although every type is right; each a sentence for the user."""
+    found = [f"timings: {problem}" for problem in configuration.timings.problems()]
+    names = [member.name for member in configuration.members]
+    found += [
+        f"members: {name!r} is no instance name: lower-case letters, digits and -, starting with a letter, 53 at most"
+        for name in names
+        if MEMBER_NAME_PATTERN.fullmatch(name) is None
+    ]
+    if len(set(names)) != len(names):
+        found.append("members: every name must be there once")
+    if configuration.instance.name not in names:
+        found.append(f"instance.name: {configuration.instance.name!r} is not among members: {', '.join(names)}")
+    wanted = configuration.cluster.synchronous_standbys
+    if wanted is not None and wanted >= len(names):
+        found.append(
+            f"cluster.synchronous_standbys: {wanted} needs at least {wanted + 1} members, there are {len(names)}"
+        )
+    # A Unix socket's path is limited to 107 bytes by the kernel.
+    longest = configuration.socket_directory / f".s.PGSQL.{65535}.lock"
+    if len(os.fsencode(longest)) > 107:
+        found.append(
+            f"instance.directory: {configuration.instance.directory} is too long for a Unix socket; use a shorter path"
+        )
+    if os.geteuid() == 0:
+        try:
+            pwd.getpwnam(configuration.instance.run_as)
+        except KeyError:
+            found.append(
+                f"instance.run_as: there is no user {configuration.instance.run_as!r}, and Postgres refuses to run as root"
+            )
+    return tuple(found)
