@@ -28,7 +28,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of every part of the configuration."""
 
 
-class ClusterSection(Section):
+class ClusterSection(Section, frozen=True):
     name: str
     uid: str
     """Random id of this cluster, so that a leftover Lease of a deleted namesake is recognised (R14)."""
@@ -39,14 +39,14 @@ class ClusterSection(Section):
     """Asynchronous clusters only: a candidate further behind the last known position does not take over by itself."""
 
 
-class MemberSection(Section):
+class MemberSection(Section, frozen=True):
     name: str
     host: str
     postgres_port: Port
     http_port: Port
 
 
-class InstanceSection(Section):
+class InstanceSection(Section, frozen=True):
     name: str
     directory: Path
     """Volume of this instance: holds `data/` (Postgres), `state/` (promises, outside the data directory: P6),
@@ -60,18 +60,18 @@ class InstanceSection(Section):
     termination_log: Path | None = None
 
 
-class LocalCoordinationSection(Section):
+class LocalCoordinationSection(Section, frozen=True):
     directory: Path
     """Holds the Lease record; shared by all instances of this machine."""
     locks_directory: Path
     """One lock file per instance, held by its supervisor and its Postgres: the proof of life and death."""
 
 
-class CoordinationSection(Section):
+class CoordinationSection(Section, frozen=True):
     local: LocalCoordinationSection
 
 
-class SecretsSection(Section):
+class SecretsSection(Section, frozen=True):
     """Files with one secret each; read at use, never logged, never in an argument list."""
 
     peer_token: Path
@@ -80,7 +80,7 @@ class SecretsSection(Section):
     monitoring_password: Path
 
 
-class PostgresSection(Section):
+class PostgresSection(Section, frozen=True):
     bin_directory: Path | None = None
     parameters: dict[str, str | int | float | bool] = {}
     host_based_access: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class PostgresSection(Section):
     application_owner: str = "app"
 
 
-class Configuration(Section):
+class Configuration(Section, frozen=True):
     cluster: ClusterSection
     instance: InstanceSection
     members: tuple[MemberSection, ...]

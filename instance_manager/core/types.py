@@ -120,8 +120,16 @@ class TimelineChain:
         own = tuple((switch.parent, switch.switch_lsn) for switch in self.switches)
         return own[: len(history)] == history
 
-    def extended(self, switch: TimelineSwitch) -> TimelineChain:
-        """The chain after a takeover; ValueError if the number was used or the parent is not the current timeline."""
-        if switch.parent != self.current or switch.timeline <= self.current:
-            raise ValueError(f"timeline {switch.timeline} cannot follow {self.current}")
-        return TimelineChain(self.first, (*self.switches, switch))
+    def forked(self, switch: TimelineSwitch) -> TimelineChain:
+        """The chain after a takeover from a log on `switch.parent`. Claims after the parent that nobody took up fall out.
+
+        KeyError: the parent was never accepted. ValueError: the new number does not come after every one in the chain.
+        """
+        if switch.timeline <= self.current:
+            raise ValueError(f"timeline {switch.timeline} was claimed before: the chain is at {self.current}")
+        if switch.parent == self.first:
+            return TimelineChain(self.first, (switch,))
+        for index, link in enumerate(self.switches):
+            if link.timeline == switch.parent:
+                return TimelineChain(self.first, (*self.switches[: index + 1], switch))
+        raise KeyError(switch.parent)

@@ -1,0 +1,64 @@
+"""Ports: how the agent reaches the world. Each has a real and a simulated implementation (DESIGN.md section 5).
+
+Every call that leaves the process has a deadline in seconds; no port retries by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
+
+
+class Clock(Protocol):
+    """CLOCK_BOOTTIME: goes on during suspend, is never stepped. The wall clock decides nothing."""
+
+    def now_s(self) -> float: ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+class CoordinationError(Exception):
+    """Base of what a store can answer other than success."""
+
+
+class Conflict(CoordinationError):
+    """The version is not the current one (or the record exists, for `create`): certainly not applied."""
+
+
+class StoreUnavailable(CoordinationError):
+    """The request did not reach the store, or the store refused it: certainly not applied."""
+
+
+class OutcomeUnknown(CoordinationError):
+    """The write may or may not have been, or yet be, applied. Only a later conditional write of our own closes it (R1)."""
+
+
+class RecordUnreadable(CoordinationError):
+    """Something is stored under the name, but it is no record: damaged (R3). Carries the reason."""
+
+
+class Coordination(Protocol):
+    """The Lease: one register with linearizable conditional writes.
+
+    `read` answers from the store itself, never from a watch's cache (R1). A cancelled write counts as unknown.
+    """
+
+    async def read(self, *, deadline_s: float) -> StoredRecord | None:
+        """The current record; None only when the store said that there is none."""
+        ...
+
+    async def create(self, record: ClusterRecord, *, deadline_s: float) -> StoredRecord: ...
+
+    async def replace(self, record: ClusterRecord, *, version: str, deadline_s: float) -> StoredRecord: ...
+
+    def changes(self) -> AsyncIterator[None]:
+        """Yields when the record may have changed: a hint to read, never a fact."""
+        ...
+
+    async def is_proven_dead(self, holder: Holder, *, deadline_s: float) -> bool:
+        """Is it proven that this very life of the instance, its Postgres included, is over (R9)? False when in doubt."""
+        ...
+
+    async def close(self) -> None: ...
