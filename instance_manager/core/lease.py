@@ -1,0 +1,199 @@
+"""Rules of the Lease: what a renewal grants, when a record is damaged, who may write what of it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from instance_manager.core.record import ClusterRecord, Holder, Mode, Release, SwitchoverRequest
+from instance_manager.core.timing import Timings
+from instance_manager.core.types import Epoch, Lsn, MemberId, MemberName, WalEnd, format_lsn
+from instance_manager.core.voting import VolumeState
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """Until when this instance may write, on its own CLOCK_BOOTTIME, seconds."""
+
+    epoch: Epoch
+    soft_s: float
+    hard_s: float
+
+
+def permit_of_renewal(epoch: Epoch, sent_s: float, timings: Timings) -> Permit:
+    """A permit counts from the time the renewal was *sent*: others may count from when it was applied, not answered."""
+    return Permit(epoch, sent_s + timings.soft_s, sent_s + timings.hard_s)
+
+
+class AfterWrite(enum.Enum):
+    """What a holder does after a failed write: the branch that would stop a database."""
+
+    READ_BACK = "read back"
+    """A conflict may be our own late write or a user's change: read, and write again on what is there."""
+    RETRY = "retry"
+    """Certainly not applied: try again; only the deadline ends a primary."""
+    READ_BACK_UNKNOWN = "read back, unknown until our own next write succeeds"
+    """R1: a read does not close it."""
+
+
+def record_damage(
+    record: ClusterRecord | None, volume: VolumeState, *, cluster_uid: str, data_known: bool
+) -> str | None:
+    """Why nobody may take, release, raise or lower by this record (R3); None if it is sound."""
+    if record is None:
+        if not data_known:
+            return None
+        return "the Lease is gone, although this cluster has data"
+    problems = record.problems()
+    if problems:
+        return f"the Lease contradicts itself: {'; '.join(problems)}"
+    if record.cluster_uid != cluster_uid:
+        return f"the Lease belongs to another cluster ({record.cluster_uid})"
+    if record.epoch < volume.highest_epoch and record.epoch < volume.promised_epoch - 1 and volume.last_record is None:
+        return None
+    last = volume.last_record
+    if last is not None and record.epoch < last.epoch:
+        return f"the Lease is at epoch {record.epoch}, but this instance wrote epoch {last.epoch}: it was restored or edited"
+    return None
+
+
+def repair(volume: VolumeState, holder: Holder, confirmations: Mapping[MemberId, Epoch | None]) -> ClusterRecord | str:
+    """R3: the last holder writes a damaged Lease anew, or says why it may not.
+
+    `confirmations`: per voter of the last written record the highest epoch that it promised, asked just now; None
+    without an answer.
+    """
+    last = volume.last_record
+    if last is None or last.holder is None or last.holder.member_id != holder.member_id:
+        return "this instance was not the last holder that it knows of"
+    if volume.promised_epoch > last.epoch:
+        return f"this instance promised epoch {volume.promised_epoch} later than it wrote {last.epoch}"
+    confirmed = [
+        voter for voter in last.voters if (epoch := confirmations.get(voter)) is not None and epoch <= last.epoch
+    ]
+    if len(confirmed) < last.quorum:
+        return f"{len(confirmed)} of {last.quorum} voters confirm that nobody was elected since"
+    highest = max([last.epoch, volume.highest_epoch, *(epoch for epoch in confirmations.values() if epoch is not None)])
+    return replace(last, holder=holder, epoch=Epoch(highest + 1), release=None, switchover=None)
+
+
+def reaffirmed(record: ClusterRecord, *, holder: Holder, highest_epoch: Epoch) -> ClusterRecord:
+    """The holder writes itself a later epoch: after a voter promised one, or after its own restart. Not a failover.
+
+    The timeline stays: it is the same log. Voters follow the later epoch.
+    """
+    if record.holder is None or record.holder.member_id != holder.member_id:
+        raise ValueError("only the holder reaffirms itself")
+    return replace(record, holder=holder, epoch=Epoch(max(record.epoch, highest_epoch) + 1), opened=False, release=None)
+
+
+def may_reaffirm(record: ClusterRecord, would_follow: frozenset[MemberId]) -> bool:
+    """R12: only if q voters answer that they would follow; else an election is better."""
+    return len(would_follow & record.voters) >= record.quorum
+
+
+def judge_restart(record: ClusterRecord, own_end: WalEnd, ends: Mapping[MemberId, WalEnd | None]) -> str | None:
+    """R16: why a restarted holder must not serve; None if it may.
+
+    Its disk may have lost what it acknowledged. It asks |N| - q + 1 voters: one of them holds every acknowledged commit.
+    """
+    needed = record.promises_needed
+    if needed is None:
+        return None
+    answered = {voter: end for voter, end in ends.items() if voter in record.voters and end is not None}
+    for voter, end in sorted(answered.items()):
+        if end > own_end:
+            return f"{voter} is ahead: {end} against {own_end}; it should be elected"
+    if len(answered) < needed:
+        return f"{len(answered)} of {needed} voters told the end of their log"
+    return None
+
+
+def released(
+    record: ClusterRecord, *, end: WalEnd, holding: frozenset[MemberId], target: MemberId | None
+) -> ClusterRecord:
+    """A planned release: the holder steps back, naming who may take over without an election (R4, R13).
+
+    `holding`: the members seen to hold the shutdown checkpoint; they are the voters of the record from now on.
+    """
+    if record.holder is None:
+        raise ValueError("nobody holds the Lease")
+    if target is not None and target not in holding:
+        raise ValueError(f"{target} was not seen to hold the end of the log")
+    stamp = Release(releaser=record.holder.member_id, epoch=record.epoch, end=end, target=target)
+    quorum = min(1, len(holding)) if record.mode == "synchronous" else 0
+    return replace(record, holder=None, release=stamp, voters=holding, quorum=quorum, switchover=None, position=end)
+
+
+def given_back(record: ClusterRecord, found: ClusterRecord) -> ClusterRecord:
+    """R13: a winner that never opened releases with the N and q that it found, so that another can be elected."""
+    return replace(
+        record, holder=None, release=None, voters=found.voters, quorum=found.quorum, chain=found.chain, opened=False
+    )
+
+
+def with_voters(record: ClusterRecord, voters: frozenset[MemberId], quorum: int) -> ClusterRecord:
+    return replace(record, voters=voters, quorum=quorum)
+
+
+def with_mode(record: ClusterRecord, mode: Mode) -> ClusterRecord:
+    """R8: every change of the mode goes through q = 0."""
+    return replace(record, mode=mode, quorum=0)
+
+
+def with_switchover(record: ClusterRecord, *, request_id: str, target: MemberName | None) -> ClusterRecord:
+    request = SwitchoverRequest(request_id=request_id, epoch=record.epoch, target=target)
+    return replace(record, switchover=request, configuration_counter=record.configuration_counter + 1)
+
+
+def without_switchover(record: ClusterRecord) -> ClusterRecord:
+    return replace(record, switchover=None)
+
+
+def with_paused(record: ClusterRecord, paused: bool) -> ClusterRecord:
+    return replace(record, paused=paused, configuration_counter=record.configuration_counter + 1)
+
+
+def with_fenced(record: ClusterRecord, name: MemberName, fenced: bool) -> ClusterRecord:
+    names = record.fenced | {name} if fenced else record.fenced - {name}
+    return replace(record, fenced=names, configuration_counter=record.configuration_counter + 1)
+
+
+def entitled_by_time(
+    record: ClusterRecord,
+    *,
+    unchanged_for_s: float,
+    agent_age_s: float,
+    proven_dead: bool,
+    own_end: WalEnd,
+    maximum_lag_bytes: int,
+    clock_rate_error: float,
+) -> str | None:
+    """Asynchronous clusters: why this member may not take over yet; None if it may.
+
+    The duration comes from the record and is measured on this machine's own clock, over the very same record; the
+    holder's clock is never compared. After its own start an agent takes nothing by time for one duration (R10).
+    """
+    if record.mode != "asynchronous":
+        return "the cluster is synchronous: only promises elect"
+    wait_s = record.lease_duration_s * (1 + clock_rate_error)
+    if record.holder is not None and not proven_dead:
+        if unchanged_for_s < wait_s:
+            return f"the Lease was renewed {unchanged_for_s:.1f} s ago; it lasts {wait_s:.1f} s"
+        if agent_age_s < wait_s:
+            return f"this agent has watched for {agent_age_s:.1f} s only"
+    if record.position is not None:
+        if own_end.timeline < record.position.timeline:
+            return f"this log is on timeline {own_end.timeline}, the last primary's on {record.position.timeline}"
+        lag = max(0, record.position.lsn - own_end.lsn)
+        if lag > maximum_lag_bytes:
+            return (
+                f"{lag} bytes behind the last known position {format_lsn(record.position.lsn)}, "
+                f"more than maximum_lag_on_failover_bytes {maximum_lag_bytes}"
+            )
+    return None
+
+
+def position_of(end: WalEnd | None) -> Lsn:
+    return end.lsn if end is not None else Lsn(0)
