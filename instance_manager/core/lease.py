@@ -50,11 +50,8 @@ def record_damage(
         return f"the Lease contradicts itself: {'; '.join(problems)}"
     if record.cluster_uid != cluster_uid:
         return f"the Lease belongs to another cluster ({record.cluster_uid})"
-    if record.epoch < volume.highest_epoch and record.epoch < volume.promised_epoch - 1 and volume.last_record is None:
-        return None
-    last = volume.last_record
-    if last is not None and record.epoch < last.epoch:
-        return f"the Lease is at epoch {record.epoch}, but this instance wrote epoch {last.epoch}: it was restored or edited"
+    if record.epoch < volume.recorded_epoch:
+        return f"the Lease is at epoch {record.epoch}, but was at {volume.recorded_epoch} before: it was restored or edited"
     return None
 
 
@@ -127,10 +124,12 @@ def released(
 
 
 def given_back(record: ClusterRecord, found: ClusterRecord) -> ClusterRecord:
-    """R13: a winner that never opened releases with the N and q that it found, so that another can be elected."""
-    return replace(
-        record, holder=None, release=None, voters=found.voters, quorum=found.quorum, chain=found.chain, opened=False
-    )
+    """R13: a winner that never opened steps back so that another can be elected, with the N and q that it found if its
+    own record lets nobody be. Its claim stays in the chain: whoever followed it there is still comparable.
+    """
+    if record.quorum > 0:
+        return replace(record, holder=None, release=None)
+    return replace(record, holder=None, release=None, voters=found.voters, quorum=found.quorum)
 
 
 def with_voters(record: ClusterRecord, voters: frozenset[MemberId], quorum: int) -> ClusterRecord:

@@ -23,7 +23,9 @@ class VolumeState:
     volume_id: str = ""
     """What the id is bound to: a copy of the state on another volume is not this member (R6)."""
     highest_epoch: Epoch = Epoch(0)
-    """The highest seen in a record or a promise; a record below it is damaged (R3)."""
+    """The highest seen in a record or a promise: the next election starts above it (R12)."""
+    recorded_epoch: Epoch = Epoch(0)
+    """The highest seen in a record; a record below it is damaged (R3)."""
     promised_epoch: Epoch = Epoch(0)
     promised_to: MemberId | None = None
     was_primary: bool = False
@@ -38,6 +40,12 @@ class VolumeState:
 
     def seen(self, epoch: Epoch) -> VolumeState:
         return self if epoch <= self.highest_epoch else replace(self, highest_epoch=epoch)
+
+    def saw_record(self, record: ClusterRecord) -> VolumeState:
+        """To be persisted before anything is done by that record (R3)."""
+        if record.epoch <= self.recorded_epoch:
+            return self
+        return replace(self.seen(record.epoch), recorded_epoch=record.epoch)
 
     def promising(self, epoch: Epoch, candidate: MemberId) -> VolumeState:
         """The state once promised; ValueError if an earlier promise forbids it."""

@@ -1,0 +1,446 @@
+"""What an instance does next: a pure function of what it observed.
+
+`decide` holds the order of the questions; each answer carries its reason. It is total: for every observation there is
+exactly one decision, and an observation that is missing or old never leads to a start, a promotion or a wipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from instance_manager.core.election import Candidate, place
+from instance_manager.core.lease import entitled_by_time
+from instance_manager.core.record import ClusterRecord, Holder
+from instance_manager.core.timing import Timings
+from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd
+from instance_manager.core.voting import VolumeState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseView:
+    """What the lease task last knew; immutable, replaced whole (patroni#3718)."""
+
+    record: ClusterRecord | None
+    read: bool
+    """Was the store ever read by this agent?"""
+    read_age_s: float
+    """Since the last successful answer's request was sent."""
+    unchanged_for_s: float
+    """How long the very same record was seen, over successful reads only (R12)."""
+    damage: str | None
+    unknown_write: bool
+    """A write of ours has an unknown outcome: no quorum step is taken on a read of it (R1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresView:
+    """The local server, as the supervisor and SQL tell it."""
+
+    running: bool
+    mode: Literal["standby", "read_write"] | None
+    """What the supervisor started it as, or promoted it to."""
+    answers: bool
+    """SQL answered within its deadline at the last look."""
+    in_recovery: bool | None
+    end: WalEnd | None
+    """Standby: the end of what it received; primary: flushed. An estimate: a promise proves it anew."""
+    receiving: bool
+    """A walreceiver streams."""
+    silent_for_s: float
+    """Since the walreceiver last heard from the primary; infinite without one."""
+    exited_for_s: float | None
+    """Since the postmaster ended by itself; None if it did not, or was started again."""
+    following: tuple[MemberId, Epoch] | None
+    """Whom the agent last told it to follow, and under which epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerState:
+    """What a peer's agent says of itself; the answer to the `state` call."""
+
+    name: MemberName
+    member_id: MemberId | None
+    incarnation: str
+    role: str
+    has_data: bool
+    record_epoch: Epoch
+    promised_epoch: Epoch
+    highest_epoch: Epoch
+    end: WalEnd | None
+    priority: int
+    writable: bool
+    """Postgres runs read-write."""
+    yielding: str | None
+    """A holder that cannot serve and asks to be replaced; the reason."""
+    suspects: str | None
+    receiving: bool
+    terminating: bool
+    fenced: bool
+    permit_left_s: float
+    """A holder: until its own soft deadline; 0 for others."""
+    postgres: str
+    lag_bytes: int | None = None
+    replay_lag_bytes: int | None = None
+    operation: str | None = None
+    problem: str | None = None
+    opened: bool = False
+    synchronous: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerView:
+    """One peer as this instance sees it."""
+
+    state: PeerState | None
+    """Its last answer, however old."""
+    answers: bool
+    """The last call was answered."""
+    refused: bool
+    """The last call was refused: nobody listens there."""
+    silent_for_s: float
+    """Since its last answer; infinite without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectoryView:
+    exists: bool
+    was_primary: bool
+    half_rewound: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    now_s: float
+    """CLOCK_BOOTTIME of this machine."""
+    agent_age_s: float
+    name: MemberName
+    incarnation: str
+    priority: int
+    lease: LeaseView
+    volume: VolumeState
+    directory: DirectoryView
+    postgres: PostgresView
+    peers: Mapping[MemberName, PeerView]
+    timings: Timings
+    maximum_lag_bytes: int
+    terminating: bool
+    unhealthy: str | None
+    """Why the proof of local health is missing; None while it is fresh."""
+    permit_left_s: float
+    """Until the soft deadline; negative when it has passed; 0 without a permit."""
+    suspected_for_s: float
+    """How long `suspicion` has given a reason without interruption."""
+    proven_dead: bool
+    """The holder's death is proven (R9)."""
+    released_for_s: float
+    """How long this release stamp has been seen."""
+    yielding_for_s: float | None
+    """How long this holder has asked to be replaced."""
+    wanted_mode: str
+    stand_again_in_s: float
+    """Back-off after a lost election (R12)."""
+    reaffirm_again_in_s: float
+
+    @property
+    def holds_lease(self) -> bool:
+        """This very supervisor's life over this very directory is the holder."""
+        record, member_id = self.lease.record, self.volume.member_id
+        return (
+            record is not None
+            and member_id is not None
+            and record.holder == Holder(member_id=member_id, incarnation=self.incarnation)
+        )
+
+    @property
+    def held_before(self) -> bool:
+        """The holder is this directory under an earlier life of its supervisor."""
+        record = self.lease.record
+        return record is not None and record.holder is not None and record.holder.member_id == self.volume.member_id
+
+    @property
+    def holder_peer(self) -> PeerView | None:
+        record = self.lease.record
+        if record is None or record.holder is None:
+            return None
+        return self.peers.get(record.holder.name)
+
+
+Act = Literal[
+    "wait",
+    "create_record",
+    "initialise",
+    "start_standby",
+    "resume",
+    "rejoin",
+    "follow",
+    "stand",
+    "take_release",
+    "take_by_time",
+    "kill",
+    "stop",
+    "hand_over",
+    "switch_over",
+    "reaffirm",
+    "repair",
+    "serve",
+    "fence",
+    "leave",
+]
+"""Verbs of a decision, each one method of the agent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    act: Act
+    reason: str
+
+
+def suspicion(o: Observation) -> str | None:
+    """Why this member suspects the primary; None if it does not. Wrong suspicion costs availability, never data."""
+    record = o.lease.record
+    if record is None or o.lease.damage is not None:
+        return None
+    if record.holder is None:
+        if record.release is not None and o.released_for_s < 2 * o.timings.takeover_timeout_s:
+            return None
+        return "the Lease has no holder"
+    if record.holder.member_id == o.volume.member_id:
+        return None
+    peer = o.holder_peer
+    if peer is None:
+        return (
+            None
+            if o.lease.unchanged_for_s < record.lease_duration_s
+            else "the holder is no member known here, and does not renew"
+        )
+    state = peer.state
+    if peer.answers and state is not None:
+        if state.yielding is not None and state.member_id == record.holder.member_id:
+            return f"{state.name} asks to be replaced: {state.yielding}"
+        if state.incarnation != record.holder.incarnation and state.record_epoch >= record.epoch:
+            if state.terminating or state.fenced:
+                return f"{state.name} came back and does not serve"
+            return None
+        return None
+    receiving = o.postgres.receiving and o.postgres.silent_for_s < o.timings.suspect_after_s
+    if peer.refused and not o.postgres.receiving:
+        return f"{record.holder.name} refuses connections and sends nothing"
+    if peer.silent_for_s >= o.timings.suspect_after_s and not receiving:
+        return f"{record.holder.name} has been silent for {peer.silent_for_s:.1f} s and sends nothing"
+    if o.lease.unchanged_for_s >= record.lease_duration_s:
+        return f"{record.holder.name} does not answer and has not renewed the Lease for {o.lease.unchanged_for_s:.1f} s"
+    return None
+
+
+def decide(o: Observation) -> Decision:
+    """The next step of this instance."""
+    lease, record = o.lease, o.lease.record
+    if o.terminating and not o.holds_lease:
+        return Decision("leave", "shutdown was asked for, and this instance does not hold the Lease")
+    if not lease.read:
+        return _without_record(o, "the Lease has not been read yet")
+    if lease.damage is not None:
+        if o.holds_lease and o.postgres.running and o.permit_left_s > 0:
+            return Decision("serve", f"{lease.damage}; serving until the permit ends")
+        if o.volume.last_record is not None and o.volume.was_primary:
+            return Decision("repair", lease.damage)
+        return _without_record(o, lease.damage)
+    if record is None:
+        return _found_cluster(o)
+    if o.holds_lease:
+        return _as_holder(o, record)
+    if o.postgres.running and o.postgres.mode == "read_write":
+        if o.held_before:
+            return Decision("kill", "Postgres is writable under an earlier life of the supervisor")
+        return Decision(
+            "kill",
+            f"the Lease is {record.holder.name + chr(39) + 's' if record.holder else 'free'}, and Postgres is writable here",
+        )
+    if o.name in record.fenced:
+        return Decision("fence", "the record fences this instance")
+    if record.system_identifier is None:
+        return _uninitialised(o, record)
+    if o.held_before:
+        return Decision("resume", "this directory holds the Lease under an earlier life of its supervisor")
+    return _as_standby(o, record)
+
+
+def _without_record(o: Observation, why: str) -> Decision:
+    """No sound record: what runs as a standby may go on; nothing is started read-write, promoted or wiped."""
+    if o.postgres.running and o.postgres.mode == "read_write" and o.permit_left_s <= 0:
+        return Decision("kill", f"{why}, and there is no permit")
+    if not o.postgres.running and o.directory.exists and not o.directory.half_rewound and not o.directory.was_primary:
+        return Decision("start_standby", f"{why}; a standby may serve reads")
+    return Decision("wait", why)
+
+
+def _found_cluster(o: Observation) -> Decision:
+    if o.directory.exists:
+        return Decision("wait", "there is data but no Lease (R3)")
+    for name, peer in sorted(o.peers.items()):
+        if not peer.answers or peer.state is None:
+            return Decision("wait", f"a new cluster is made only when every instance answers; {name} does not yet")
+        if peer.state.has_data:
+            return Decision("wait", f"{name} has data: the Lease is missing, not the cluster (R3)")
+    if any(name < o.name for name in o.peers) and o.agent_age_s < 2 * o.timings.suspect_after_s:
+        return Decision("wait", "the first instance by name makes the cluster")
+    return Decision("create_record", "no Lease, and no instance has data: a new cluster")
+
+
+def _uninitialised(o: Observation, record: ClusterRecord) -> Decision:
+    if o.directory.exists:
+        return Decision(
+            "wait", "the cluster is being initialised elsewhere, but there is data here: move it away by hand"
+        )
+    if o.lease.unchanged_for_s >= record.lease_duration_s and o.agent_age_s >= record.lease_duration_s:
+        return Decision("create_record", "whoever began to initialise the cluster stopped before there was any data")
+    return Decision("wait", "the cluster is being initialised")
+
+
+def _as_holder(o: Observation, record: ClusterRecord) -> Decision:
+    if record.system_identifier is None:
+        return Decision("initialise", "this instance created the Lease")
+    running = o.postgres.running and o.postgres.mode == "read_write"
+    if running and o.permit_left_s <= 0:
+        return Decision("stop", "the permit's soft deadline has passed without a renewal")
+    if running and o.unhealthy is not None and not o.terminating:
+        return Decision("kill", f"no proof of health: {o.unhealthy}")
+    if o.terminating:
+        return Decision("hand_over", "shutdown was asked for")
+    if o.name in record.fenced:
+        return Decision("hand_over", "the record fences this instance")
+    if not running:
+        return _holder_without_postgres(o, record)
+    if record.switchover is not None and record.switchover.epoch == record.epoch:
+        return Decision("switch_over", f"switchover to {record.switchover.target or 'the best standby'} was asked for")
+    later = [
+        peer.state
+        for peer in o.peers.values()
+        if peer.answers
+        and peer.state is not None
+        and peer.state.promised_epoch > record.epoch
+        and peer.state.member_id in record.voters
+    ]
+    if later and o.reaffirm_again_in_s <= 0:
+        highest = max(later, key=lambda state: state.promised_epoch)
+        return Decision("reaffirm", f"{highest.name} promised epoch {highest.promised_epoch}, and nobody took it")
+    return Decision("serve", "this instance holds the Lease")
+
+
+def _holder_without_postgres(o: Observation, record: ClusterRecord) -> Decision:
+    """The holder's Postgres ended: a voter takes over at once if it can, else restart in place (behind a later epoch)."""
+    if o.yielding_for_s is None or o.directory.half_rewound:
+        return Decision("resume", "this instance holds the Lease and Postgres does not run")
+    able = [
+        name
+        for name, peer in sorted(o.peers.items())
+        if peer.answers
+        and peer.state is not None
+        and peer.state.member_id in record.voters
+        and not peer.state.terminating
+    ]
+    needed = record.promises_needed
+    if (
+        not record.paused
+        and needed is not None
+        and len(able) >= needed
+        and o.yielding_for_s < o.timings.handover_timeout_s
+    ):
+        return Decision("wait", f"Postgres ended; {', '.join(able)} can elect a new primary")
+    if o.unhealthy is not None:
+        return Decision("wait", f"Postgres ended, and it is not started here: {o.unhealthy}")
+    return Decision("resume", "Postgres ended, and nobody took over")
+
+
+def _as_standby(o: Observation, record: ClusterRecord) -> Decision:
+    if not o.postgres.running:
+        if record.holder is None and not o.directory.exists:
+            return Decision("wait", "there is no data here and no primary to clone from")
+        return Decision("rejoin", "Postgres does not run here")
+    if o.postgres.end is not None and record.chain is not None and not record.chain.contains(o.postgres.end):
+        return Decision("rejoin", f"this log ends at {o.postgres.end}, past the cluster's history")
+    if o.volume.member_id in record.excluded:
+        return Decision("rejoin", "this directory was given up by a failover that allowed data loss (R15)")
+    suspects = suspicion(o)
+    if record.holder is None and record.release is not None and not record.paused:
+        released = record.release
+        mine = released.target == o.volume.member_id
+        if (
+            (mine or o.released_for_s >= o.timings.takeover_timeout_s)
+            and o.postgres.end == released.end
+            and o.stand_again_in_s <= 0
+        ):
+            return Decision(
+                "take_release",
+                "the Lease was released to this instance" if mine else "the target of the release did not take it",
+            )
+    if suspects is not None:
+        standing = _may_stand(o, record, suspects)
+        if standing is not None:
+            return standing
+    if record.holder is None:
+        return Decision("wait", suspects or "the Lease was released")
+    wanted = (record.holder.member_id, record.epoch)
+    if o.postgres.following != wanted:
+        if not o.volume.may_follow(record):
+            return Decision(
+                "wait",
+                f"promised epoch {o.volume.promised_epoch}, the Lease is at {record.epoch}: nobody to follow yet",
+            )
+        return Decision("follow", f"{record.holder.name} holds the Lease at epoch {record.epoch}")
+    return Decision("wait", suspects or f"following {record.holder.name} at epoch {record.epoch}")
+
+
+def _may_stand(o: Observation, record: ClusterRecord, suspects: str) -> Decision | None:
+    if record.paused:
+        return Decision("wait", f"{suspects}; but the cluster is paused")
+    if o.postgres.end is None:
+        return Decision("wait", f"{suspects}; but the end of this log is not known")
+    if record.mode == "asynchronous":
+        no = entitled_by_time(
+            record,
+            unchanged_for_s=o.lease.unchanged_for_s,
+            agent_age_s=o.agent_age_s,
+            proven_dead=o.proven_dead,
+            own_end=o.postgres.end,
+            maximum_lag_bytes=o.maximum_lag_bytes,
+            clock_rate_error=o.timings.clock_rate_error,
+        )
+        if no is not None:
+            return Decision("wait", f"{suspects}; but {no}") if o.postgres.following is not None else None
+        if _turn(o) > o.suspected_for_s:
+            return Decision("wait", f"{suspects}; others are ahead")
+        return Decision("take_by_time", suspects)
+    if o.volume.member_id not in record.voters or record.quorum == 0:
+        return None
+    if o.stand_again_in_s > 0:
+        return Decision("wait", f"{suspects}; standing again in {o.stand_again_in_s:.1f} s")
+    turn_s = _turn(o)
+    if o.suspected_for_s < turn_s:
+        return Decision("wait", f"{suspects}; better ones go first for {turn_s - o.suspected_for_s:.1f} s")
+    return Decision("stand", suspects)
+
+
+TURN_S = 0.4
+"""How long one place in the ranking waits for the one before it: longer than an election takes when all is well."""
+
+
+def _turn(o: Observation) -> float:
+    """The others wait in proportion to their rank; only peers that answer are waited for."""
+    if o.postgres.end is None or o.volume.member_id is None or o.lease.record is None:
+        return 0.0
+    me = Candidate(member_id=o.volume.member_id, end=o.postgres.end, priority=o.priority)
+    others = [
+        Candidate(member_id=peer.state.member_id, end=peer.state.end, priority=peer.state.priority)
+        for peer in o.peers.values()
+        if peer.answers
+        and peer.state is not None
+        and peer.state.member_id is not None
+        and peer.state.end is not None
+        and not peer.state.fenced
+        and not peer.state.terminating
+        and (peer.state.member_id in o.lease.record.voters or o.lease.record.mode == "asynchronous")
+    ]
+    return TURN_S * place(me, others)
