@@ -1,0 +1,105 @@
+"""File work off the event loop, with a deadline, and the knowledge of whether it may still take effect afterwards.
+
+A call into a stalled disk never comes back and cannot be cancelled: its thread is left behind (a daemon, so that it does
+not hold up the process's end either). The number of those is bounded, not their lives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+CALLS_IN_FLIGHT_MAX = 16
+
+
+class TooManyCalls(Exception):
+    """So many calls hang already that another would not do better."""
+
+
+class Attempt:
+    """Between the caller with its deadline and the thread that does the work: who was first?
+
+    The thread asks `begin` right before the step that takes effect. Given up before, it never takes it: the caller
+    knows that nothing was applied. Given up after, the outcome is unknown.
+    """
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._begun = False
+        self._given_up = False
+
+    @property
+    def given_up(self) -> bool:
+        return self._given_up
+
+    def begin(self) -> None:
+        """Called by the thread: TimeoutError if given up; else the outcome is unknown if it is given up from now on."""
+        with self._mutex:
+            if self._given_up:
+                raise TimeoutError
+            self._begun = True
+
+    def give_up(self) -> bool:
+        """Called by the waiting side: True if it is certain that nothing was and nothing will be applied."""
+        with self._mutex:
+            self._given_up = True
+            return not self._begun
+
+
+class Threads:
+    """Runs blocking calls in threads of their own."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._in_flight = 0
+        self._mutex = threading.Lock()
+
+    async def call(self, function: Callable[[], T], *, deadline_s: float) -> T:
+        """What `function` returns or raises; TimeoutError when it is not back in time. It is not ended by that."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
+        with self._mutex:
+            if self._in_flight >= CALLS_IN_FLIGHT_MAX:
+                raise TooManyCalls(f"{self._in_flight} calls of {self._name} do not come back")
+            self._in_flight += 1
+
+        def deliver(result: T | None, error: BaseException | None) -> None:
+            if answer.done():
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(result)  # type: ignore[arg-type]
+
+        def run() -> None:
+            result: T | None = None
+            error: BaseException | None = None
+            try:
+                result = function()
+            except BaseException as caught:
+                error = caught
+            with self._mutex:
+                self._in_flight -= 1
+            try:
+                loop.call_soon_threadsafe(deliver, result, error)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits any more
+
+        try:
+            threading.Thread(target=run, name=self._name, daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            with self._mutex:
+                self._in_flight -= 1
+            raise TooManyCalls(str(error)) from error
+        async with asyncio.timeout(deadline_s):
+            return await answer
+
+
+def monotonic_s() -> float:
+    """For waiting within this process only, as every deadline of a call is."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
