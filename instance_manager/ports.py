@@ -62,3 +62,23 @@ class Coordination(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class PeerUnreachable(Exception):
+    """A peer's agent gave no answer; the subclasses say how."""
+
+
+class PeerRefused(PeerUnreachable):
+    """Nobody listens there: the connection was refused."""
+
+
+class PeerSilent(PeerUnreachable):
+    """No answer in time, a broken connection, or an answer that cannot be understood."""
+
+
+class PeerRejected(PeerUnreachable):
+    """The peer answered that it will not: `status` is the HTTP status."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"rejected with {status}: {text}")
+        self.status = status

@@ -1,0 +1,329 @@
+"""The one task that owns the Lease: it reads, renews and writes, and publishes immutable snapshots.
+
+It touches neither disk nor SQL (patroni#2380: a frozen disk hung the loop that kept the lock), and nobody else writes the
+Lease. Rules: a permit counts from the time a write was sent; a conflict is read back; an unknown outcome is closed only
+by a later successful conditional write of our own, never by a read (R1); only another holder, read, or a deadline ends
+a primary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from instance_manager.core.decide import LeaseView
+from instance_manager.core.lease import Permit, permit_of_renewal, record_damage
+from instance_manager.core.record import ClusterRecord, Holder, StoredRecord, renewed
+from instance_manager.core.timing import Timings
+from instance_manager.core.types import WalEnd
+from instance_manager.core.voting import VolumeState
+from instance_manager.ports import (
+    Clock,
+    Conflict,
+    Coordination,
+    CoordinationError,
+    OutcomeUnknown,
+    RecordUnreadable,
+)
+from instance_manager.wall_clock import timestamp
+
+log = logging.getLogger(__name__)
+
+Change = Callable[[ClusterRecord], ClusterRecord]
+
+
+class WriteRefused(Exception):
+    """The change was not made: the record is no longer what it stood on, or the change itself refused."""
+
+
+@dataclass(slots=True)
+class _Request:
+    change: Change | None
+    """None: a plain read."""
+    grounds: tuple[object, ...] | None
+    """`ClusterRecord.grounds` that the change stands on; it is not made on anything else (R12)."""
+    create: ClusterRecord | None
+    answer: asyncio.Future[StoredRecord | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RenewalFacts:
+    """What the holder stamps on a renewal, gathered elsewhere."""
+
+    holder: Holder | None
+    """Who this instance would be as holder; None while it cannot be."""
+    refusal: str | None
+    """Why it must not renew: no fresh proof of health."""
+    position: WalEnd | None
+    opened: bool
+
+
+class LeaseKeeper:
+    """`view()` for decisions, `write` for changes; everything happens in `run`."""
+
+    def __init__(
+        self,
+        coordination: Coordination,
+        clock: Clock,
+        timings: Timings,
+        *,
+        cluster_uid: str,
+        facts: Callable[[], RenewalFacts],
+        volume: Callable[[], VolumeState],
+        grant: Callable[[Permit], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._coordination = coordination
+        self._clock = clock
+        self._timings = timings
+        self._cluster_uid = cluster_uid
+        self._facts = facts
+        self._volume = volume
+        self._grant = grant
+        self._on_change = on_change
+        self._requests: asyncio.Queue[_Request] = asyncio.Queue(maxsize=64)
+        self._hint = asyncio.Event()
+        self._stored: StoredRecord | None = None
+        self._read_ever = False
+        self._unreadable: str | None = None
+        self._read_sent_s = float("-inf")
+        self._seen_since_s = 0.0
+        """When the very same record was first seen without a gap between reads longer than a lease duration."""
+        self._own_writes: set[str] = set()
+        self.unknown_write = False
+        self.last_error: str | None = None
+        self.renewals = 0
+
+    @property
+    def stored(self) -> StoredRecord | None:
+        return self._stored
+
+    @property
+    def record(self) -> ClusterRecord | None:
+        return self._stored.record if self._stored is not None else None
+
+    def view(self) -> LeaseView:
+        now_s = self._clock.now_s()
+        record = self.record
+        damage = self._unreadable
+        if damage is None and self._read_ever:
+            volume = self._volume()
+            known = volume.member_id is not None or volume.recorded_epoch > 0
+            damage = record_damage(record, volume, cluster_uid=self._cluster_uid, data_known=known)
+        return LeaseView(
+            record=record,
+            read=self._read_ever,
+            read_age_s=now_s - self._read_sent_s,
+            unchanged_for_s=self._read_sent_s - self._seen_since_s if self._read_ever else 0.0,
+            damage=damage,
+            unknown_write=self.unknown_write,
+        )
+
+    def hint(self) -> None:
+        """The record may have changed: read soon."""
+        self._hint.set()
+
+    async def read(self) -> StoredRecord | None:
+        """A read that was sent after this call. CoordinationError if the store does not answer."""
+        return await self._ask(_Request(None, None, None, asyncio.get_running_loop().create_future()))
+
+    async def create(self, record: ClusterRecord) -> StoredRecord:
+        """The cluster's first record; Conflict if somebody was faster."""
+        stored = await self._ask(_Request(None, None, record, asyncio.get_running_loop().create_future()))
+        assert stored is not None  # noqa: S101 - a write answers with what it wrote
+        return stored
+
+    async def write(self, change: Change, *, grounds: tuple[object, ...] | None = None) -> StoredRecord:
+        """Apply `change` to the current record and write it on exactly the version that it was applied to.
+
+        A newer version is tried again only while `grounds` are the same. The change may raise WriteRefused or
+        ValueError. OutcomeUnknown and StoreUnavailable are for the caller: look at the record again.
+        """
+        stored = await self._ask(_Request(change, grounds, None, asyncio.get_running_loop().create_future()))
+        assert stored is not None  # noqa: S101 - a write answers with what it wrote
+        return stored
+
+    async def run(self) -> None:
+        """Own the Lease until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._keep())
+
+    async def _listen(self) -> None:
+        async for _ in self._coordination.changes():
+            self._hint.set()
+
+    async def _keep(self) -> None:
+        while True:
+            began_s = self._clock.now_s()
+            try:
+                await self._beat()
+                self.last_error = None
+            except CoordinationError as error:
+                self._note_error(error)
+            except WriteRefused:
+                pass
+            self._on_change()
+            next_s = began_s + (self._timings.renew_interval_s if self.last_error is None else 0.25)
+            await self._serve_requests_until(next_s)
+
+    async def _serve_requests_until(self, next_s: float) -> None:
+        while (left_s := next_s - self._clock.now_s()) > 0:
+            request = asyncio.ensure_future(self._requests.get())
+            hinted = asyncio.ensure_future(self._hint.wait())
+            done, pending = await asyncio.wait({request, hinted}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            for task in pending:
+                task.cancel()
+            if request in done:
+                await self._serve(request.result())
+                self._on_change()
+            elif hinted in done:
+                self._hint.clear()
+                await self._read_on_hint()
+
+    async def _read_on_hint(self) -> None:
+        try:
+            await self._read()
+        except CoordinationError as error:
+            self._note_error(error)
+        self._on_change()
+
+    async def _beat(self) -> None:
+        """Renew if this instance is the holder and healthy, else read."""
+        facts = self._facts()
+        if (
+            self._stored is None
+            or facts.holder is None
+            or self._stored.record.holder != facts.holder
+            or self._unreadable
+        ):
+            await self._read()
+            return
+        if facts.refusal is not None:
+            await self._read()
+            return
+        await self._write(_renewal(self._facts), None)
+        self.renewals += 1
+
+    async def _ask(self, request: _Request) -> StoredRecord | None:
+        await self._requests.put(request)
+        return await asyncio.shield(request.answer)
+
+    async def _serve(self, request: _Request) -> None:
+        if request.answer.cancelled():
+            return
+        try:
+            if request.create is not None:
+                result: StoredRecord | None = await self._create(request.create)
+            elif request.change is not None:
+                result = await self._write(request.change, request.grounds)
+            else:
+                await self._read()
+                result = self._stored
+        except (CoordinationError, WriteRefused, ValueError, KeyError) as error:
+            if isinstance(error, CoordinationError):
+                self._note_error(error)
+            if not request.answer.done():
+                request.answer.set_exception(error)
+                request.answer.exception()
+            return
+        if not request.answer.done():
+            request.answer.set_result(result)
+
+    async def _read(self) -> None:
+        sent_s = self._clock.now_s()
+        try:
+            stored = await self._coordination.read(deadline_s=self._timings.request_timeout_s)
+        except RecordUnreadable as error:
+            self._read_ever, self._read_sent_s, self._unreadable = True, sent_s, str(error)
+            return
+        self._unreadable = None
+        self._take(stored, sent_s)
+
+    def _take(self, stored: StoredRecord | None, sent_s: float) -> None:
+        # Reads and writes are made one after another, so an answer is never older than the one before it.
+        gap_s = sent_s - self._read_sent_s
+        same = (
+            self._read_ever
+            and stored is not None
+            and self._stored is not None
+            and stored.version == self._stored.version
+        )
+        lease_duration_s = stored.record.lease_duration_s if stored is not None else self._timings.lease_duration_s
+        if not same or gap_s > lease_duration_s / 2:
+            self._seen_since_s = sent_s
+        self._stored, self._read_sent_s, self._read_ever = stored, sent_s, True
+
+    async def _create(self, record: ClusterRecord) -> StoredRecord:
+        record = replace(record, write_id=secrets.token_hex(8), acquired_at=timestamp())
+        sent_s = self._clock.now_s()
+        try:
+            stored = await self._coordination.create(record, deadline_s=self._timings.request_timeout_s)
+        except OutcomeUnknown:
+            self.unknown_write = True
+            raise
+        self._succeeded(stored, sent_s)
+        return stored
+
+    async def _write(self, change: Change, grounds: tuple[object, ...] | None) -> StoredRecord:
+        """One conditional write; after a conflict read back and try again, a few times."""
+        for _ in range(4):
+            if self._stored is None:
+                await self._read()
+            if self._stored is None or self._unreadable is not None:
+                raise WriteRefused(self._unreadable or "there is no Lease")
+            current = self._stored
+            if grounds is not None and current.record.grounds() != grounds:
+                raise WriteRefused(
+                    f"the Lease has changed: epoch {current.record.epoch}, held by {_holder(current.record)}"
+                )
+            write_id = secrets.token_hex(8)
+            wanted = replace(change(current.record), write_id=write_id)
+            sent_s = self._clock.now_s()
+            try:
+                stored = await self._coordination.replace(
+                    wanted, version=current.version, deadline_s=self._timings.request_timeout_s
+                )
+            except Conflict:
+                await self._read()
+                continue
+            except OutcomeUnknown:
+                self.unknown_write = True
+                self._own_writes.add(write_id)
+                raise
+            self._succeeded(stored, sent_s)
+            return stored
+        raise WriteRefused("the Lease changed under every try")
+
+    def _succeeded(self, stored: StoredRecord, sent_s: float) -> None:
+        self.unknown_write = False
+        self._own_writes.clear()
+        self._take(stored, sent_s)
+        facts = self._facts()
+        if facts.holder is not None and stored.record.holder == facts.holder and facts.refusal is None:
+            self._grant(permit_of_renewal(stored.record.epoch, sent_s, self._timings))
+
+    def wrote(self, write_id: str) -> bool:
+        return write_id in self._own_writes
+
+    def _note_error(self, error: CoordinationError) -> None:
+        if self.last_error is None:
+            log.warning("the coordination store: %s", error, extra={"fields": {"error": type(error).__name__}})
+        self.last_error = f"{type(error).__name__}: {error}"
+
+
+def _renewal(facts: Callable[[], RenewalFacts]) -> Change:
+    def change(record: ClusterRecord) -> ClusterRecord:
+        now = facts()
+        if record.holder is None or record.holder != now.holder:
+            raise WriteRefused(f"the Lease is held by {_holder(record)}")
+        return replace(renewed(record, position=now.position, write_id="", wall_time=timestamp()), opened=now.opened)
+
+    return change
+
+
+def _holder(record: ClusterRecord) -> str:
+    return record.holder.name if record.holder is not None else "nobody"

@@ -1,0 +1,176 @@
+"""What this instance knows of its peers, by asking each of them again and again, and at once when one hangs up.
+
+`watch` is a question that a peer answers when its state changes, or after a while: so a change, a crash (the kernel
+closes the connection) and silence are each noticed when they happen. Answers are facts with an age.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from instance_manager.codec import from_json, to_json
+from instance_manager.core.decide import PeerState, PeerView
+from instance_manager.core.record import ClusterRecord
+from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd
+from instance_manager.ports import Clock, PeerRefused, PeerSilent, PeerUnreachable
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+WATCH_S = 1.0
+"""A peer answers `watch` after this time although nothing changed."""
+ANSWER_DEADLINE_S = 1.0
+"""On top of it: a peer that takes longer is silent."""
+
+
+class PeerCaller(Protocol):
+    """The transport of the calls between agents; authenticated."""
+
+    async def call(self, name: str, call: str, body: bytes, *, deadline_s: float) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchRequest:
+    seen: str
+    """Digest of the state that the asker has; a different one is answered at once."""
+    record_epoch: Epoch
+    """So that a peer that has not yet heard of a takeover reads the Lease now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchAnswer:
+    digest: str
+    state: PeerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndRequest:
+    """Asks for the proven end of a log without a promise (R16, a planned handover)."""
+
+    cluster_uid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndAnswer:
+    member_id: MemberId | None
+    end: WalEnd | None
+    promised_epoch: Epoch
+    highest_epoch: Epoch
+    record: ClusterRecord | None
+    """What the peer knows of the Lease, while the store is away."""
+
+
+@dataclass(slots=True)
+class _Known:
+    state: PeerState | None = None
+    digest: str = ""
+    answers: bool = False
+    refused: bool = False
+    answered_s: float = float("-inf")
+
+
+class Peers:
+    """One task per peer keeps its view fresh."""
+
+    def __init__(
+        self,
+        caller: PeerCaller,
+        names: tuple[MemberName, ...],
+        clock: Clock,
+        *,
+        interval_s: float,
+        record_epoch: Callable[[], Epoch],
+        on_change: Callable[[], None],
+        on_later_epoch: Callable[[], None],
+    ) -> None:
+        self._caller = caller
+        self._clock = clock
+        self._interval_s = interval_s
+        self._record_epoch = record_epoch
+        self._on_change = on_change
+        self._on_later_epoch = on_later_epoch
+        self._known: dict[MemberName, _Known] = {name: _Known() for name in names}
+
+    @property
+    def names(self) -> tuple[MemberName, ...]:
+        return tuple(self._known)
+
+    def views(self) -> Mapping[MemberName, PeerView]:
+        now_s = self._clock.now_s()
+        return {
+            name: PeerView(
+                state=known.state, answers=known.answers, refused=known.refused, silent_for_s=now_s - known.answered_s
+            )
+            for name, known in self._known.items()
+        }
+
+    def was_paused(self) -> None:
+        """This process itself did not run for a while: the peers' silence is not theirs."""
+        now_s = self._clock.now_s()
+        for known in self._known.values():
+            if known.answers:
+                known.answered_s = max(known.answered_s, now_s)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for name in self._known:
+                tasks.create_task(self._watch(name))
+
+    async def ask(self, name: MemberName, call: str, question: object, kind: type[T], *, deadline_s: float) -> T:
+        """One call; PeerUnreachable (refused, silent, rejected) or ValueError when the answer is not understood."""
+        answer = await self._caller.call(name, call, to_json(question), deadline_s=deadline_s)
+        try:
+            return from_json(answer, kind)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise PeerSilent(f"{name} answered {call} with what is no {kind.__name__}: {error}") from error
+
+    async def ask_all(
+        self, names: tuple[MemberName, ...], call: str, question: object, kind: type[T], *, deadline_s: float
+    ) -> dict[MemberName, T]:
+        """Ask several at once; who does not answer in time is missing from the result."""
+        answers: dict[MemberName, T] = {}
+
+        async def one(name: MemberName) -> None:
+            try:
+                answers[name] = await self.ask(name, call, question, kind, deadline_s=deadline_s)
+            except PeerUnreachable as error:
+                log.info("%s did not answer %s: %s", name, call, error)
+
+        async with asyncio.TaskGroup() as tasks:
+            for name in names:
+                tasks.create_task(one(name))
+        return answers
+
+    async def nudge(self, names: tuple[MemberName, ...]) -> None:
+        """Tell peers that the Lease has changed, so that they read it now. Best effort."""
+        await self.ask_all(names, "nudge", None, bool, deadline_s=0.5)
+
+    async def _watch(self, name: MemberName) -> None:
+        known = self._known[name]
+        while True:
+            began_s = self._clock.now_s()
+            question = WatchRequest(seen=known.digest if known.answers else "", record_epoch=self._record_epoch())
+            before = (known.answers, known.refused, known.digest)
+            try:
+                answer = await self.ask(name, "watch", question, WatchAnswer, deadline_s=WATCH_S + ANSWER_DEADLINE_S)
+            except PeerRefused:
+                known.answers, known.refused = False, True
+            except PeerUnreachable:
+                known.answers, known.refused = False, False
+            else:
+                known.answers, known.refused = True, False
+                known.answered_s = self._clock.now_s()
+                known.state, known.digest = answer.state, answer.digest
+                if answer.state.record_epoch > self._record_epoch():
+                    self._on_later_epoch()
+            if before != (known.answers, known.refused, known.digest):
+                self._on_change()
+            if not known.answers:
+                await self._clock.sleep(max(0.05, min(0.25, self._interval_s) - (self._clock.now_s() - began_s)))

@@ -1,0 +1,199 @@
+"""The agent's end of the socket pair to its supervisor (DESIGN.md section 2)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from instance_manager.core.lease import Permit
+from instance_manager.core.types import Epoch
+
+log = logging.getLogger(__name__)
+
+FD_VARIABLE = "INSTANCE_MANAGER_SUPERVISOR_FD"
+_MESSAGE_MAX_BYTES = 65536
+REQUEST_DEADLINE_S = 5.0
+
+
+class SupervisorError(Exception):
+    """The supervisor refused a request, or is gone; the text says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class PostgresProcess:
+    pid: int
+    mode: Literal["standby", "read_write"]
+
+
+@dataclass(frozen=True, slots=True)
+class PostgresExit:
+    pid: int
+    reason: str
+    """exit, fenced or killed."""
+    description: str
+    at_s: float
+    """When the agent heard of it, CLOCK_BOOTTIME."""
+
+
+class SupervisorLink:
+    """Requests with answers, events as state. `on_event` is called after every change of what is public here."""
+
+    def __init__(
+        self, connection: socket.socket, *, now_s: Callable[[], float], on_event: Callable[[str], None]
+    ) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._now_s = now_s
+        self._on_event = on_event
+        self._next_id = 0
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._waiters: list[asyncio.Future[None]] = []
+        self._greeted = asyncio.Event()
+        self.incarnation = ""
+        self.agent_restarts = 0
+        self.postgres: PostgresProcess | None = None
+        self.last_exit: PostgresExit | None = None
+        self.permit: Permit | None = None
+        """What was last granted; the supervisor may have capped it."""
+        self.terminating = False
+        self.reload_asked = False
+        self.expected_exit = False
+        """The agent itself asked for the next end of Postgres."""
+
+    @classmethod
+    def from_environment(cls, *, now_s: Callable[[], float], on_event: Callable[[str], None]) -> SupervisorLink:
+        """KeyError or OSError when this process was not started by a supervisor."""
+        return cls(socket.socket(fileno=int(os.environ.pop(FD_VARIABLE))), now_s=now_s, on_event=on_event)
+
+    async def run(self) -> None:
+        """Read until the supervisor is gone, then raise SupervisorError: an agent does not outlive its supervisor."""
+        loop = asyncio.get_running_loop()
+        while True:
+            datagram = await loop.sock_recv(self._socket, _MESSAGE_MAX_BYTES)
+            if not datagram:
+                raise SupervisorError("the supervisor closed the link")
+            self._take(json.loads(datagram))
+
+    async def greeted(self, deadline_s: float = 10.0) -> None:
+        """Wait for the supervisor's first message."""
+        async with asyncio.timeout(deadline_s):
+            await self._greeted.wait()
+
+    def tick(self) -> None:
+        self._send({"type": "tick"})
+
+    def extend(self, permit: Permit) -> None:
+        """Extend the write permit. No answer is waited for: the deadlines are absolute."""
+        if self.permit is None or permit.epoch > self.permit.epoch or permit.hard_s > self.permit.hard_s:
+            self.permit = permit
+        self._send({"type": "permit", "epoch": permit.epoch, "soft": permit.soft_s, "hard": permit.hard_s})
+
+    async def revoke(self, epoch: Epoch) -> None:
+        """No permit at or below `epoch` is valid any more, for ever."""
+        self.permit = None
+        await self._request({"type": "revoke", "epoch": epoch})
+
+    async def start(self, mode: str, epoch: Epoch | None, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        self.expected_exit = False
+        self.last_exit = None
+        await self._request({"type": "start", "mode": mode, "epoch": epoch, "argv": list(argv), "env": dict(env)})
+
+    async def promote(self, epoch: Epoch) -> None:
+        await self._request({"type": "promote", "epoch": epoch})
+        if self.postgres is not None:
+            self.postgres = PostgresProcess(self.postgres.pid, "read_write")
+
+    async def signal(self, name: Literal["HUP", "INT", "TERM", "QUIT"]) -> None:
+        if name != "HUP":
+            self.expected_exit = True
+        await self._request({"type": "signal", "signal": name})
+
+    async def kill(self, deadline_s: float = 10.0) -> None:
+        """Every Postgres process is killed; returns when none is left."""
+        self.expected_exit = True
+        await self._request({"type": "kill"}, deadline_s)
+
+    async def goodbye(self) -> None:
+        with contextlib.suppress(SupervisorError):
+            await self._request({"type": "goodbye"})
+
+    async def wait_stopped(self, deadline_s: float) -> bool:
+        """True once Postgres has ended; False when it still runs after the deadline."""
+        try:
+            async with asyncio.timeout(deadline_s):
+                while self.postgres is not None:
+                    await self._changed()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _changed(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    async def _request(self, message: dict[str, Any], deadline_s: float = REQUEST_DEADLINE_S) -> None:
+        self._next_id += 1
+        request_id = self._next_id
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[request_id] = answer
+        try:
+            self._send({**message, "id": request_id})
+            async with asyncio.timeout(deadline_s):
+                await answer
+        except TimeoutError:
+            raise SupervisorError(f"no answer to {message['type']} within {deadline_s:g} s") from None
+        finally:
+            self._waiting.pop(request_id, None)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        try:
+            self._socket.send(json.dumps(message).encode())
+        except OSError as error:
+            raise SupervisorError(f"cannot reach the supervisor: {error.strerror}") from error
+
+    def _take(self, message: dict[str, Any]) -> None:
+        match message.get("type"):
+            case "hello":
+                self.incarnation = message["incarnation"]
+                self.agent_restarts = message.get("agent_restarts", 0)
+                if message["postgres"] is not None:
+                    self.postgres = PostgresProcess(message["postgres"]["pid"], message["postgres"]["mode"])
+                if message["permit"] is not None:
+                    permit = message["permit"]
+                    self.permit = Permit(Epoch(permit["epoch"]), permit["soft"], permit["hard"])
+                self.terminating = bool(message.get("terminating"))
+                self._greeted.set()
+            case "reply":
+                answer = self._waiting.get(message.get("id", 0))
+                if answer is not None and not answer.done():
+                    if message["ok"]:
+                        answer.set_result(None)
+                    else:
+                        answer.set_exception(SupervisorError(str(message["error"])))
+            case "postgres_started":
+                self.postgres = PostgresProcess(message["pid"], message["mode"])
+            case "postgres_exited":
+                self.postgres = None
+                how = (
+                    f"signal {message['signal']}" if message.get("signal") else f"exit code {message.get('exit_code')}"
+                )
+                self.last_exit = PostgresExit(message["pid"], message["reason"], how, self._now_s())
+            case "terminate":
+                self.terminating = True
+            case "reload":
+                self.reload_asked = True
+            case other:
+                log.warning("unknown message of the supervisor", extra={"fields": {"type": other}})
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._on_event(f"supervisor: {message.get('type')}")

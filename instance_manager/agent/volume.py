@@ -1,0 +1,81 @@
+"""The volume's memory: promises, epochs and the member's identity, persisted before anything is done by them (P6).
+
+It lies beside the data directory, never in it, so that no clone or rewind copies or loses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from instance_manager.codec import from_json, to_json
+from instance_manager.core.types import MemberId, MemberName, make_member_id
+from instance_manager.core.voting import VolumeState
+from instance_manager.postgres.files import write_atomically
+from instance_manager.postgres.server import RunAs
+
+WRITE_DEADLINE_S = 5.0
+
+
+class VolumeUnusable(Exception):
+    """The volume's memory cannot be read or written: this member makes no promise and starts nothing."""
+
+
+class Volume:
+    """`state` is the last persisted one; it changes only once it is safely on disk."""
+
+    def __init__(self, directory: Path, run_as: RunAs | None) -> None:
+        self._file = directory / "volume.json"
+        self._directory = directory
+        self._run_as = run_as
+        self._turn = asyncio.Lock()
+        self.state = VolumeState()
+
+    def load(self) -> None:
+        """Read the memory; VolumeUnusable if it is there and cannot be understood: it is never replaced by a guess."""
+        identity = self._identity()
+        try:
+            self.state = from_json(self._file.read_bytes(), VolumeState)
+        except FileNotFoundError:
+            self.state = VolumeState(volume_id=identity, boot_id=boot_id())
+            return
+        except (OSError, msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise VolumeUnusable(
+                f"{self._file}: {error}; restore it, or remove the whole instance directory to clone anew"
+            ) from error
+        if self.state.volume_id != identity:
+            # R6: a copy of the state on another volume is not this member; what it promised stays promised.
+            self.state = replace(self.state, volume_id=identity, member_id=None)
+
+    async def save(self, state: VolumeState) -> None:
+        """Persist (fsync of file and directory), then make it the state. VolumeUnusable: not persisted for sure."""
+        async with self._turn:
+            if state == self.state and self._file.exists():
+                return
+            try:
+                async with asyncio.timeout(WRITE_DEADLINE_S):
+                    await asyncio.to_thread(
+                        write_atomically, self._file, to_json(state), mode=0o600, run_as=self._run_as
+                    )
+            except (OSError, TimeoutError) as error:
+                raise VolumeUnusable(f"{self._file} cannot be written: {error or 'no answer of the disk'}") from error
+            self.state = state
+
+    async def new_member(self, name: MemberName) -> MemberId:
+        """A new id for a directory that was just made: initdb, clone or rewind (R6, P7)."""
+        member_id = make_member_id(name, secrets.token_hex(4))
+        await self.save(replace(self.state, member_id=member_id, was_primary=False))
+        return member_id
+
+    def _identity(self) -> str:
+        """The inode of the directory: a copied tree has another. The device's number would change with a reboot."""
+        return f"{self._directory.stat().st_ino:x}"
+
+
+def boot_id() -> str:
+    """Changes with every boot, with which CLOCK_BOOTTIME starts anew."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
