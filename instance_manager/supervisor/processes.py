@@ -94,7 +94,7 @@ def spawn(
             try:
                 _execute(argv, env, inherited_fds, credentials, stdin_is_null, supervisor_pid)
             except BaseException as error:
-                os.write(exec_error_write_fd, f"{argv[0]}: {error}"[:500].encode("utf-8", "replace"))
+                os.write(exec_error_write_fd, str(error)[:500].encode("utf-8", "replace"))
             finally:
                 os._exit(_EXEC_FAILED)
     except OSError:
