@@ -17,7 +17,6 @@ import atexit
 import contextlib
 import ctypes
 import os
-import pwd
 import re
 import shutil
 import signal
@@ -117,7 +116,7 @@ def processes_of(data_directory: Path) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                if Path(os.readlink(entry / "cwd")) == data_directory:
+                if (entry / "cwd").readlink() == data_directory:
                     found.append(int(entry.name))
     return found
 
@@ -212,12 +211,12 @@ class PostgresProcess:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            self.process = subprocess.Popen(  # noqa: ASYNC220
                 [str(self.bin_directory / "postgres"), "-D", str(self.data)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=become_postgres,  # noqa: PLW1509
+                preexec_fn=become_postgres,
                 start_new_session=True,
                 cwd="/",
                 env={
@@ -321,7 +320,7 @@ class PostgresProcess:
 
     async def lsn(self, function: str) -> Lsn | None:
         """A position by the name of its function, such as `pg_last_wal_receive_lsn`."""
-        text = await self.fetchval(f"SELECT {function}()::text")  # noqa: S608
+        text = await self.fetchval(f"SELECT {function}()::text")
         return None if text is None else parse_lsn(text)
 
     def child_pids(self, kind: str) -> list[int]:
@@ -454,6 +453,17 @@ def make_template(directory: Path, bin_directory: Path = BIN_DIRECTORY) -> Path:
         file.write(_render(_TEMPLATE_SETTINGS))
         file.write("include_if_exists 'test.conf'\n")
         file.write(f"include_if_exists '{REPLICATION_FILE}'\n")
+    # A first start puts the settings into pg_control: a standby may not have less than that says.
+    subprocess.run(
+        [str(bin_directory / "postgres"), "--single", "-D", str(data), "postgres"],
+        check=True,
+        input=b"",
+        capture_output=True,
+        cwd="/",
+        user=None if owner is None else owner.uid,
+        group=None if owner is None else owner.gid,
+        extra_groups=None if owner is None else [],
+    )
     return data
 
 
