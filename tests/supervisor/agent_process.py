@@ -12,7 +12,7 @@ def daemonise(seconds: str) -> None:
     """Leave an orphan behind, in the agent's session: a grandchild whose parent exits at once."""
     if os.fork() == 0:
         if os.fork() == 0:
-            os.execvp("sleep", ["sleep", seconds])
+            os.execvp("sleep", ["sleep", seconds])  # noqa: S606
         os._exit(0)
     os.wait()
 
@@ -40,7 +40,7 @@ def main() -> None:
             os._exit(int(argument))
         elif command == "child":
             if os.fork() == 0:
-                os.execvp("sleep", ["sleep", argument])
+                os.execvp("sleep", ["sleep", argument])  # noqa: S606
         else:
             os._exit(99)
         test.send(b"done")

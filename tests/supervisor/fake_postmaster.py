@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 
 def note(path: str, text: str) -> None:
@@ -54,9 +55,8 @@ def main() -> None:
     signal.signal(signal.SIGQUIT, lambda _number, _frame: os._exit(2))
     signal.signal(signal.SIGHUP, lambda _number, _frame: note(f"{folder}/reloaded", "yes"))
     signal.signal(signal.SIGUSR1, lambda _number, _frame: note(f"{folder}/promoted", "yes"))
-    while not os.path.exists(f"{folder}/children") and kinds:
-        time.sleep(0.001)
-    while kinds and len(open(f"{folder}/children").read().split()) < len(kinds):
+    noted = Path(folder, "children")
+    while kinds and not (noted.exists() and len(noted.read_text().split()) == len(kinds)):
         time.sleep(0.001)
     note(f"{folder}/ready", f"uid={os.getuid()} gid={os.getgid()} groups={os.getgroups()} sid={os.getsid(0)}")
     while True:

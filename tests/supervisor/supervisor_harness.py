@@ -21,7 +21,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 FOLDER = Path(__file__).parent
 DEADLINE_S = 10.0
@@ -45,11 +47,17 @@ def until(what: str, condition: Callable[[], T | None], deadline_s: float = DEAD
         time.sleep(0.005)
 
 
+def state_of(pid: int) -> str:
+    """The state letter of /proc/PID/stat; X if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
 def is_alive(pid: int) -> bool:
     """Whether a process is there and no zombie."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
+    return state_of(pid) not in "ZX"
 
 
 def processes_of_run(run: str) -> list[int]:
@@ -159,10 +167,17 @@ class Harness:
             process.kill()
             process.wait()
         # What the fence left would be a bug; here it only must not outlive the test.
-        until("all gone", lambda: not [os.kill(pid, signal.SIGKILL) for pid in processes_of_run(self.run)])
+        until("all gone", self._kill_all)
         if kind is not None:
             sys.stderr.write(self._log_path.read_text())
         shutil.rmtree(self.folder)
+
+    def _kill_all(self) -> bool:
+        left = self.living()
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not left
 
     @property
     def supervisor(self) -> subprocess.Popen[bytes]:

@@ -6,7 +6,7 @@ import signal
 import socket
 
 import pytest
-from supervisor_harness import agent_and_harness, is_alive, now_s, until
+from supervisor_harness import agent_and_harness, is_alive, now_s, state_of, until
 
 from instance_manager.supervisor.supervisor import Backoff
 
@@ -92,6 +92,7 @@ def test_messages_that_a_dead_agent_left_in_its_socket_have_no_effect() -> None:
     with agent_and_harness() as (harness, agent):
         hard_s = agent.permit(epoch=1, hard_s=3)
         os.kill(harness.supervisor.pid, signal.SIGSTOP)
+        until("it is stopped", lambda: state_of(harness.supervisor.pid) == "T")
         agent.send(type="permit", epoch=2, soft=hard_s + 3, hard=hard_s + 3)
         os.kill(agent.pid, signal.SIGKILL)
         until("it is dead", lambda: not is_alive(agent.pid))

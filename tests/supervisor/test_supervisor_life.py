@@ -152,7 +152,6 @@ def test_the_lock_is_held_until_the_supervisor_and_every_postgres_process_are_go
             assert is_alive(child)
             assert not lock_is_free(harness.lock_file)
             os.kill(child, signal.SIGKILL)
-            until("it is dead", lambda child=child: not is_alive(child))
         until("the lock is free", lambda: lock_is_free(harness.lock_file), 2)
 
 

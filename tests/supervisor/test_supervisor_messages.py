@@ -107,7 +107,6 @@ _fields = st.dictionaries(
 def test_nothing_that_arrives_raises_anything_but_its_own_error(datagram: bytes) -> None:
     try:
         message = parse(datagram)
-    except MessageError as error:
-        assert str(error)
-    else:
-        assert message.id is None or isinstance(message.id, int)
+    except MessageError:
+        return
+    assert message.id is None or isinstance(message.id, int)

@@ -34,12 +34,22 @@ def template() -> Iterator[Path]:
     """A fresh data directory, to be copied."""
     folder = Path(tempfile.mkdtemp(prefix="supervisor-test-"))
     os.chown(folder, POSTGRES_USER.pw_uid, POSTGRES_USER.pw_gid)
-    command = [BIN / "initdb", "-D", folder / "data", "-A", "trust", "-U", "postgres", "--no-sync", "--no-instructions"]
+    command = [
+        str(BIN / "initdb"),
+        "-D",
+        str(folder / "data"),
+        "-A",
+        "trust",
+        "-U",
+        "postgres",
+        "--no-sync",
+        "--no-instructions",
+    ]
     subprocess.run(
         command, user="postgres", group="postgres", extra_groups=[], check=True, capture_output=True, cwd="/"
     )
     with (folder / "data" / "postgresql.conf").open("a") as configuration:
-        configuration.write("fsync = off\nlisten_addresses = ''\nshared_buffers = 8MB\nmax_connections = 20\n")
+        configuration.write("fsync = off\nlisten_addresses = ''\nshared_buffers = 8MB\n")
     yield folder / "data"
     shutil.rmtree(folder)
 
@@ -156,7 +166,7 @@ def test_when_the_postmaster_is_killed_busy_and_stopped_backends_die_with_it(tem
         assert not any(map(is_alive, processes))
         assert now_s() - killed_s < 1.0
         assert (event["signal"], event["reason"]) == (signal.SIGKILL, "exit")
-        assert event["remaining_killed"] >= len(processes) - 2
+        assert event["remaining_killed"] >= 2, "the busy and the stopped one; the others may have noticed themselves"
 
 
 def test_postgres_serves_on_while_agents_come_and_go(template: Path) -> None:
