@@ -29,9 +29,9 @@ from typing import TypeVar
 import msgspec
 
 from instance_manager.codec import from_json, to_json
-from instance_manager.coordination.threads import Attempt, Threads, TooManyCalls, monotonic_s
 from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
 from instance_manager.ports import Conflict, OutcomeUnknown, RecordUnreadable, StoreUnavailable
+from instance_manager.threads import Attempt, Threads, TooManyCalls, monotonic_s
 
 T = TypeVar("T")
 

@@ -1,0 +1,145 @@
+"""Calls to the other instances: one question, one answer, one deadline. How a call failed tells what is known.
+
+Nothing is retried. A refused connection says at once that nobody listens; silence says nothing but that time passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import aiohttp
+
+from instance_manager.config import MemberSection
+from instance_manager.http.token import PeerToken
+
+ANSWER_BYTES_MAX = 1024 * 1024
+ERROR_TEXT_MAX = 1000
+CONNECT_TIMEOUT_S = 1.0
+KEEPALIVE_S = 30.0
+CONNECTIONS_PER_PEER_MAX = 8
+
+
+class PeerError(Exception):
+    """Base of how a call to a peer can fail."""
+
+
+class PeerRefused(PeerError):
+    """The connection was refused: the peer's machine answers, but no agent listens there."""
+
+
+class PeerSilent(PeerError):
+    """No answer in time, or the way there is cut, or the connection broke: nothing is known."""
+
+
+class PeerRejected(PeerError):
+    """The peer's agent answered, and not with what was asked for."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"{status}: {text}")
+        self.status = status
+        self.text = text
+
+
+class PeerClient:
+    """Asks the members by name. To be closed in the loop that called; also an async context manager.
+
+    TokenUnusable when the file cannot be used.
+    """
+
+    def __init__(self, members: Iterable[MemberSection], token_file: Path) -> None:
+        self._members = {member.name: member for member in members}
+        self._token = PeerToken(token_file)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> PeerClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every kept connection."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(
+                limit=0, limit_per_host=CONNECTIONS_PER_PEER_MAX, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=10
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+        return self._session
+
+    async def call(self, name: str, call: str, body: bytes, *, deadline_s: float) -> bytes:
+        """The answer of the member `name`; PeerRefused, PeerSilent or PeerRejected; KeyError: no such member."""
+        member = self._members[name]
+        session = self._open_session()
+        ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                return await self._ask(session, member, call, body)
+        except aiohttp.ClientConnectorError as error:
+            if isinstance(error.os_error, ConnectionRefusedError):
+                raise PeerRefused(f"{name}: {member.host}:{member.http_port} refused the connection") from error
+            raise PeerSilent(f"{name}: {error.os_error.strerror or error.os_error}") from error
+        except TimeoutError as error:
+            raise PeerSilent(f"{name}: no answer within {deadline_s:g} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            # A kept connection breaks when its agent dies: is anybody listening now?
+            if await _is_refused(member, ends_s):
+                raise PeerRefused(f"{name}: the connection broke, and a new one was refused") from error
+            raise PeerSilent(f"{name}: {type(error).__name__} {error}") from error
+
+    async def _ask(self, session: aiohttp.ClientSession, member: MemberSection, call: str, body: bytes) -> bytes:
+        host = f"[{member.host}]" if ":" in member.host else member.host
+        async with session.post(
+            f"http://{host}:{member.http_port}/peer/{call}",
+            data=body,
+            headers={"Authorization": self._token.bearer, "Content-Type": "application/json"},
+            allow_redirects=False,
+        ) as response:
+            answer = await _read_bounded(response)
+            if response.status == 401:
+                await self._token.read_again()
+            if response.status != 200:
+                raise PeerRejected(response.status, answer[:ERROR_TEXT_MAX].decode("utf-8", "replace"))
+            return answer
+
+
+async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
+    pieces, size = [], 0
+    async for piece in response.content.iter_any():
+        pieces.append(piece)
+        size += len(piece)
+        if size > ANSWER_BYTES_MAX:
+            response.close()
+            raise PeerRejected(response.status, f"the answer is longer than {ANSWER_BYTES_MAX} bytes")
+    return b"".join(pieces)
+
+
+async def _is_refused(member: MemberSection, ends_s: float) -> bool:
+    left_s = min(ends_s - time.clock_gettime(time.CLOCK_BOOTTIME), CONNECT_TIMEOUT_S)
+    try:
+        async with asyncio.timeout(max(left_s, 0)):
+            _, writer = await asyncio.open_connection(member.host, member.http_port)
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return False

@@ -1,0 +1,56 @@
+"""What the HTTP surface needs of the instance, and the errors that cross it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from instance_manager.status import ClusterStatus, Probes
+
+
+class UnknownCall(Exception):
+    """No such peer call or control verb: 404."""
+
+
+class MalformedCall(Exception):
+    """The body or an argument is not what the call takes; the text says what it takes: 400."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlProgress:
+    """One line for the user while a verb is at work."""
+
+    progress: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlResult:
+    """How a verb ended: what happened, in words, and the state after it."""
+
+    ok: bool
+    message: str
+    status: ClusterStatus | None = None
+
+
+class InstanceService(Protocol):
+    """The instance, as the HTTP surface sees it."""
+
+    def probes(self) -> Probes:
+        """The latest snapshot, at once: no Postgres, no disk."""
+        ...
+
+    def status(self) -> ClusterStatus:
+        """All that is known, at once: no Postgres, no disk."""
+        ...
+
+    async def answer_peer(self, call: str, body: bytes) -> bytes:
+        """Answer another instance. Raises UnknownCall or MalformedCall."""
+        ...
+
+    def control(self, verb: str, arguments: dict[str, object]) -> AsyncIterator[ControlProgress | ControlResult]:
+        """Carry out a user's verb; the last item is the ControlResult. An async generator function fits.
+
+        Raises UnknownCall or MalformedCall before the first item. It is run to its end even if the user goes away.
+        """
+        ...
