@@ -1,0 +1,162 @@
+"""pg_hba.conf and pg_ident.conf: who may log in, and from where.
+
+Two states. *Closed*: the agent over the Unix socket, and the members' replication. *Open*: applications too. A server
+starts closed, and is opened when its role and its quorum allow (P8: after a crash it shows rows that no standby has).
+
+The first line that matches decides, so our lines come first: a user's line can add access, and never lends the
+superuser or the replication user to anybody.
+"""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from instance_manager.postgres.configuration import HEADER
+
+AGENT_MAP = "instance_manager"
+REPLICATION_ROLE = "streaming_replica"
+MONITORING_ROLE = "instance_manager_monitor"
+
+_USER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
+_TYPES = frozenset({"local", "host", "hostssl", "hostnossl", "hostgssenc", "hostnogssenc"})
+_METHODS = frozenset({"scram-sha-256", "cert", "reject", "gss", "ldap", "radius", "pam", "oauth", "peer"})
+_TOKEN = re.compile(r'"[^"\x00-\x1f]*"|[^\s"#]+')
+_OPTION = re.compile(r"[a-z_]+=.+")
+
+
+class Access(enum.Enum):
+    """Who is let in."""
+
+    CLOSED = "closed"
+    """The agent, as superuser or for monitoring, and replication by members."""
+    OPEN = "open"
+    """Applications too, and monitoring from outside."""
+
+
+class AccessLineRefused(ValueError):
+    """A user's line of pg_hba.conf that is malformed or would give away what is ours; says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessSettings:
+    """Everything that pg_hba.conf is made of."""
+
+    superuser: str = "postgres"
+    replication_networks: Sequence[str] = ()
+    """Networks (CIDR) or host names of the members; empty: from anywhere, by password."""
+    application_networks: Sequence[str] = ()
+    """Networks from which any role with a password may log in."""
+    lines: Sequence[str] = field(default=())
+    """The user's own lines, before the ones for `application_networks`."""
+    require_tls: bool = False
+
+
+def render_hba(settings: AccessSettings, access: Access) -> str:
+    """The text of pg_hba.conf. AccessLineRefused: a user's line; ValueError: a network."""
+    superuser = _quoted(settings.superuser)
+    replication = _quoted(REPLICATION_ROLE)
+    host = "hostssl" if settings.require_tls else "host"
+    lines = [
+        f"local all {superuser} peer map={AGENT_MAP}",
+        f"local replication {superuser} peer map={AGENT_MAP}",
+        f"local all {_quoted(MONITORING_ROLE)} peer map={AGENT_MAP}",
+        f"host all {superuser} all reject",
+        f"host replication {superuser} all reject",
+    ]
+    for network in _networks(settings.replication_networks) or ("all",):
+        # pg_rewind is an ordinary connection, to the database postgres.
+        lines.append(f"{host} replication,postgres {replication} {network} scram-sha-256")
+    lines += [
+        f"local all,replication {replication} reject",
+        f"host all {replication} all reject",
+        f"host replication {replication} all reject",
+    ]
+    users = [check_line(line) for line in settings.lines]
+    networks = _networks(settings.application_networks)
+    if access is Access.OPEN:
+        lines += users
+        lines.append("local all all scram-sha-256")
+        lines += [f"{host} all all {network} scram-sha-256" for network in networks]
+    return HEADER + "".join(f"{line}\n" for line in lines)
+
+
+def render_ident(*, agent_os_user: str, superuser: str = "postgres") -> str:
+    """The text of pg_ident.conf: the agent's operating system user may be the superuser and the monitoring role.
+
+    ValueError: a strange name of a user. Postgres's own operating system user is not let in, unless it is the agent's.
+    """
+    if _USER_NAME.fullmatch(agent_os_user) is None:
+        raise ValueError(f"strange name of an operating system user: {agent_os_user!r}")
+    return HEADER + "".join(f'{AGENT_MAP} "{agent_os_user}" {_quoted(role)}\n' for role in (superuser, MONITORING_ROLE))
+
+
+def check_line(line: str) -> str:
+    """A user's line of pg_hba.conf, with single blanks; AccessLineRefused for what must not be in the file.
+
+    Allowed: the usual types and methods with a password, a certificate or a directory service. Refused: `trust`,
+    `password`, `md5` and `ident` (they let in without proof, or with a password that travels or is stored weakly),
+    replication (walsenders count as copies: P7), inclusions, and more than one line.
+    """
+    if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", line) is not None:
+        raise AccessLineRefused(f"not one line of pg_hba.conf: {line[:200]!r}")
+    bare = line.strip()
+    tokens = _TOKEN.findall(bare)
+    if "".join(tokens) != re.sub(r"\s+", "", bare) and not any('"' in token for token in tokens):
+        raise AccessLineRefused(f"comments and odd quotes are not allowed: {bare!r}")
+    if bare.count('"') % 2 or "#" in re.sub(r'"[^"]*"', "", bare) or bare.endswith("\\") or "@" in bare:
+        raise AccessLineRefused(f"comments, odd quotes, continuation and @ files are not allowed: {bare!r}")
+    if not tokens or tokens[0] not in _TYPES:
+        raise AccessLineRefused(f"must begin with one of {', '.join(sorted(_TYPES))}: {bare!r}")
+    address_count = 0 if tokens[0] == "local" else 1
+    rest = tokens[3:]
+    if address_count and len(rest) > 2 and _is_address(rest[1]):
+        # Address and mask in two columns.
+        address_count = 2
+    if len(rest) <= address_count:
+        raise AccessLineRefused(f"type, database, user, address and method are needed: {bare!r}")
+    method, *options = rest[address_count:]
+    if method not in _METHODS:
+        raise AccessLineRefused(f"method {method!r} is not allowed, only {', '.join(sorted(_METHODS))}: {bare!r}")
+    if any(_OPTION.fullmatch(option.strip('"')) is None for option in options):
+        raise AccessLineRefused(f"options are written name=value: {bare!r}")
+    if any(option.strip('"') == f"map={AGENT_MAP}" for option in options):
+        raise AccessLineRefused(f"the map {AGENT_MAP} is the instance manager's: {bare!r}")
+    databases = tokens[1].split(",")
+    if any(database.strip('"').lower() == "replication" for database in databases):
+        raise AccessLineRefused(f"replication is for members only (a walsender counts as a copy): {bare!r}")
+    return " ".join(tokens)
+
+
+def _networks(networks: Iterable[str]) -> tuple[str, ...]:
+    """Checked and in one form: a CIDR network, or a host name."""
+    found = []
+    for each in networks:
+        try:
+            found.append(str(ipaddress.ip_network(each, strict=False)))
+        except ValueError:
+            if re.fullmatch(r"\.?[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?", each) is None or each.lower() in (
+                "all",
+                "samehost",
+                "samenet",
+            ):
+                raise ValueError(f"neither a network nor a host name: {each!r}") from None
+            found.append(each)
+    return tuple(dict.fromkeys(found))
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _quoted(name: str) -> str:
+    if _USER_NAME.fullmatch(name) is None:
+        raise ValueError(f"strange name of a role: {name!r}")
+    return f'"{name}"'
