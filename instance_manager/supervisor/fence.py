@@ -48,8 +48,8 @@ Select = Callable[[Table], list[Process]]
 class FenceResult(NamedTuple):
     """What a fence did."""
 
-    killed: int
-    """Processes killed besides the postmaster."""
+    killed: frozenset[tuple[int, int]]
+    """Processes killed besides the postmaster, as (pid, start_ticks)."""
     dying: tuple[Process, ...]
     """Still there, but can only die: killed and in uninterruptible sleep, or exiting. They execute no user code."""
     running: tuple[Process, ...]
@@ -197,5 +197,5 @@ def kill_all(select: Select, budget_s: float, postmaster: Child | None = None) -
         running = tuple(process for process in left if not can_only_die(process))
         if not left or took_s >= budget_s or (not running and took_s >= _DYING_PATIENCE_S):
             dying = tuple(process for process in left if process not in running and is_left(process))
-            return FenceResult(len(killed), dying, running, took_s)
+            return FenceResult(frozenset(killed), dying, running, took_s)
         time.sleep(_SCAN_PAUSE_S)

@@ -105,7 +105,7 @@ class Postgres:
         self.mode: Mode = mode
         self.started_s = started_s
         self.reason = "exit"
-        self.killed = 0
+        self.killed: frozenset[tuple[int, int]] = frozenset()
         self.fenced = False
 
 
@@ -302,7 +302,7 @@ class Supervisor:
             "exit_code": code if code >= 0 else None,
             "signal": -code if code < 0 else None,
             "reason": postgres.reason,
-            "remaining_killed": postgres.killed,
+            "remaining_killed": len(postgres.killed),
         }
         self._log.info("postgres_exited", **event, exec_error=exec_error)
         self._send({"type": "postgres_exited", **event})
@@ -557,10 +557,12 @@ class Supervisor:
             self._options.kill_budget_s,
             postgres.child,
         )
-        if result.killed or not postgres.fenced:
-            self._log.info("postgres_killed", killed=result.killed, dying=result.dying, took_s=round(result.took_s, 4))
+        if not result.killed <= postgres.killed or not postgres.fenced:
+            self._log.info(
+                "postgres_killed", killed=len(result.killed), dying=result.dying, took_s=round(result.took_s, 4)
+            )
         postgres.fenced = True
-        postgres.killed += result.killed
+        postgres.killed |= result.killed
         self._dying += tuple(p for p in result.dying if p not in self._dying and p.pid != postgres.child.pid)
         if result.running:
             raise FenceIncompleteError(str(result.running))

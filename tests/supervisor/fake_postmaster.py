@@ -1,7 +1,8 @@
 """A stand-in for Postgres: a parent with children in sessions of their own, as a postmaster's backends are.
 
 argv: FOLDER CHILD... where each child is one of `plain`, `stubborn` (ignores SIGTERM and what else it can), `stopped`
-(SIGSTOPs itself), `busy` (appends the time to FOLDER/commits all the time), `orphan` (a grandchild whose parent exits).
+(SIGSTOPs itself), `busy` (appends the time to FOLDER/commits all the time), `orphan` (a grandchild whose parent exits),
+`write=PATH` (creates that file).
 Writes FOLDER/pids when all are there. SIGINT and SIGTERM: an orderly end, code 0. SIGUSR1 is noted in FOLDER/promoted.
 """
 
@@ -29,6 +30,8 @@ def backend(folder: str, kind: str) -> None:
     note(f"{folder}/children", f"{os.getpid()}\n")
     if kind == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if kind.startswith("write="):
+        note(kind.removeprefix("write="), "written")
     while kind == "busy":
         note(f"{folder}/commits", f"{time.clock_gettime(time.CLOCK_BOOTTIME)}\n")
         time.sleep(0.001)

@@ -105,6 +105,10 @@ class FakeAgent:
             assert now_s() < end_s, f"no {wanted}, only {self._unread}"
             self._unread.append(json.loads(self.socket.recv(65536)))
 
+    def has(self, kind: str, **fields: object) -> bool:
+        """Whether such a message came among those read so far."""
+        return any({"type": kind, **fields}.items() <= message.items() for message in self._unread)
+
     def request(self, kind: str, **fields: object) -> dict[str, Any]:
         """Send a message and return the reply to it."""
         self._next_id += 1

@@ -6,7 +6,7 @@ import signal
 import socket
 
 import pytest
-from supervisor_harness import agent_and_harness, is_alive, now_s, state_of, until
+from supervisor_harness import agent_and_harness, is_alive, now_s, until
 
 from instance_manager.supervisor.supervisor import Backoff
 
@@ -86,18 +86,6 @@ def test_late_messages_over_a_dead_agents_socket_have_no_effect() -> None:
         event = second.expect("postgres_exited", pid=postgres.pid)
         assert event["reason"] == "fenced"
         assert now_s() < second.hello["permit"]["hard"] + 1
-
-
-def test_messages_that_a_dead_agent_left_in_its_socket_have_no_effect() -> None:
-    with agent_and_harness() as (harness, agent):
-        hard_s = agent.permit(epoch=1, hard_s=3)
-        os.kill(harness.supervisor.pid, signal.SIGSTOP)
-        until("it is stopped", lambda: state_of(harness.supervisor.pid) == "T")
-        agent.send(type="permit", epoch=2, soft=hard_s + 3, hard=hard_s + 3)
-        os.kill(agent.pid, signal.SIGKILL)
-        until("it is dead", lambda: not is_alive(agent.pid))
-        os.kill(harness.supervisor.pid, signal.SIGCONT)
-        assert harness.agent().hello["permit"]["epoch"] == 1
 
 
 def test_an_agent_that_reads_nothing_is_replaced_and_never_holds_up_the_supervisor() -> None:

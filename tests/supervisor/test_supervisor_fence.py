@@ -1,10 +1,15 @@
 """No read-write Postgres without a permit, and none of its processes after it."""
 
+import contextlib
 import os
 import signal
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
-from supervisor_harness import agent_and_harness, is_alive, lock_is_free, now_s, until
+from supervisor_harness import Harness, agent_and_harness, is_alive, lock_is_free, now_s, state_of, until
+
+from instance_manager.supervisor.exit_codes import ExitCode
 
 KILL_WITHIN_S = 1.0
 
@@ -58,7 +63,7 @@ def test_a_standby_needs_no_permit() -> None:
 
 def test_at_hard_everything_is_killed_even_what_is_stopped_stubborn_or_orphaned() -> None:
     with agent_and_harness() as (harness, agent):
-        hard_s = agent.permit(epoch=1, hard_s=1.5)
+        hard_s = agent.permit(epoch=1, hard_s=2.0)
         kinds = ("plain", "stubborn", "stopped", "busy", "orphan", "stubborn", "busy")
         postgres = harness.start_postgres(agent, "read_write", *kinds, epoch=1)
         assert len(postgres.alive()) == len(kinds) + 1
@@ -74,7 +79,7 @@ def test_at_hard_everything_is_killed_even_what_is_stopped_stubborn_or_orphaned(
 
 def test_at_hard_nobody_is_asked_even_if_the_agent_is_frozen() -> None:
     with agent_and_harness("--heartbeat-timeout-s", "30") as (harness, agent):
-        hard_s = agent.permit(epoch=1, hard_s=0.8)
+        hard_s = agent.permit(epoch=1, hard_s=1.2)
         postgres = harness.start_postgres(agent, "read_write", "busy", epoch=1)
         os.kill(agent.pid, signal.SIGSTOP)
         until("all are dead", lambda: not postgres.alive())
@@ -84,7 +89,7 @@ def test_at_hard_nobody_is_asked_even_if_the_agent_is_frozen() -> None:
 
 def test_an_extended_permit_keeps_postgres_running() -> None:
     with agent_and_harness() as (harness, agent):
-        first_hard_s = agent.permit(epoch=1, hard_s=0.8)
+        first_hard_s = agent.permit(epoch=1, hard_s=1.2)
         postgres = harness.start_postgres(agent, "read_write", epoch=1)
         agent.permit(epoch=1, hard_s=7)
         until("the first deadline passed", lambda: now_s() > first_hard_s + 0.2)
@@ -103,7 +108,7 @@ def test_an_absurd_deadline_is_capped_at_the_command_lines_limit() -> None:
 
 def test_garbage_and_refused_permits_keep_the_old_deadline() -> None:
     with agent_and_harness() as (harness, agent):
-        hard_s = agent.permit(epoch=3, hard_s=0.8)
+        hard_s = agent.permit(epoch=3, hard_s=1.2)
         postgres = harness.start_postgres(agent, "read_write", "busy", epoch=3)
         late = {"soft": hard_s + 5, "hard": hard_s + 6}
         agent.socket.send(b"\xff\x00 garbage")
@@ -120,7 +125,7 @@ def test_garbage_and_refused_permits_keep_the_old_deadline() -> None:
 
 def test_the_end_of_the_link_keeps_the_old_deadline() -> None:
     with agent_and_harness("--heartbeat-timeout-s", "30") as (harness, agent):
-        hard_s = agent.permit(epoch=1, hard_s=0.8)
+        hard_s = agent.permit(epoch=1, hard_s=1.2)
         postgres = harness.start_postgres(agent, "read_write", "busy", epoch=1)
         agent.command("close")
         agent.socket.close()
@@ -237,6 +242,58 @@ def test_a_lock_that_postgres_inherited_does_not_go_to_the_agent() -> None:
         assert not lock_is_free(harness.lock_file)
         holders = {pid for pid in (harness.supervisor.pid, postgres.pid, agent.pid) if holds(pid, harness.lock_file)}
         assert holders == {harness.supervisor.pid, postgres.pid}
+
+
+@contextlib.contextmanager
+def filesystem(folder: Path) -> Iterator[Path]:
+    """A small filesystem of its own, writable for all, that may be left frozen."""
+    image, mounted = folder / "image", folder / "mounted"
+    mounted.mkdir()
+    with image.open("wb") as file:
+        file.truncate(4 << 20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(mounted)], check=True)
+    try:
+        mounted.chmod(0o777)
+        yield mounted
+    finally:
+        subprocess.run(["fsfreeze", "-u", str(mounted)], check=False, stderr=subprocess.DEVNULL)
+        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+def test_a_killed_process_in_uninterruptible_sleep_completes_the_fence_but_blocks_the_next_start() -> None:
+    with agent_and_harness() as (harness, agent), filesystem(harness.folder) as mounted:
+        subprocess.run(["fsfreeze", "-f", str(mounted)], check=True)
+        postgres = harness.start_postgres(agent, "standby", f"write={mounted}/file", "plain")
+        [stuck] = until("one hangs", lambda: [pid for pid in postgres.children if state_of(pid) == "D"])
+        agent.send(type="kill", id=1000)
+        event = agent.expect("postgres_exited", reason="killed")
+        assert event["remaining_killed"] == 2
+        assert postgres.alive() == [stuck]
+        assert [process[0] for process in harness.log("postgres_killed")[0]["dying"]] == [stuck]
+        argv = postgres.argv(harness.folder)
+        assert "is left" in agent.refused("start", mode="standby", epoch=None, argv=argv, env={})
+        assert not agent.has("reply", id=1000)
+        subprocess.run(["fsfreeze", "-u", str(mounted)], check=True)
+        assert agent.expect("reply", id=1000)["ok"]
+        assert postgres.alive() == []
+        harness.start_postgres(agent, "standby")
+
+
+def test_a_fence_that_cannot_be_completed_ends_the_supervisor_itself() -> None:
+    # No process can be made to survive SIGKILL, so here the supervisor takes every one that it still sees for running.
+    blind = (
+        "import instance_manager.supervisor.fence as f, instance_manager.supervisor.__main__ as m, os;"
+        "f.can_only_die = lambda process: False; os._exit(m.main())"
+    )
+    with Harness("--kill-budget-s", "0.000001", start=False) as harness:
+        harness.start(program=("-c", blind))
+        agent = harness.agent()
+        postgres = harness.start_postgres(agent, "standby", "stopped", "stubborn")
+        agent.send(type="kill", id=1)
+        assert harness.exit_code() == ExitCode.FENCE_INCOMPLETE
+        until("what it saw is dead", lambda: postgres.alive() == [])
+        assert harness.log("fence_incomplete")
 
 
 def holds(pid: int, path: Path) -> bool:

@@ -211,7 +211,7 @@ UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 def test_as_pid_1_of_a_namespace_it_does_all_it_does_elsewhere() -> None:
     with Harness(wrapper=UNSHARE) as harness:
         agent = harness.agent()
-        hard_s = agent.permit(epoch=1, hard_s=1.0)
+        hard_s = agent.permit(epoch=1, hard_s=1.5)
         postgres = harness.start_postgres(agent, "read_write", "busy", "stopped", "orphan", epoch=1)
         agent.command("daemonise 0.01")
         event = agent.expect("postgres_exited", reason="fenced")
