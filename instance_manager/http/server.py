@@ -49,22 +49,21 @@ async def serve(service: InstanceService, configuration: Configuration) -> Async
     token = PeerToken(configuration.secrets.peer_token)
     timings = configuration.timings
     peer_deadline_s = timings.promise_timeout_s + timings.request_timeout_s + 1.0
+    public = web.AppRunner(
+        public_application(service, token, peer_deadline_s=peer_deadline_s),
+        access_log=None,
+        keepalive_timeout=KEEPALIVE_S,
+        shutdown_timeout=SHUTDOWN_S,
+    )
+    control = web.AppRunner(control_application(service), access_log=None, shutdown_timeout=SHUTDOWN_S)
     async with contextlib.AsyncExitStack() as stack:
-        public = web.AppRunner(
-            public_application(service, token, peer_deadline_s=peer_deadline_s),
-            access_log=None,
-            keepalive_timeout=KEEPALIVE_S,
-            shutdown_timeout=SHUTDOWN_S,
-        )
-        control = web.AppRunner(control_application(service), access_log=None, shutdown_timeout=SHUTDOWN_S)
-        for runner in (public, control):
-            await runner.setup()
-            stack.push_async_callback(runner.cleanup)
         tcp_socket = _listen_on_tcp(configuration)
         stack.callback(tcp_socket.close)
-        await web.SockSite(public, tcp_socket, backlog=BACKLOG).start()
         unix_socket = stack.enter_context(_unix_socket(configuration.control_socket))
-        await web.SockSite(control, unix_socket, backlog=BACKLOG).start()
+        for runner, listener in ((public, tcp_socket), (control, unix_socket)):
+            await runner.setup()
+            stack.push_async_callback(runner.cleanup)
+            await web.SockSite(runner, listener, backlog=BACKLOG).start()
         yield
 
 

@@ -1,0 +1,91 @@
+# ruff: noqa: ASYNC240
+"""The peers' route: only with the token, bounded in size and time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import pytest
+from http_harness import TOKEN, FakeService
+
+from instance_manager.config import Configuration
+from instance_manager.core.timing import Timings
+from instance_manager.http import token
+from instance_manager.http.server import serve
+
+KNOWN = {"Authorization": f"Bearer {TOKEN}"}
+
+
+async def test_a_peer_with_the_token_is_answered(client: aiohttp.ClientSession) -> None:
+    async with client.post("/peer/echo", data=b'{"a":1}', headers=KNOWN) as response:
+        assert (response.status, await response.read()) == (200, b'{"a":1}')
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer wrong-token-wrong-token"},
+        {"Authorization": TOKEN},
+        {"Authorization": f"Basic {TOKEN}"},
+        {"Authorization": f"Bearer {TOKEN}x"},
+        {"Authorization": "Bearer "},
+        {"Authorization": "Bearer \xe9"},
+    ],
+)
+async def test_without_the_right_token_nothing_is_asked_of_the_instance(
+    client: aiohttp.ClientSession, headers: dict[str, str]
+) -> None:
+    async with client.post("/peer/break", data=b"{}", headers=headers) as response:
+        assert response.status == 401
+        assert TOKEN not in await response.text()
+
+
+async def test_a_peer_route_is_not_for_get(client: aiohttp.ClientSession) -> None:
+    async with client.get("/peer/echo", headers=KNOWN) as response:
+        assert response.status == 405
+
+
+@pytest.mark.parametrize(("call", "code"), [("unheard-of", 404), ("refuse", 400), ("break", 500)])
+async def test_each_error_of_a_call_has_its_status(client: aiohttp.ClientSession, call: str, code: int) -> None:
+    async with client.post(f"/peer/{call}", data=b"{}", headers=KNOWN) as response:
+        assert response.status == code
+        assert (await response.json())["error"]
+
+
+async def test_a_body_above_64_kib_is_refused(client: aiohttp.ClientSession) -> None:
+    async with client.post("/peer/echo", data=b"x" * (64 * 1024 + 1), headers=KNOWN) as response:
+        assert response.status == 413
+    async with client.post("/peer/echo", data=b"x" * 64 * 1024, headers=KNOWN) as response:
+        assert response.status == 200
+
+
+async def test_a_call_that_takes_too_long_is_ended(configuration: Configuration) -> None:
+    quick = replace(Timings(), promise_timeout_s=-1.8, request_timeout_s=1.0)  # 1 s is added
+    hurried = msgspec.structs.replace(configuration, timings=quick)
+    async with (
+        serve(FakeService(), hurried),
+        aiohttp.ClientSession() as session,
+        session.post(f"http://127.0.0.1:{hurried.me.http_port}/peer/hang", data=b"", headers=KNOWN) as response,
+    ):
+        assert response.status == 504
+
+
+async def test_a_rotated_token_is_taken_up(
+    client: aiohttp.ClientSession, configuration: Configuration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token, "_READ_AGAIN_AFTER_S", 0.0)
+    rotated = {"Authorization": "Bearer another-token-of-good-length"}
+    Path(configuration.secrets.peer_token).write_text("short")
+    async with client.post("/peer/echo", data=b"", headers=rotated) as response:
+        assert response.status == 401
+    async with client.post("/peer/echo", data=b"", headers=KNOWN) as response:
+        assert response.status == 200
+    Path(configuration.secrets.peer_token).write_text("another-token-of-good-length\n")
+    async with client.post("/peer/echo", data=b"", headers=rotated) as response:
+        assert response.status == 200
+    async with client.post("/peer/echo", data=b"", headers=KNOWN) as response:
+        assert response.status == 401
