@@ -1,0 +1,124 @@
+"""The agent's log: one JSON object per line on standard error, or plain lines on a terminal.
+
+Schema: `ts`, `level`, `logger`, `message`, `instance`, then whatever the call gave as `extra`; `exception` where there is one.
+Writing is done by a thread: a reader that stalls costs lines, which are counted, and never the loop's time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import logging.handlers
+import queue
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import TextIO
+
+LINES_WAITING_MAX = 4096
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def extras(record: logging.LogRecord) -> dict[str, object]:
+    """What the caller gave as `extra`."""
+    return {key: value for key, value in vars(record).items() if key not in _STANDARD_ATTRIBUTES}
+
+
+class JsonFormatter(logging.Formatter):
+    """One line of JSON; a value that JSON does not know is told by its repr."""
+
+    def __init__(self, instance: str) -> None:
+        super().__init__()
+        self._instance = instance
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        written_at = datetime.fromtimestamp(record.created, UTC)
+        line: dict[str, object] = {
+            "ts": written_at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{written_at.microsecond // 1000:03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            "instance": self._instance,
+        }
+        line.update((key, value) for key, value in extras(record).items() if key not in line)
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        elif record.exc_text:
+            line["exception"] = record.exc_text
+        return json.dumps(line, default=repr, ensure_ascii=False)
+
+
+class HumanFormatter(logging.Formatter):
+    """`09:08:07.123 warning demo-1 agent: message  key=value`, in local time."""
+
+    def __init__(self, instance: str) -> None:
+        super().__init__()
+        self._instance = instance
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and an exception's own lines below it."""
+        written_at = datetime.fromtimestamp(record.created, UTC).astimezone()
+        time_of_day = f"{written_at:%H:%M:%S}.{written_at.microsecond // 1000:03d}"
+        name = record.name.removeprefix("instance_manager.")
+        pairs = "".join(f" {key}={value}" for key, value in extras(record).items())
+        line = f"{time_of_day} {record.levelname.lower():7} {self._instance} {name}: {record.getMessage()}{' ' if pairs else ''}{pairs}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        elif record.exc_text:
+            line += "\n" + record.exc_text
+        return line
+
+
+class _NeverWaiting(logging.handlers.QueueHandler):
+    """Counts what did not fit; the next line that does tells the number as `dropped_lines`."""
+
+    def __init__(self, waiting: queue.Queue[logging.LogRecord], formatter: logging.Formatter) -> None:
+        super().__init__(waiting)
+        self._lines = formatter
+        self._dropped = 0
+
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        """Formatted here: what the arguments point to may have changed by the time it is written."""
+        if self._dropped:
+            record.dropped_lines = self._dropped
+        return logging.makeLogRecord({"msg": self._lines.format(record), "levelno": record.levelno})
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Without waiting."""
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self._dropped += 1
+        else:
+            self._dropped = 0
+
+
+@contextlib.contextmanager
+def logging_to(instance: str, level: str, stream: TextIO | None = None) -> Iterator[None]:
+    """Log everything of this process at `level` or above until the block is left."""
+    target = stream if stream is not None else sys.stderr
+    formatter = HumanFormatter(instance) if target.isatty() else JsonFormatter(instance)
+    waiting: queue.Queue[logging.LogRecord] = queue.Queue(LINES_WAITING_MAX)
+    writer = logging.StreamHandler(target)
+    listener = logging.handlers.QueueListener(waiting, writer)
+    handler = _NeverWaiting(waiting, formatter)
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    listener.start()
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before)
+        logging.captureWarnings(False)
+        # A stalled reader must not hold up the end; the listener's thread is a daemon.
+        with contextlib.suppress(queue.Full):
+            waiting.put_nowait(listener._sentinel)  # type: ignore[attr-defined]
+        thread = listener._thread
+        if thread is not None:
+            thread.join(1.0)
