@@ -21,8 +21,10 @@ _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", 
 
 
 def extras(record: logging.LogRecord) -> dict[str, object]:
-    """What the caller gave as `extra`."""
-    return {key: value for key, value in vars(record).items() if key not in _STANDARD_ATTRIBUTES}
+    """What the caller gave as `extra`; a dict under `fields` is laid flat, for names that logging keeps for itself."""
+    given = {key: value for key, value in vars(record).items() if key not in _STANDARD_ATTRIBUTES}
+    fields = given.pop("fields", None)
+    return {**given, **fields} if isinstance(fields, dict) else given
 
 
 class JsonFormatter(logging.Formatter):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 
-def now_rfc3339() -> str:
+def timestamp() -> str:
     """Now in UTC with six digits of the second, as Kubernetes writes a MicroTime: `2025-01-31T09:08:07.000012Z`."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # noqa: TID251
 
 
-def now_local_time() -> str:
+def local_time() -> str:
     """Now on the user's wall, `09:08:07`, for a view that refreshes."""
     return datetime.now().astimezone().strftime("%H:%M:%S")  # noqa: TID251

@@ -15,34 +15,15 @@ from types import TracebackType
 import aiohttp
 
 from instance_manager.config import MemberSection
+from instance_manager.http.ports import DEADLINE_HEADER
 from instance_manager.http.token import PeerToken
+from instance_manager.ports import PeerRefused, PeerRejected, PeerSilent
 
 ANSWER_BYTES_MAX = 1024 * 1024
 ERROR_TEXT_MAX = 1000
 CONNECT_TIMEOUT_S = 1.0
 KEEPALIVE_S = 30.0
 CONNECTIONS_PER_PEER_MAX = 8
-
-
-class PeerError(Exception):
-    """Base of how a call to a peer can fail."""
-
-
-class PeerRefused(PeerError):
-    """The connection was refused: the peer's machine answers, but no agent listens there."""
-
-
-class PeerSilent(PeerError):
-    """No answer in time, or the way there is cut, or the connection broke: nothing is known."""
-
-
-class PeerRejected(PeerError):
-    """The peer's agent answered, and not with what was asked for."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(f"{status}: {text}")
-        self.status = status
-        self.text = text
 
 
 class PeerClient:
@@ -84,13 +65,16 @@ class PeerClient:
         return self._session
 
     async def call(self, name: str, call: str, body: bytes, *, deadline_s: float) -> bytes:
-        """The answer of the member `name`; PeerRefused, PeerSilent or PeerRejected; KeyError: no such member."""
+        """The answer of the member `name`; PeerRefused, PeerSilent or PeerRejected; KeyError: no such member.
+
+        The peer is told the deadline, and works no longer than it is waited for.
+        """
         member = self._members[name]
         session = self._open_session()
         ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
         try:
             async with asyncio.timeout(deadline_s):
-                return await self._ask(session, member, call, body)
+                return await self._ask(session, member, call, body, deadline_s)
         except aiohttp.ClientConnectorError as error:
             if isinstance(error.os_error, ConnectionRefusedError):
                 raise PeerRefused(f"{name}: {member.host}:{member.http_port} refused the connection") from error
@@ -103,12 +87,18 @@ class PeerClient:
                 raise PeerRefused(f"{name}: the connection broke, and a new one was refused") from error
             raise PeerSilent(f"{name}: {type(error).__name__} {error}") from error
 
-    async def _ask(self, session: aiohttp.ClientSession, member: MemberSection, call: str, body: bytes) -> bytes:
+    async def _ask(
+        self, session: aiohttp.ClientSession, member: MemberSection, call: str, body: bytes, deadline_s: float
+    ) -> bytes:
         host = f"[{member.host}]" if ":" in member.host else member.host
         async with session.post(
             f"http://{host}:{member.http_port}/peer/{call}",
             data=body,
-            headers={"Authorization": self._token.bearer, "Content-Type": "application/json"},
+            headers={
+                "Authorization": self._token.bearer,
+                "Content-Type": "application/json",
+                DEADLINE_HEADER: f"{deadline_s:.3f}",
+            },
             allow_redirects=False,
         ) as response:
             answer = await _read_bounded(response)

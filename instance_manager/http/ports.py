@@ -8,6 +8,9 @@ from typing import Protocol
 
 from instance_manager.status import ClusterStatus, Probes
 
+DEADLINE_HEADER = "Deadline-Seconds"
+"""How long the asking peer waits for an answer."""
+
 
 class UnknownCall(Exception):
     """No such peer call or control verb: 404."""

@@ -24,7 +24,14 @@ from aiohttp import web
 from instance_manager.codec import to_json, to_plain
 from instance_manager.config import Configuration
 from instance_manager.http import probes
-from instance_manager.http.ports import ControlProgress, ControlResult, InstanceService, MalformedCall, UnknownCall
+from instance_manager.http.ports import (
+    DEADLINE_HEADER,
+    ControlProgress,
+    ControlResult,
+    InstanceService,
+    MalformedCall,
+    UnknownCall,
+)
 from instance_manager.http.token import PeerToken
 from instance_manager.status import Probes
 
@@ -33,7 +40,9 @@ PEER_REQUESTS_MAX = 64
 CONTROL_REQUESTS_MAX = 8
 CONTROL_BODY_TIMEOUT_S = 5.0
 KEEPALIVE_S = 60.0
-SHUTDOWN_S = 1.0
+SHUTDOWN_S = 0.3
+PEER_DEADLINE_DEFAULT_S = 5.0
+PEER_DEADLINE_MAX_S = 120.0
 BACKLOG = 128
 
 _log = logging.getLogger(__name__)
@@ -47,10 +56,8 @@ class ListenError(Exception):
 async def serve(service: InstanceService, configuration: Configuration) -> AsyncIterator[None]:
     """Answer until the block is left. ListenError or TokenUnusable if it cannot start."""
     token = PeerToken(configuration.secrets.peer_token)
-    timings = configuration.timings
-    peer_deadline_s = timings.promise_timeout_s + timings.request_timeout_s + 1.0
     public = web.AppRunner(
-        public_application(service, token, peer_deadline_s=peer_deadline_s),
+        public_application(service, token),
         access_log=None,
         keepalive_timeout=KEEPALIVE_S,
         shutdown_timeout=SHUTDOWN_S,
@@ -67,7 +74,7 @@ async def serve(service: InstanceService, configuration: Configuration) -> Async
         yield
 
 
-def public_application(service: InstanceService, token: PeerToken, *, peer_deadline_s: float) -> web.Application:
+def public_application(service: InstanceService, token: PeerToken) -> web.Application:
     """Probes, status and peer calls; nothing here changes what a user decides."""
     application = web.Application(client_max_size=BODY_BYTES_MAX)
     for path, probe in probes.ROUTES.items():
@@ -82,7 +89,7 @@ def public_application(service: InstanceService, token: PeerToken, *, peer_deadl
 
     for method in ("GET", "HEAD", "OPTIONS"):
         application.router.add_route(method, "/status", status)
-    application.router.add_post("/peer/{call}", _peer_handler(service, token, peer_deadline_s))
+    application.router.add_post("/peer/{call}", _peer_handler(service, token))
     return application
 
 
@@ -118,9 +125,7 @@ def _probe_handler(
     return handle
 
 
-def _peer_handler(
-    service: InstanceService, token: PeerToken, deadline_s: float
-) -> Callable[[web.Request], Awaitable[web.Response]]:
+def _peer_handler(service: InstanceService, token: PeerToken) -> Callable[[web.Request], Awaitable[web.Response]]:
     places = asyncio.Semaphore(PEER_REQUESTS_MAX)
 
     async def handle(request: web.Request) -> web.Response:
@@ -131,7 +136,7 @@ def _peer_handler(
                 return _json_response(401, {"error": "the token of secrets.peer_token is missing or another"})
         if places.locked():
             return _json_response(503, {"error": f"{PEER_REQUESTS_MAX} peer calls are at work already"})
-        call = request.match_info["call"]
+        call, deadline_s = request.match_info["call"], _deadline_of(request)
         try:
             async with places, asyncio.timeout(deadline_s):
                 body = await request.read()
@@ -150,6 +155,15 @@ def _peer_handler(
         return web.Response(body=answer, content_type="application/json")
 
     return handle
+
+
+def _deadline_of(request: web.Request) -> float:
+    """What the peer says that it waits, within bounds."""
+    try:
+        wanted_s = float(request.headers.get(DEADLINE_HEADER, PEER_DEADLINE_DEFAULT_S))
+    except ValueError:
+        return PEER_DEADLINE_DEFAULT_S
+    return min(wanted_s, PEER_DEADLINE_MAX_S) if wanted_s > 0 else PEER_DEADLINE_DEFAULT_S
 
 
 async def _run_verb(service: InstanceService, request: web.Request) -> web.StreamResponse:

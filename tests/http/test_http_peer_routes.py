@@ -3,18 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
-import msgspec
 import pytest
-from http_harness import TOKEN, FakeService
+from http_harness import TOKEN
 
 from instance_manager.config import Configuration
-from instance_manager.core.timing import Timings
-from instance_manager.http import token
-from instance_manager.http.server import serve
+from instance_manager.http import server, token
 
 KNOWN = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -63,14 +59,21 @@ async def test_a_body_above_64_kib_is_refused(client: aiohttp.ClientSession) -> 
         assert response.status == 200
 
 
-async def test_a_call_that_takes_too_long_is_ended(configuration: Configuration) -> None:
-    quick = replace(Timings(), promise_timeout_s=-1.8, request_timeout_s=1.0)  # 1 s is added
-    hurried = msgspec.structs.replace(configuration, timings=quick)
-    async with (
-        serve(FakeService(), hurried),
-        aiohttp.ClientSession() as session,
-        session.post(f"http://127.0.0.1:{hurried.me.http_port}/peer/hang", data=b"", headers=KNOWN) as response,
-    ):
+@pytest.mark.parametrize("wait_s", ["0.2", None, "nan", "-1", "much"])
+async def test_a_call_is_ended_when_nobody_waits_for_it_any_more(
+    client: aiohttp.ClientSession, wait_s: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PEER_DEADLINE_DEFAULT_S", 0.1)
+    headers = KNOWN if wait_s is None else {**KNOWN, "Deadline-Seconds": wait_s}
+    async with client.post("/peer/hang", data=b"", headers=headers) as response:
+        assert response.status == 504
+
+
+async def test_a_peer_is_not_worked_for_longer_than_the_limit(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "PEER_DEADLINE_MAX_S", 0.1)
+    async with client.post("/peer/hang", data=b"", headers={**KNOWN, "Deadline-Seconds": "1e9"}) as response:
         assert response.status == 504
 
 

@@ -14,7 +14,8 @@ import pytest
 from http_harness import FakeService
 
 from instance_manager.config import Configuration, MemberSection
-from instance_manager.http.peers import PeerClient, PeerRefused, PeerRejected, PeerSilent
+from instance_manager.http.peers import PeerClient
+from instance_manager.ports import PeerRefused, PeerRejected, PeerSilent
 
 Behaviour = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
