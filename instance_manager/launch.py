@@ -1,0 +1,98 @@
+"""From a valid configuration to a running supervisor: directories, surroundings, and its command line."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+from instance_manager.config import Configuration
+
+HEARTBEAT_TIMEOUT_S = 3.0
+SHUTDOWN_TIMEOUT_S = 25.0
+
+
+class LaunchError(Exception):
+    """The instance cannot be started; the text says what to do."""
+
+
+def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
+    """What a valid configuration still lacks on this machine; each a sentence for the user."""
+    found = []
+    secrets = configuration.secrets
+    for key in secrets.__struct_fields__:
+        path: Path = getattr(secrets, key)
+        try:
+            with path.open("rb") as file:
+                content = file.read(4096).strip()
+            mode = path.stat().st_mode
+        except OSError as error:
+            found.append(f"secrets.{key}: {path} cannot be read: {error.strerror}")
+            continue
+        if not content:
+            found.append(f"secrets.{key}: {path} is empty")
+        if mode & (stat.S_IRWXO | stat.S_IWGRP):
+            found.append(f"secrets.{key}: {path} is open to other users; chmod 600 it")
+    programs = configuration.postgres.bin_directory
+    if programs is not None and not os.access(programs / "postgres", os.X_OK):
+        found.append(f"postgres.bin_directory: {programs} has no program postgres")
+    parent = configuration.instance.directory.parent
+    if not configuration.instance.directory.exists() and not parent.is_dir():
+        found.append(f"instance.directory: {parent} does not exist; create it or change the path")
+    return tuple(found)
+
+
+def prepare_directories(configuration: Configuration) -> None:
+    """Make what the supervisor and the agent expect to find. LaunchError: one cannot be made or is no directory."""
+    owner = pwd.getpwnam(configuration.instance.run_as) if os.geteuid() == 0 else None
+    own = (os.geteuid(), os.getegid())
+    postgres = (owner.pw_uid, owner.pw_gid) if owner is not None else own
+    _make(configuration.instance.directory, 0o755, own)
+    _make(configuration.state_directory, 0o700, postgres)
+    _make(configuration.socket_directory, 0o755, postgres)
+    _make(configuration.coordination.local.locks_directory, 0o700, own)
+
+
+def supervisor_argv(configuration: Configuration, configuration_file: Path) -> list[str]:
+    """The command line that this process becomes. No secret is in it."""
+    python = [sys.executable, "-I", "-m"]
+    argv = [
+        *(*python, "instance_manager.supervisor"),
+        *("--name", configuration.instance.name),
+        *("--lock-file", str(configuration.lock_file)),
+        *("--hard-s", f"{configuration.timings.hard_s:g}"),
+        *("--heartbeat-timeout-s", f"{HEARTBEAT_TIMEOUT_S:g}"),
+        *("--kill-budget-s", f"{configuration.timings.kill_budget_s:g}"),
+        *("--shutdown-timeout-s", f"{SHUTDOWN_TIMEOUT_S:g}"),
+    ]
+    if os.geteuid() == 0:
+        argv += ["--postgres-user", configuration.instance.run_as]
+    if configuration.instance.termination_log is not None:
+        argv += ["--termination-log", str(configuration.instance.termination_log)]
+    return [*argv, "--", *python, "instance_manager.agent", "--config", str(configuration_file.absolute())]
+
+
+def _make(path: Path, mode: int, owner: tuple[int, int]) -> None:
+    """Existing directories keep their mode; a wrong owner is mended, through no symbolic link."""
+    try:
+        if not path.exists():
+            path.mkdir(mode=mode, parents=True)
+            path.chmod(mode)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            found = os.fstat(descriptor)
+            if os.geteuid() == 0 and (found.st_uid, found.st_gid) != owner and owner[0] != 0:
+                os.fchown(descriptor, *owner)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise LaunchError(f"{path}: cannot be made ready: {error.strerror}; see its parent's owner and mode") from error
+
+
+def terminal_size() -> tuple[int, int]:
+    """Columns and lines, 80 x 24 where there is no terminal."""
+    size = shutil.get_terminal_size((80, 24))
+    return size.columns, size.lines
