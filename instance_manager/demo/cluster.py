@@ -239,6 +239,10 @@ class LocalCluster:
 
     # --- starting ---
 
+    def set_launch(self, name: str, launch: Launch) -> None:
+        """How the instance is started from now on."""
+        self._launches[name] = launch
+
     def start(self, name: str) -> None:
         """Start the instance's supervisor, or have the demo start it. RuntimeError: it runs already."""
         if self.supervisor_pid(name) is not None:
