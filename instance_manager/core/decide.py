@@ -176,6 +176,7 @@ Act = Literal[
     "rejoin",
     "follow",
     "stand",
+    "promote",
     "take_release",
     "take_by_time",
     "kill",
@@ -308,9 +309,13 @@ def _as_holder(o: Observation, record: ClusterRecord) -> Decision:
     if running and o.unhealthy is not None and not o.terminating:
         return Decision("kill", f"no proof of health: {o.unhealthy}")
     if o.terminating:
+        if not o.postgres.running and (o.yielding_for_s or 0.0) >= o.timings.handover_timeout_s:
+            return Decision("leave", "shutdown was asked for, and nobody took over")
         return Decision("hand_over", "shutdown was asked for")
     if o.name in record.fenced:
         return Decision("hand_over", "the record fences this instance")
+    if o.postgres.running and o.postgres.mode == "standby":
+        return Decision("promote", f"the Lease is taken, epoch {record.epoch}")
     if not running:
         return _holder_without_postgres(o, record)
     if record.switchover is not None and record.switchover.epoch == record.epoch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from instance_manager.core.record import ClusterRecord, Holder, Mode, Release, SwitchoverRequest
 from instance_manager.core.timing import Timings
-from instance_manager.core.types import Epoch, Lsn, MemberId, MemberName, WalEnd, format_lsn
+from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, format_lsn
 from instance_manager.core.voting import VolumeState
 
 
@@ -194,5 +194,8 @@ def entitled_by_time(
     return None
 
 
-def position_of(end: WalEnd | None) -> Lsn:
-    return end.lsn if end is not None else Lsn(0)
+def initial_first_write(found: ClusterRecord, first: ClusterRecord) -> ClusterRecord:
+    """Begin again with a cluster whose first holder ended before there was any data."""
+    if found.system_identifier is not None:
+        raise ValueError("the cluster has data: it is never initialised again")
+    return replace(first, epoch=Epoch(found.epoch + 1), configuration_counter=found.configuration_counter)

@@ -1,0 +1,514 @@
+"""The loop of an instance: observe, decide, act.
+
+It wakes when something changes (the Lease, a peer, Postgres, the supervisor) and otherwise a few times a second. One
+operation runs at a time; a decision to stop writing ends any other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+
+from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.control import Control
+from instance_manager.agent.elections import Elections
+from instance_manager.agent.lease_keeper import RenewalFacts, WriteRefused
+from instance_manager.agent.operator_failover import lossy_failover, survey, take_with_loss
+from instance_manager.agent.peer_service import PeerService
+from instance_manager.agent.primary import PrimaryDuties
+from instance_manager.agent.rejoining import Rejoining
+from instance_manager.agent.reporting import Reporting
+from instance_manager.agent.supervisor_link import SupervisorError
+from instance_manager.agent.volume import VolumeUnusable
+from instance_manager.core.decide import Decision, DirectoryView, Observation, decide, suspicion
+from instance_manager.core.lease import permit_of_renewal, repair
+from instance_manager.core.roles import Role
+from instance_manager.core.types import Epoch, MemberId
+from instance_manager.core.voting import ExtensionRequest, Verdict
+from instance_manager.http.ports import ControlProgress, ControlResult
+from instance_manager.ports import CoordinationError, PeerUnreachable
+from instance_manager.postgres.server import LocalPostgresError
+from instance_manager.status import ClusterStatus, Probes
+
+log = logging.getLogger("instance_manager.agent")
+
+TICK_S = 0.2
+PAUSE_S = 1.0
+"""The loop was not scheduled for this time: ages of other things are not theirs."""
+RETRY_S = 0.5
+"""A failed operation is not tried again before this time."""
+ENDS_ANY = frozenset({"kill", "stop", "leave"})
+"""Decisions that end whatever else is under way."""
+TO_THE_END = frozenset(
+    {"promote", "initialise", "rejoin", "resume", "switch_over", "hand_over", "kill", "stop", "fence"}
+)
+"""Operations that only those may end."""
+
+EXPECTED_ERRORS = (
+    OperationFailed,
+    WriteRefused,
+    LocalPostgresError,
+    CoordinationError,
+    SupervisorError,
+    VolumeUnusable,
+    PeerUnreachable,
+    OSError,
+    TimeoutError,
+    ValueError,
+    KeyError,
+)
+
+
+class Agent:
+    """One instance. `run` ends only when the instance has left, or by an error that the supervisor mends by a restart."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.elections = Elections(context)
+        self.primary = PrimaryDuties(context)
+        self.rejoining = Rejoining(context)
+        self.reporting = Reporting(context)
+        self.control_verbs = Control(
+            context,
+            self.reporting,
+            restart_postgres=self.restart_postgres,
+            reload=self.reload,
+            reinitialise=self.reinitialise,
+            lossy_failover=lambda preview: lossy_failover(context, self.reporting.own_state(), preview=preview),
+        )
+        self.peer_service = PeerService(self)
+        self._operation: asyncio.Task[None] | None = None
+        self._operation_act = ""
+        self._not_before_s: dict[str, float] = {}
+        self._suspected_since_s: float | None = None
+        self._released_since_s: float | None = None
+        self._release_seen: object = None
+        self._proven_dead = False
+        self._left = asyncio.Event()
+        self._last_tick_s = context.clock.now_s()
+        self._was_running = False
+        self.reload_configuration: Callable[[], Awaitable[str]] | None = None
+
+    # The instance, as HTTP sees it.
+
+    def probes(self) -> Probes:
+        return self.reporting.probes()
+
+    def status(self) -> ClusterStatus:
+        return self.reporting.status()
+
+    async def answer_peer(self, call: str, body: bytes) -> bytes:
+        return await self.peer_service.answer(call, body)
+
+    def control(self, verb: str, arguments: dict[str, object]) -> AsyncIterator[ControlProgress | ControlResult]:
+        return self.control_verbs.carry_out(verb, arguments)
+
+    # The loop.
+
+    async def run(self) -> None:
+        c = self.context
+        async with asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(c.link.run()),
+                tasks.create_task(c.keeper.run()),
+                tasks.create_task(c.peers.run()),
+                tasks.create_task(c.database.run()),
+                tasks.create_task(c.health.run()),
+                tasks.create_task(self._tick()),
+                tasks.create_task(self._look_for_death()),
+                tasks.create_task(self._extend_without_store()),
+            ]
+            await self._loop()
+            await c.link.goodbye()
+            for task in background:
+                task.cancel()
+
+    async def _tick(self) -> None:
+        """Tell the supervisor that this loop lives; notice when it was not scheduled."""
+        c = self.context
+        while True:
+            now_s = c.clock.now_s()
+            if now_s - self._last_tick_s > PAUSE_S:
+                log.warning("this process was not scheduled for %.1f s", now_s - self._last_tick_s)
+                c.health.was_paused()
+                c.peers.was_paused()
+            self._last_tick_s = self.reporting.loop_ticked_s = now_s
+            c.link.tick()
+            await c.clock.sleep(TICK_S)
+
+    async def _loop(self) -> None:
+        c = self.context
+        await c.link.greeted()
+        while not self._left.is_set():
+            c.wake.clear()
+            self._follow_events()
+            observation = self.observe()
+            decision = decide(observation)
+            await self._act(decision)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await c.wake.wait()
+
+    def _follow_events(self) -> None:
+        """What happened to Postgres since the last look."""
+        c = self.context
+        running = c.link.postgres is not None
+        if self._was_running and not running:
+            exit_ = c.link.last_exit
+            how = f"{exit_.reason}, {exit_.description}" if exit_ is not None else "unknown"
+            log.warning("Postgres has ended (%s)", how)
+            c.gate_open = False
+            if c.holds_lease and not c.link.expected_exit:
+                c.start_yielding(f"Postgres ended by itself ({how})")
+            if c.role in (Role.STANDBY, Role.CANDIDATE, Role.PRIMARY, Role.PROMOTING, Role.STOPPING):
+                c.take_role(Role.STOPPED, f"Postgres has ended ({how})")
+        self._was_running = running
+        if c.role is Role.STARTING and c.link.postgres is not None and c.link.postgres.mode == "standby":
+            c.take_role(Role.STANDBY, "the agent restarted over a running standby")
+        if not c.holds_lease:
+            c.stop_yielding()
+        c.health.expect_sql(
+            running and c.link.postgres is not None and c.link.postgres.mode == "read_write" and c.opened_s is not None
+        )
+        if c.link.reload_asked:
+            c.link.reload_asked = False
+            task = asyncio.ensure_future(self.reload())
+            task.add_done_callback(_log_outcome)
+
+    def observe(self) -> Observation:
+        c = self.context
+        now_s = c.clock.now_s()
+        lease = c.keeper.view()
+        record = lease.record
+        permit = c.link.permit
+        permit_ok = permit is not None and record is not None and permit.epoch >= record.epoch
+        release = record.release if record is not None else None
+        if release != self._release_seen:
+            self._release_seen, self._released_since_s = release, now_s
+        observation = Observation(
+            now_s=now_s,
+            agent_age_s=now_s - c.started_s,
+            name=c.configuration.name,
+            incarnation=c.link.incarnation,
+            priority=c.configuration.instance.priority,
+            lease=lease,
+            volume=c.volume.state,
+            directory=DirectoryView(
+                exists=c.database.has_data,
+                was_primary=c.volume.state.was_primary,
+                half_rewound=c.database.is_half_rewound,
+            ),
+            postgres=c.database.view(),
+            peers=c.peers.views(),
+            timings=c.configuration.timings,
+            maximum_lag_bytes=c.configuration.cluster.maximum_lag_on_failover_bytes,
+            terminating=c.link.terminating,
+            unhealthy=c.health.unhealthy(),
+            permit_left_s=permit.soft_s - now_s if permit is not None and permit_ok else 0.0,
+            suspected_for_s=0.0,
+            proven_dead=self._proven_dead,
+            released_for_s=now_s - self._released_since_s
+            if release is not None and self._released_since_s is not None
+            else 0.0,
+            yielding_for_s=now_s - c.yielding_since_s if c.yielding_since_s is not None else None,
+            wanted_mode=c.configuration.cluster.durability,
+            stand_again_in_s=c.stand_again_s - now_s,
+            reaffirm_again_in_s=c.reaffirm_again_s - now_s,
+        )
+        c.suspects = suspicion(observation) if not c.holds_lease else None
+        if c.suspects is None:
+            self._suspected_since_s = None
+            return observation
+        if self._suspected_since_s is None:
+            self._suspected_since_s = now_s
+            log.info("suspicion: %s", c.suspects)
+        return replace(observation, suspected_for_s=now_s - self._suspected_since_s)
+
+    # Acting.
+
+    async def _act(self, decision: Decision) -> None:
+        c = self.context
+        act = decision.act
+        c.journal.note(act, decision.reason)
+        if self._operation is not None and self._operation.done():
+            self._operation = None
+        if self._operation is not None:
+            if act == self._operation_act:
+                return
+            if self._operation_act in TO_THE_END and act not in ENDS_ANY:
+                return
+            if act == "wait" and self._operation_act != "serve":
+                return
+            await self._end_operation()
+        if act == "wait":
+            return
+        if c.clock.now_s() < self._not_before_s.get(act, 0.0):
+            return
+        self._operation_act = act
+        self._operation = asyncio.create_task(self._operate(decision), name=act)
+
+    async def _end_operation(self) -> None:
+        if self._operation is not None:
+            self._operation.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._operation
+            self._operation = None
+            self.context.operation = None
+
+    async def _operate(self, decision: Decision) -> None:
+        c = self.context
+        try:
+            await getattr(self, f"_{decision.act}")(decision.reason)
+        except EXPECTED_ERRORS as error:
+            c.journal.note(f"{decision.act} failed", f"{error}" or type(error).__name__)
+            self._not_before_s[decision.act] = c.clock.now_s() + RETRY_S
+        finally:
+            c.operation = None
+            c.wake.set()
+
+    async def _create_record(self, _: str) -> None:
+        await self.rejoining.create_record(secrets.token_hex(4))
+
+    async def _initialise(self, _: str) -> None:
+        await self.rejoining.initialise()
+
+    async def _start_standby(self, reason: str) -> None:
+        await self.rejoining.start_standby(reason)
+
+    async def _resume(self, _: str) -> None:
+        await self.primary.resume()
+
+    async def _rejoin(self, reason: str) -> None:
+        await self.rejoining.rejoin(reason)
+
+    async def _follow(self, _: str) -> None:
+        c = self.context
+        await self.rejoining.follow()
+        if c.role is not Role.STANDBY:
+            c.take_role(Role.STANDBY, "follows the primary")
+
+    async def _stand(self, reason: str) -> None:
+        c = self.context
+        c.take_role(Role.CANDIDATE, reason)
+        try:
+            await self.elections.stand(reason)
+        finally:
+            if not c.holds_lease and c.role is Role.CANDIDATE:
+                c.take_role(Role.STANDBY, "not elected")
+        if c.holds_lease:
+            await self._promote("elected")
+
+    async def _take_release(self, reason: str) -> None:
+        c = self.context
+        c.take_role(Role.CANDIDATE, reason)
+        try:
+            await self.elections.take_release(reason)
+        finally:
+            if not c.holds_lease and c.role is Role.CANDIDATE:
+                c.take_role(Role.STANDBY, "did not take the Lease")
+        if c.holds_lease:
+            await self._promote("the Lease was released to it")
+
+    async def _take_by_time(self, reason: str) -> None:
+        c = self.context
+        c.take_role(Role.CANDIDATE, reason)
+        try:
+            await self.elections.take_by_time(reason)
+        finally:
+            if not c.holds_lease and c.role is Role.CANDIDATE:
+                c.take_role(Role.STANDBY, "did not take the Lease")
+        if c.holds_lease:
+            await self._promote("took the Lease")
+
+    async def _promote(self, _: str) -> None:
+        c = self.context
+        self._operation_act = "promote"
+        # The others follow at once: commits of this primary wait for them.
+        nudge = asyncio.create_task(c.peers.nudge(c.peers.names))
+        try:
+            await self.primary.promote()
+        finally:
+            await nudge
+
+    async def _serve(self, _: str) -> None:
+        await self.primary.serve()
+
+    async def _switch_over(self, _: str) -> None:
+        await self.primary.switch_over()
+
+    async def _hand_over(self, reason: str) -> None:
+        await self.primary.hand_over(reason)
+
+    async def _reaffirm(self, reason: str) -> None:
+        await self.primary.reaffirm(reason)
+
+    async def _kill(self, reason: str) -> None:
+        c = self.context
+        c.take_role(Role.STOPPING, reason)
+        await c.database.kill()
+        c.gate_open = False
+        c.take_role(Role.STOPPED, reason)
+        if c.holds_lease:
+            c.start_yielding(reason)
+
+    async def _stop(self, reason: str) -> None:
+        """The soft deadline: stop fast; what does not stop, the supervisor kills at the hard one."""
+        c = self.context
+        c.take_role(Role.STOPPING, reason)
+        if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
+            await c.database.kill()
+        c.gate_open = False
+        c.take_role(Role.STOPPED, reason)
+
+    async def _fence(self, reason: str) -> None:
+        c = self.context
+        if c.database.running:
+            c.take_role(Role.STOPPING, reason)
+            if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
+                await c.database.kill()
+        if c.role is not Role.FENCED:
+            if c.role not in (Role.STOPPING, Role.STOPPED, Role.STARTING):
+                c.take_role(Role.STOPPING, reason)
+            c.take_role(Role.FENCED, reason)
+        await c.clock.sleep(RETRY_S)
+
+    async def _leave(self, reason: str) -> None:
+        c = self.context
+        if c.database.running:
+            c.take_role(Role.STOPPING, reason)
+            if not await c.database.stop(deadline_s=2 * c.configuration.timings.stop_timeout_s):
+                await c.database.kill()
+        self._left.set()
+
+    async def _repair(self, reason: str) -> None:
+        """R3: only the last holder repairs a damaged Lease, after q of its own persisted voters confirm."""
+        c = self.context
+        last = c.volume.state.last_record
+        holder = c.holder
+        if last is None or holder is None:
+            raise OperationFailed("this instance cannot repair the Lease: it was not its last holder")
+        ends = await self.primary.ask_ends(last)
+        confirmations: dict[MemberId, Epoch | None] = {voter: answer.promised_epoch for voter, answer in ends.items()}
+        repaired = repair(c.volume.state, holder, confirmations)
+        if isinstance(repaired, str):
+            raise OperationFailed(f"{reason}; not repaired: {repaired}")
+        if c.keeper.record is None:
+            await c.keeper.create(repaired)
+        else:
+            await c.keeper.write(lambda _: repaired)
+        c.journal.note("repair", f"{reason}; the Lease is at epoch {repaired.epoch} now")
+
+    # Beside the loop.
+
+    async def _look_for_death(self) -> None:
+        """Asynchronous clusters: proof that the holder's life is over (R9)."""
+        c = self.context
+        while True:
+            record = c.keeper.record
+            if (
+                record is not None
+                and record.mode == "asynchronous"
+                and record.holder is not None
+                and c.suspects is not None
+            ):
+                with contextlib.suppress(CoordinationError):
+                    self._proven_dead = await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
+            else:
+                self._proven_dead = False
+            await c.clock.sleep(0.25)
+
+    async def _extend_without_store(self) -> None:
+        """The store is away: the permit is extended while q voters promise not to promise (DESIGN.md section 4, R11)."""
+        c = self.context
+        timings = c.configuration.timings
+        while True:
+            await c.clock.sleep(timings.renew_interval_s / 2)
+            record = c.keeper.record
+            permit = c.link.permit
+            holder = c.holder
+            if (
+                c.keeper.last_error is None
+                or not c.holds_lease
+                or record is None
+                or holder is None
+                or permit is None
+                or c.health.unhealthy() is not None
+                or c.role is not Role.PRIMARY
+            ):
+                continue
+            needed = record.quorum if record.mode == "synchronous" else len(record.voters)
+            if needed == 0:
+                continue
+            sent_s = c.clock.now_s()
+            if permit.soft_s - sent_s > timings.soft_s - timings.renew_interval_s:
+                continue
+            names = tuple(sorted(holder_name for holder_name in c.peers.names))
+            request = ExtensionRequest(
+                cluster_uid=record.cluster_uid,
+                holder=holder.member_id,
+                epoch=record.epoch,
+                duration_s=record.lease_duration_s,
+            )
+            answers = await c.peers.ask_all(names, "extend", request, Verdict, deadline_s=timings.request_timeout_s)
+            granted = [name for name, verdict in answers.items() if verdict.granted]
+            if len(granted) >= needed:
+                c.link.extend(permit_of_renewal(record.epoch, sent_s, timings))
+                c.journal.note("extend", f"the store is away; {', '.join(granted)} promise not to promise")
+
+    # Verbs of this instance.
+
+    async def restart_postgres(self) -> str:
+        c = self.context
+        name = c.configuration.name
+        if not c.database.running:
+            return f"Postgres does not run on {name}"
+        await c.database.checkpoint(deadline_s=30)
+        if not await c.database.stop(deadline_s=30):
+            await c.database.kill()
+        ends_s = c.clock.now_s() + 60
+        c.wake.set()
+        while c.clock.now_s() < ends_s:
+            if c.database.view().answers and c.role in (Role.PRIMARY, Role.STANDBY):
+                return f"{name} was restarted and is {c.role.value}"
+            await c.clock.sleep(0.05)
+        raise OperationFailed(f"{name} was stopped, but does not answer again yet")
+
+    async def reload(self) -> str:
+        if self.reload_configuration is None:
+            return "nothing to reload"
+        return await self.reload_configuration()
+
+    async def reinitialise(self) -> str:
+        """Clone anew. Only a standby; it is no voter while it does, because its log is gone (R6)."""
+        c = self.context
+        record = c.record
+        if c.holds_lease or record.holder is None:
+            raise OperationFailed("only a standby with a serving primary can be cloned anew; switch over first")
+        await c.keeper.write(lambda current: replace(current, excluded=current.excluded | {c.member_id}))
+        await c.peers.nudge(c.peers.names)
+        return f"{c.configuration.name} will be set aside and cloned from {record.holder.name}"
+
+    async def lossy_failover_here(self) -> str:
+        own = self.reporting.own_state()
+        found = survey(self.context, own)
+        if found.refusals:
+            raise OperationFailed("; ".join(found.refusals))
+        if found.best is None or found.best.name != self.context.configuration.name:
+            raise OperationFailed("this instance is not the best")
+        return await take_with_loss(self.context, self.context.record, found)
+
+    def renewal_facts(self) -> RenewalFacts:
+        c = self.context
+        refusal = c.health.unhealthy()
+        running = c.link.postgres is not None and c.link.postgres.mode == "read_write"
+        position = c.database.view().end if running else None
+        return RenewalFacts(holder=c.holder, refusal=refusal, position=position, opened=c.gate_open)
+
+
+def _log_outcome(task: asyncio.Future[str]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.warning("reload failed: %s", task.exception())

@@ -1,0 +1,142 @@
+"""What the duties of one agent share: its ports, and the little state that several of them need."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+
+from instance_manager.agent.database import Database
+from instance_manager.agent.health import Health
+from instance_manager.agent.lease_keeper import LeaseKeeper
+from instance_manager.agent.peering import Peers
+from instance_manager.agent.supervisor_link import SupervisorLink
+from instance_manager.agent.volume import Volume
+from instance_manager.config import Configuration
+from instance_manager.core.quorum import NOBODY, SynchronousSet
+from instance_manager.core.record import ClusterRecord, Holder
+from instance_manager.core.roles import TRANSITIONS, Role
+from instance_manager.core.types import MemberId
+from instance_manager.ports import Clock, Coordination
+from instance_manager.status import DecisionLine
+
+log = logging.getLogger("instance_manager.agent")
+
+
+class OperationFailed(Exception):
+    """A duty could not be done now; the text tells why. The next decision tries again or does something else."""
+
+
+class Journal:
+    """The last decisions with their reasons; equal ones in a row are counted, and logged once."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lines: deque[tuple[float, str, str, int]] = deque(maxlen=100)
+
+    def note(self, decision: str, reason: str, **inputs: object) -> None:
+        key = (decision, _without_numbers(reason))
+        if self._lines:
+            at_s, last, last_reason, count = self._lines[0]
+            if (last, _without_numbers(last_reason)) == key:
+                self._lines[0] = (at_s, last, reason, count + 1)
+                return
+        self._lines.appendleft((self._clock.now_s(), decision, reason, 1))
+        log.info("%s: %s", decision, reason, extra={"fields": {"decision": decision, **inputs}})
+
+    def lines(self, most: int = 20) -> tuple[DecisionLine, ...]:
+        now_s = self._clock.now_s()
+        return tuple(
+            DecisionLine(age_s=round(now_s - at_s, 1), decision=decision, reason=reason, count=count)
+            for at_s, decision, reason, count in list(self._lines)[:most]
+        )
+
+
+def _without_numbers(text: str) -> str:
+    return "".join(letter for letter in text if not letter.isdigit())
+
+
+@dataclass(slots=True)
+class Context:
+    configuration: Configuration
+    clock: Clock
+    coordination: Coordination
+    link: SupervisorLink
+    volume: Volume
+    keeper: LeaseKeeper
+    peers: Peers
+    database: Database
+    health: Health
+    journal: Journal
+    started_s: float
+    boot_id: str
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    voting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Promising and following exclude one another: who has promised a later epoch must not begin to follow an earlier."""
+    role: Role = Role.STARTING
+    synchronous: SynchronousSet = NOBODY
+    """What Postgres was last told."""
+    synchronous_confirmed: bool = False
+    gate_open: bool = False
+    """Clients are let in."""
+    opened_s: float | None = None
+    """When this primary began to run read-write."""
+    takeover_open: bool = False
+    suspects: str | None = None
+    yielding: str | None = None
+    yielding_since_s: float | None = None
+    found: ClusterRecord | None = None
+    """The record that the last takeover of this agent stood on (R13)."""
+    operation: str | None = None
+    """What takes long, with its progress, for people."""
+    paused_until_s: float = 0.0
+    reaffirm_again_s: float = 0.0
+    stand_again_s: float = 0.0
+
+    @property
+    def record(self) -> ClusterRecord:
+        """The record last read. OperationFailed when there is none."""
+        record = self.keeper.record
+        if record is None:
+            raise OperationFailed("the Lease is not known")
+        return record
+
+    @property
+    def member_id(self) -> MemberId:
+        member_id = self.volume.state.member_id
+        if member_id is None:
+            raise OperationFailed("there is no data directory here, so this instance is no member")
+        return member_id
+
+    @property
+    def holder(self) -> Holder | None:
+        """Who this instance is as holder; None without a data directory."""
+        member_id = self.volume.state.member_id
+        if member_id is None or not self.link.incarnation:
+            return None
+        return Holder(member_id=member_id, incarnation=self.link.incarnation)
+
+    @property
+    def holds_lease(self) -> bool:
+        record = self.keeper.record
+        return record is not None and record.holder is not None and record.holder == self.holder
+
+    def take_role(self, role: Role, reason: str) -> None:
+        """Only by the table of roles; anything else is a defect that must not stay unseen."""
+        if role is self.role:
+            return
+        if role not in TRANSITIONS[self.role]:
+            log.error("role %s does not follow %s: %s", role, self.role, reason)
+        log.info("role %s, was %s: %s", role, self.role, reason, extra={"fields": {"role": role, "was": self.role}})
+        self.role = role
+
+    def start_yielding(self, reason: str) -> None:
+        if self.yielding is None:
+            self.yielding, self.yielding_since_s = reason, self.clock.now_s()
+
+    def stop_yielding(self) -> None:
+        self.yielding = self.yielding_since_s = None
+
+    def wanted_k(self) -> int:
+        return self.configuration.wanted_synchronous_standbys

@@ -1,0 +1,615 @@
+"""The local Postgres, as the duties of the agent use it: one view kept fresh, and verbs with deadlines.
+
+What Postgres really does, and how it is made to do what the protocol needs, is in `instance_manager/postgres/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import asyncpg
+
+from instance_manager.agent.standby_watch import Walsender
+from instance_manager.agent.supervisor_link import SupervisorLink
+from instance_manager.config import Configuration
+from instance_manager.core.decide import PostgresView
+from instance_manager.core.quorum import ALONE, NOBODY, SynchronousSet
+from instance_manager.core.types import Epoch, MemberId, Timeline, TimelineChain, WalEnd
+from instance_manager.ports import Clock
+from instance_manager.postgres import (
+    bootstrap,
+    directory,
+    host_based_access,
+    observation,
+    promotion,
+    rewind,
+    slots,
+    sql,
+    voting,
+)
+from instance_manager.postgres.binaries import ServerVersion, find_bin_directory, server_version
+from instance_manager.postgres.clone import CloneProgress, SourceServer
+from instance_manager.postgres.clone import clone as clone_directory
+from instance_manager.postgres.configuration import (
+    NOBODY_CAN_SATISFY,
+    POSTGRESQL_CONF,
+    REPLICATION_CONF,
+    ReplicationSettings,
+    StaticSettings,
+    changes_that_need_restart,
+    render_postgresql_conf,
+    render_replication_conf,
+    render_synchronous_standby_names,
+    replication_conninfo,
+)
+from instance_manager.postgres.control_data import ControlData, HotStandbySettings, read_control_data
+from instance_manager.postgres.dynamic_settings import DynamicSettings
+from instance_manager.postgres.files import make_directory, read_if_present, write_atomically
+from instance_manager.postgres.histories import history_of_chain
+from instance_manager.postgres.hot_standby import hot_standby_settings_of, settings_for_standby
+from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
+from instance_manager.postgres.synchronous import SynchronousReplication
+from instance_manager.postgres.wal_dump import PositionUnknown, end_of_stopped_directory
+
+log = logging.getLogger("instance_manager.agent.database")
+
+START_DEADLINE_S = 5.0
+FOLLOW_DEADLINE_S = 5.0
+SYNCHRONOUS_DEADLINE_S = 5.0
+STOPPED_END_DEADLINE_S = 60.0
+PGPASS = "replication.pgpass"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoppedFacts:
+    """What is known of a directory on which no server runs."""
+
+    exists: bool
+    half_rewound: bool
+    foreign: str | None
+    system_identifier: str | None
+    end: WalEnd | None
+
+
+class NotAllowed(LocalPostgresError):
+    """The server is not in the state for it; the text says which."""
+
+
+class Database:
+    """One server. `run` keeps the view fresh; verbs may be called while it runs."""
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        server: LocalServer,
+        version: ServerVersion,
+        link: SupervisorLink,
+        clock: Clock,
+        *,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._configuration = configuration
+        self.server = server
+        self._version = version
+        self._link = link
+        self._clock = clock
+        self._on_change = on_change
+        self._sql = sql.LocalSql(server)
+        self._settings = DynamicSettings(server, self._reload)
+        self._synchronous = SynchronousReplication(server, self._settings)
+        self._seen: observation.PostgresObservation | None = None
+        self._seen_of_pid: int | None = None
+        self._answers = False
+        self._message: str | None = None
+        self._message_changed_s = float("-inf")
+        self._timeline = Timeline(0)
+        self._following: tuple[MemberId, Epoch] | None = None
+        self._started_s = float("-inf")
+        self._slots_for: frozenset[MemberId] | None = None
+        self._checkpoint: asyncio.Task[None] | None = None
+        self._report = directory.inspect_directory(server)
+        self._wake = asyncio.Event()
+
+    # The view.
+
+    @property
+    def running(self) -> bool:
+        return self._link.postgres is not None
+
+    @property
+    def answers(self) -> bool:
+        return self.running and self._answers
+
+    @property
+    def has_data(self) -> bool:
+        return self._report.state in (
+            directory.DirectoryState.INITIALISED,
+            directory.DirectoryState.HALF_REWOUND,
+            directory.DirectoryState.FOREIGN,
+        )
+
+    @property
+    def is_half_rewound(self) -> bool:
+        return self._report.state is directory.DirectoryState.HALF_REWOUND
+
+    def start_advances(self) -> bool:
+        """Postgres runs and has not answered yet: recovery, or not yet. Bounded by the startup probe's own patience."""
+        return self.running and self._seen is None
+
+    def view(self) -> PostgresView:
+        process, seen = self._link.postgres, self._seen
+        exit_ = self._link.last_exit
+        silent_for_s = float("inf")
+        receiving = False
+        if process is not None and seen is not None and seen.is_receiving:
+            receiving = self._answers
+            silent_for_s = self._clock.now_s() - self._message_changed_s
+        return PostgresView(
+            running=process is not None,
+            mode=process.mode if process is not None else None,
+            answers=self.answers,
+            in_recovery=seen.in_recovery if process is not None and seen is not None else None,
+            end=self._end() if process is not None else None,
+            receiving=receiving,
+            silent_for_s=silent_for_s,
+            exited_for_s=self._clock.now_s() - exit_.at_s if process is None and exit_ is not None else None,
+            following=self._following if process is not None else None,
+        )
+
+    def _end(self) -> WalEnd | None:
+        seen = self._seen
+        if seen is None:
+            return None
+        if not seen.in_recovery:
+            return WalEnd(seen.timeline, seen.flush_lsn) if seen.flush_lsn is not None else None
+        # While it receives, what it has flushed; what a vote tells is proven anew (P3).
+        known = [lsn for lsn in (seen.receive_lsn, seen.replay_lsn) if lsn is not None]
+        return WalEnd(max(self._timeline, seen.timeline), max(known)) if known else None
+
+    def walsenders(self) -> tuple[Walsender, ...]:
+        if self._seen is None or not self.answers:
+            return ()
+        return tuple(
+            Walsender(sender.application_name, sender.state, sender.flush_lsn, sender.reply_time)
+            for sender in self._seen.walsenders
+        )
+
+    def lag_bytes(self, position: WalEnd | None) -> int | None:
+        """Behind the last position that the primary told: never more exact than its last renewal."""
+        end = self._end()
+        if end is None or position is None:
+            return None
+        return max(0, position.lsn - end.lsn)
+
+    def replay_lag_bytes(self) -> int | None:
+        """Received and not yet replayed."""
+        seen, end = self._seen, self._end()
+        if seen is None or end is None or not seen.in_recovery or seen.replay_lsn is None:
+            return None
+        return max(0, end.lsn - seen.replay_lsn)
+
+    async def run(self) -> None:
+        """Look again and again; at once when asked to."""
+        while True:
+            await self._look()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._configuration.timings.observe_interval_s):
+                    await self._wake.wait()
+            self._wake.clear()
+
+    def look_soon(self) -> None:
+        self._wake.set()
+
+    async def _look(self) -> None:
+        process = self._link.postgres
+        before = (self._answers, self._seen.is_receiving if self._seen else None)
+        if process is None:
+            self._forget()
+        else:
+            if process.pid != self._seen_of_pid:
+                self._forget()
+                self._seen_of_pid = process.pid
+            try:
+                self._take(await observation.observe(self._sql, deadline_s=2.0))
+            except (LocalPostgresError, asyncpg.PostgresError, OSError):
+                self._answers = False
+        if before != (self._answers, self._seen.is_receiving if self._seen else None):
+            self._on_change()
+
+    def _take(self, seen: observation.PostgresObservation) -> None:
+        self._seen, self._answers = seen, True
+        receiver = seen.walreceiver
+        message = f"{receiver.pid} {receiver.last_message}" if receiver is not None else None
+        if message != self._message:
+            self._message, self._message_changed_s = message, self._clock.now_s()
+        if receiver is not None and receiver.received_timeline is not None:
+            self._timeline = max(self._timeline, receiver.received_timeline)
+
+    def _forget(self) -> None:
+        if self._seen is not None or self._seen_of_pid is not None:
+            self._sql.close()
+        self._seen, self._seen_of_pid, self._answers = None, None, False
+        self._message, self._timeline = None, Timeline(0)
+        self._following = None
+        self._slots_for = None
+
+    async def answers_new_connection(self, deadline_s: float) -> None:
+        """Proof of health: a stopped postmaster still serves old connections. Raises if there is no answer in time."""
+        async with sql.session(self.server, deadline_s=deadline_s) as fresh:
+            await fresh.fetchval("SELECT 1", deadline_s=deadline_s)
+
+    # Starting and stopping.
+
+    async def initialise(self) -> ControlData:
+        await self._refresh_report()
+        if self._report.state is not directory.DirectoryState.INITIALISED:
+            await bootstrap.initialise(self.server, major=self._version.major)
+        await self._refresh_report()
+        return await read_control_data(self.server)
+
+    async def start_standby(self) -> None:
+        """Nobody is followed, nobody can satisfy the list, clients may read (P1, R5)."""
+        await asyncio.to_thread(directory.create_standby_signal, self.server)
+        await self._write_configuration(
+            NOBODY_CAN_SATISFY, host_based_access.Access.OPEN, standby=True, host_standby_control=True
+        )
+        await self._start("standby", None)
+
+    async def start_primary(self, epoch: Epoch, opening: SynchronousSet) -> None:
+        """Only for the holder of the Lease with a permit; clients are kept out (P8)."""
+        await self._write_configuration(_render(opening), host_based_access.Access.CLOSED, standby=False)
+        await asyncio.to_thread(directory.remove_standby_signal, self.server)
+        await self._start("read_write", epoch)
+
+    async def _start(self, mode: str, epoch: Epoch | None) -> None:
+        await asyncio.to_thread(promotion.clear_claim, self.server)
+        await asyncio.to_thread(_prepare_start, self.server)
+        argv = [self.server.program("postgres"), "-D", str(self.server.data_directory)]
+        environment = {
+            "LC_ALL": "C",
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "PGDATA": str(self.server.data_directory),
+        }
+        await self._link.start(mode, epoch, argv, environment)
+        self._forget()
+        self._started_s = self._clock.now_s()
+        # Look often while it starts: each look is an event somebody waits for.
+        for _ in range(100):
+            await self._look()
+            if self._answers or not self.running:
+                break
+            await self._clock.sleep(0.05)
+        self._on_change()
+
+    async def stop(self, *, deadline_s: float) -> bool:
+        """Fast shutdown; False: it still runs after the deadline."""
+        if not self.running:
+            return True
+        self._sql.close()
+        await self._link.signal("INT")
+        stopped = await self._link.wait_stopped(deadline_s)
+        if stopped:
+            self._forget()
+        return stopped
+
+    async def kill(self) -> None:
+        """Every process, at once; returns when none is left."""
+        self._sql.close()
+        await self._link.kill()
+        await self._link.wait_stopped(1.0)
+        self._forget()
+
+    # Following and voting.
+
+    async def follow(self, holder: MemberId, *, host: str, port: int, member_id: MemberId, epoch: Epoch) -> None:
+        conninfo = replication_conninfo(
+            host=host,
+            port=port,
+            user=host_based_access.REPLICATION_ROLE,
+            passfile=self.server.state_directory / PGPASS,
+            application_name=member_id,
+        )
+        await voting.follow(self.server, self._settings, conninfo, member_id, deadline_s=FOLLOW_DEADLINE_S)
+        # Slots of the time when this was the primary would keep WAL for ever.
+        await slots.reconcile(self._sql, ())
+        self._following = (holder, epoch)
+        self.look_soon()
+
+    async def stop_following(self, chain: TimelineChain, *, deadline_s: float) -> WalEnd:
+        """P2, P3: nothing is received any more, proven; the end of the log on this disk."""
+        if self._link.postgres is None or self._link.postgres.mode != "standby":
+            raise NotAllowed("Postgres does not run as a standby here")
+        self._following = None
+        began_s = self._clock.now_s()
+        await voting.stop_following(self.server, self._settings, deadline_s=deadline_s)
+        left_s = max(0.1, deadline_s - (self._clock.now_s() - began_s))
+        end = await voting.position(self.server, chain, deadline_s=left_s)
+        self._timeline = max(self._timeline, end.timeline)
+        self.look_soon()
+        return end
+
+    async def proven_end(self, chain: TimelineChain) -> WalEnd | None:
+        """The end of the log on this disk; None while it still receives, for then it is only a lower bound."""
+        if self._link.postgres is None or self._link.postgres.mode != "standby":
+            return None
+        await self._look()
+        if not self._answers or self._seen is None or self._seen.walreceiver is not None:
+            return None
+        return await voting.position(self.server, chain, deadline_s=2.0)
+
+    async def promote(self, *, chain: TimelineChain, epoch: Epoch, deadline_s: float) -> None:
+        """Become exactly the claimed timeline (P4); stopped again if it became anything else."""
+        await asyncio.to_thread(self._write_access, host_based_access.Access.CLOSED)
+        await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
+        try:
+            promoted = await promotion.promote(
+                self.server, chain, lambda: self._link.promote(epoch), deadline_s=deadline_s
+            )
+        except (promotion.PromotedWrong, promotion.PromotionFailed) as error:
+            if isinstance(error, promotion.PromotedWrong) or error.triggered:
+                await self.kill()
+            raise
+        log.info("promoted to timeline %s in %.2f s", promoted.timeline, promoted.took_s)
+        self._timeline = promoted.timeline
+        await self._look()
+
+    # Serving.
+
+    async def set_synchronous(self, wanted: SynchronousSet) -> None:
+        """Tell Postgres, and see that no process of it runs on an older view (P1, P5)."""
+        await self._synchronous.apply(wanted, deadline_s=SYNCHRONOUS_DEADLINE_S)
+
+    async def barrier(self, timeline: Timeline, *, deadline_s: float) -> None:
+        """k members of the confirmed set have flushed all that the log holds now (P10); BarrierNotPassed."""
+        await self._synchronous.barrier(timeline, deadline_s=deadline_s)
+
+    async def synchronous_set(self) -> SynchronousSet | None:
+        """What the file tells Postgres now; None if it is not one of ours."""
+        names = (await self._settings.read()).get("synchronous_standby_names")
+        return _parse(names) if names is not None else None
+
+    async def open_gate(self) -> None:
+        await asyncio.to_thread(self._write_access, host_based_access.Access.OPEN)
+        await self._reload()
+
+    async def gate_is_open(self) -> bool:
+        content = await asyncio.to_thread(read_if_present, self.server.data_directory / "pg_hba.conf")
+        return content == self._access_text(host_based_access.Access.OPEN).encode()
+
+    async def prepare_slots(self, members: frozenset[MemberId]) -> None:
+        """A slot for each member, none for others. Cheap while nothing changed."""
+        if members == self._slots_for:
+            return
+        await slots.reconcile(self._sql, members)
+        self._slots_for = members
+
+    async def create_roles(self) -> None:
+        """Roles and the application's database; idempotent."""
+        secrets = self._configuration.secrets
+        options = bootstrap.RoleOptions(
+            replication_password=bootstrap.read_secret(secrets.replication_password),
+            monitoring_password=bootstrap.read_secret(secrets.monitoring_password),
+            application_password=bootstrap.read_secret(secrets.application_password),
+            application_owner=self._configuration.postgres.application_owner,
+            application_database=self._configuration.postgres.application_database,
+        )
+        done = await bootstrap.create_roles(self._sql, options)
+        if done:
+            log.info("created or mended: %s", ", ".join(done))
+
+    async def checkpoint(self, *, deadline_s: float) -> None:
+        await promotion.checkpoint(self.server, deadline_s=deadline_s)
+
+    def checkpoint_soon(self) -> None:
+        """After a promotion, for pg_rewind of others; nobody waits for it."""
+
+        async def run() -> None:
+            with contextlib.suppress(LocalPostgresError, asyncpg.PostgresError):
+                await self.checkpoint(deadline_s=300)
+
+        self._checkpoint = asyncio.create_task(run())
+
+    # Stopped directories.
+
+    async def stopped_facts(self, chain: TimelineChain | None) -> StoppedFacts:
+        await self._refresh_report()
+        report = self._report
+        exists = report.state in (directory.DirectoryState.INITIALISED, directory.DirectoryState.HALF_REWOUND)
+        foreign = report.reason if report.state is directory.DirectoryState.FOREIGN else None
+        if foreign is None and exists and report.major != self._version.major:
+            foreign = f"it is of Postgres {report.major}, the programs are {self._version.major}"
+        facts = StoppedFacts(
+            exists=exists,
+            half_rewound=report.state is directory.DirectoryState.HALF_REWOUND,
+            foreign=foreign,
+            system_identifier=None,
+            end=None,
+        )
+        if not exists or foreign is not None:
+            return facts
+        control = await read_control_data(self.server)
+        facts = replace(facts, system_identifier=str(control.system_identifier))
+        if chain is None or facts.half_rewound:
+            return facts
+        try:
+            end = await end_of_stopped_directory(
+                self.server,
+                control,
+                newest=chain.current,
+                history=history_of_chain(chain),
+                deadline_s=STOPPED_END_DEADLINE_S,
+            )
+        except PositionUnknown as error:
+            log.warning("the end of the stopped directory's log cannot be told: %s", error)
+            return facts
+        return replace(facts, end=end)
+
+    async def shutdown_end(self, chain: TimelineChain | None) -> WalEnd | None:
+        """Behind the shutdown checkpoint of a clean end on the claimed timeline (P12); None otherwise."""
+        if chain is None:
+            return None
+        control = await read_control_data(self.server)
+        end = await promotion.shutdown_end(self.server, control, chain, deadline_s=10)
+        if isinstance(end, promotion.NotHandedOver):
+            log.warning("no handover on this log: %s", end.reason)
+            return None
+        return end
+
+    async def clone(self, host: str, port: int, system_identifier: str, on_progress: Callable[[str], None]) -> None:
+        await asyncio.to_thread(directory.remove_leftovers, self.server)
+
+        def progress(done: CloneProgress) -> None:
+            percent = 100 * done.done_bytes // max(1, done.total_bytes)
+            on_progress(f"cloning from {host}:{port}: {percent} % of {done.total_bytes >> 20} MiB")
+
+        await clone_directory(
+            self.server,
+            self._source(host, port),
+            system_identifier=int(system_identifier),
+            on_progress=progress,
+        )
+        await self._refresh_report()
+
+    async def rewind(self, host: str, port: int, timeline: Timeline) -> None:
+        await self._write_configuration(NOBODY_CAN_SATISFY, host_based_access.Access.CLOSED, standby=False)
+        try:
+            outcome = await rewind.rewind(self.server, self._source(host, port), timeline=timeline)
+            log.info("pg_rewind from %s:%s: %s", host, port, outcome.value)
+        finally:
+            await self._refresh_report()
+
+    async def set_aside(self) -> None:
+        path = await asyncio.to_thread(directory.set_aside, self.server)
+        log.warning("the data directory was set aside as %s", path)
+        await self._refresh_report()
+
+    # Configuration.
+
+    async def reload_configuration(self, configuration: Configuration) -> tuple[str, ...]:
+        """Take over changed parameters and access rules; returns the names that need a restart."""
+        path = self.server.data_directory / POSTGRESQL_CONF
+        before = (await asyncio.to_thread(read_if_present, path) or b"").decode()
+        self._configuration = configuration
+        after = render_postgresql_conf(self._static())
+        await asyncio.to_thread(directory.write_configuration_file, self.server, POSTGRESQL_CONF, after)
+        await asyncio.to_thread(directory.strip_auto_conf_file, self.server)
+        access = host_based_access.Access.OPEN if await self.gate_is_open() else None
+        if access is not None:
+            await asyncio.to_thread(self._write_access, access)
+        if self.running:
+            await self._reload()
+        return changes_that_need_restart(before, after) if before else ()
+
+    async def _write_configuration(
+        self, names: str, access: host_based_access.Access, *, standby: bool, host_standby_control: bool = False
+    ) -> None:
+        hot_standby = None
+        if standby and host_standby_control:
+            control = await read_control_data(self.server)
+            wanted = hot_standby_settings_of(
+                self._configuration.postgres.parameters, instances=len(self._configuration.members)
+            )
+            hot_standby = settings_for_standby(wanted, control.hot_standby)
+        await asyncio.to_thread(self._write_all, names, access, hot_standby)
+
+    def _write_all(self, names: str, access: host_based_access.Access, hot_standby: HotStandbySettings | None) -> None:
+        server = self.server
+        directory.write_configuration_file(server, POSTGRESQL_CONF, render_postgresql_conf(self._static()))
+        replication = ReplicationSettings(
+            synchronous_standby_names=names,
+            restore_command=promotion.install_restore_command(server),
+            hot_standby=hot_standby,
+        )
+        directory.write_configuration_file(server, REPLICATION_CONF, render_replication_conf(replication))
+        self._write_access(access)
+        ident = host_based_access.render_ident(agent_os_user=server.agent_os_user, superuser=server.superuser)
+        directory.write_configuration_file(server, "pg_ident.conf", ident)
+        for warning in directory.strip_auto_conf_file(server):
+            log.warning("%s", warning)
+        password = bootstrap.read_secret(self._configuration.secrets.replication_password)
+        bootstrap.write_passfile(server, server.state_directory / PGPASS, password=password)
+
+    def _write_access(self, access: host_based_access.Access) -> None:
+        write_atomically(
+            self.server.data_directory / "pg_hba.conf", self._access_text(access).encode(), run_as=self.server.run_as
+        )
+
+    def _access_text(self, access: host_based_access.Access) -> str:
+        postgres = self._configuration.postgres
+        settings = host_based_access.AccessSettings(
+            superuser=self.server.superuser,
+            application_networks=postgres.application_networks,
+            lines=postgres.host_based_access,
+        )
+        return host_based_access.render_hba(settings, access)
+
+    def _static(self) -> StaticSettings:
+        configuration = self._configuration
+        return StaticSettings(
+            major=self._version.major,
+            cluster_name=configuration.instance.name,
+            listen_address=self.server.listen_address,
+            port=self.server.port,
+            socket_directory=self.server.socket_directory,
+            instances=len(configuration.members),
+            parameters=configuration.postgres.parameters,
+        )
+
+    def _source(self, host: str, port: int) -> SourceServer:
+        # Neither a clone nor a rewind may rest on a file of the directory that it replaces.
+        password = bootstrap.read_secret(self._configuration.secrets.replication_password)
+        passfile = self.server.state_directory / PGPASS
+        bootstrap.write_passfile(self.server, passfile, password=password)
+        return SourceServer(host=host, port=port, passfile=passfile)
+
+    async def _refresh_report(self) -> None:
+        self._report = await asyncio.to_thread(directory.inspect_directory, self.server)
+
+    async def _reload(self) -> None:
+        await self._link.signal("HUP")
+
+
+def _prepare_start(server: LocalServer) -> None:
+    directory.secure_directory(server)
+    directory.require_startable(server)
+    make_directory(server.socket_directory, mode=0o755, run_as=server.run_as)
+
+
+def _render(wanted: SynchronousSet) -> str:
+    if wanted.never_acknowledges:
+        return NOBODY_CAN_SATISFY
+    return render_synchronous_standby_names(wanted.k, wanted.members)
+
+
+def _parse(names: str) -> SynchronousSet | None:
+    if names == "":
+        return ALONE
+    if names == NOBODY_CAN_SATISFY:
+        return NOBODY
+    head, _, rest = names.partition(" (")
+    if not head.startswith("ANY ") or not rest.endswith(")"):
+        return None
+    members = frozenset(MemberId(name.strip().strip('"')) for name in rest[:-1].split(","))
+    return SynchronousSet(int(head.removeprefix("ANY ")), members)
+
+
+async def open_database(
+    configuration: Configuration, link: SupervisorLink, clock: Clock, *, on_change: Callable[[], None]
+) -> Database:
+    """Find the programs and ask their version. BinariesNotFound says what to install."""
+    bin_directory = find_bin_directory(explicit=configuration.postgres.bin_directory)
+    server = LocalServer(
+        data_directory=configuration.data_directory,
+        socket_directory=configuration.socket_directory,
+        state_directory=configuration.state_directory,
+        listen_address=configuration.listen_host,
+        port=configuration.me.postgres_port,
+        bin_directory=bin_directory,
+        run_as=RunAs.of_user(configuration.instance.run_as) if os.geteuid() == 0 else None,
+    )
+    return Database(configuration, server, await server_version(server), link, clock, on_change=on_change)

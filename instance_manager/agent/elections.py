@@ -1,0 +1,297 @@
+"""Standing for election, answering candidates, and taking a released Lease. The rules are in `core/`."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+
+from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.core.election import (
+    Candidate,
+    Stand,
+    StandBack,
+    VoteAnswer,
+    Won,
+    judge_pre_votes,
+    judge_promises,
+    taken_from_release,
+    taken_over,
+)
+from instance_manager.core.record import ClusterRecord
+from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, member_name_of
+from instance_manager.core.voting import (
+    ExtensionRequest,
+    Verdict,
+    VoteRequest,
+    VoterView,
+    judge_extension,
+    judge_vote,
+)
+from instance_manager.ports import CoordinationError
+from instance_manager.postgres.server import LocalPostgresError
+from instance_manager.wall_clock import timestamp
+
+log = logging.getLogger("instance_manager.agent.elections")
+
+
+class Elections:
+    """Both sides of an election on this instance."""
+
+    def __init__(self, context: Context) -> None:
+        self._c = context
+        self._lost = 0
+
+    # The voter's side.
+
+    async def answer_pre_vote(self, request: VoteRequest) -> VoteAnswer:
+        await self._c.keeper.read()
+        verdict = judge_vote(request, self._voter(), final=False)
+        return self._answer(verdict, self._c.database.view().end)
+
+    async def answer_promise(self, request: VoteRequest) -> VoteAnswer:
+        """Persist the promise, stop the walreceiver, prove that it is stopped, and only then tell the position (P2)."""
+        verdict = judge_vote(request, self._voter(), final=True)
+        if not verdict.granted:
+            return self._answer(verdict, None)
+        self._c.journal.note("promise", f"epoch {request.epoch} to {request.candidate}: {verdict.reason}")
+        try:
+            end = await self._promise(request.epoch, request.candidate)
+        except (OperationFailed, LocalPostgresError) as error:
+            return self._answer(Verdict(granted=False, reason=f"not yet: {error}"), None)
+        return self._answer(verdict, end)
+
+    async def answer_extension(self, request: ExtensionRequest) -> Verdict:
+        """R11: bind this voter, on disk and on its own clock, not to promise for the time asked."""
+        verdict = judge_extension(request, self._voter())
+        if verdict.granted:
+            state = self._c.volume.state
+            until_s = self._c.clock.now_s() + request.duration_s
+            await self._c.volume.save(
+                replace(state, extension_epoch=request.epoch, extension_until_s=until_s, boot_id=self._c.boot_id)
+            )
+        return verdict
+
+    async def _promise(self, epoch: Epoch, candidate: MemberId) -> WalEnd:
+        chain = self._c.record.chain
+        if chain is None:
+            raise OperationFailed("the cluster has no history yet")
+        async with self._c.voting:
+            await self._c.volume.save(self._c.volume.state.promising(epoch, candidate))
+            end = await self._c.database.stop_following(
+                chain, deadline_s=self._c.configuration.timings.promise_timeout_s
+            )
+        if not chain.contains(end):
+            raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history: it has no rank (P4)")
+        return end
+
+    def _voter(self) -> VoterView:
+        c = self._c
+        view = c.keeper.view()
+        postgres = c.database.view()
+        return VoterView(
+            now_s=c.clock.now_s(),
+            volume=c.volume.state,
+            boot_id=c.boot_id,
+            record=view.record,
+            record_read_age_s=view.read_age_s,
+            renew_interval_s=c.configuration.timings.renew_interval_s,
+            suspects=c.suspects,
+            fenced=view.record is not None and c.configuration.name in view.record.fenced,
+            damaged=view.damage is not None,
+            takeover_open=c.takeover_open,
+            serving=c.holds_lease or (postgres.running and postgres.mode == "read_write"),
+        )
+
+    def _answer(self, verdict: Verdict, end: WalEnd | None) -> VoteAnswer:
+        state = self._c.volume.state
+        return VoteAnswer(
+            voter=state.member_id,
+            granted=verdict.granted,
+            reason=verdict.reason,
+            highest_epoch=state.highest_epoch,
+            end=end,
+            priority=self._c.configuration.instance.priority,
+        )
+
+    # The candidate's side.
+
+    async def stand(self, reason: str) -> None:
+        """Pre-vote, promises, and the conditional write on exactly what the promises stood on."""
+        c = self._c
+        try:
+            won = await self._campaign(reason)
+        except (OperationFailed, LocalPostgresError, CoordinationError) as error:
+            self._stand_back(str(error))
+            raise OperationFailed(str(error)) from error
+        finally:
+            c.takeover_open = False
+        if won is not None:
+            self._lost = 0
+
+    async def _campaign(self, reason: str) -> ClusterRecord | None:
+        c = self._c
+        await c.keeper.read()
+        record = c.record
+        grounds = record.grounds()
+        end = c.database.view().end
+        if end is None:
+            raise OperationFailed("the end of this log is not known")
+        me = Candidate(member_id=c.member_id, end=end, priority=c.configuration.instance.priority)
+        request = VoteRequest(
+            cluster_uid=record.cluster_uid,
+            candidate=me.member_id,
+            epoch=Epoch(max(record.epoch, c.volume.state.highest_epoch) + 1),
+            record_epoch=record.epoch,
+            end=end,
+        )
+        names = self._other_voters(record)
+        timeout_s = c.configuration.timings.promise_timeout_s
+        answers = await c.peers.ask_all(names, "pre_vote", request, VoteAnswer, deadline_s=timeout_s)
+        votes = {answer.voter: answer for answer in answers.values() if answer.voter is not None}
+        votes[me.member_id] = self._answer(judge_vote(request, self._voter(), final=False), end)
+        judged = judge_pre_votes(record, c.volume.state, me, votes)
+        if isinstance(judged, StandBack):
+            await self._pass_to(judged)
+            return None
+        return await self._ask_promises(replace(request, epoch=judged.epoch), record, grounds, judged, reason)
+
+    async def _ask_promises(
+        self, request: VoteRequest, record: ClusterRecord, grounds: tuple[object, ...], stand: Stand, reason: str
+    ) -> ClusterRecord | None:
+        c = self._c
+        c.journal.note("stand", f"epoch {stand.epoch}: {reason}")
+        verdict = judge_vote(request, self._voter(), final=True)
+        if not verdict.granted:
+            raise OperationFailed(f"this instance cannot promise itself: {verdict.reason}")
+        c.takeover_open = True
+        end = await self._promise(stand.epoch, request.candidate)
+        me = Candidate(member_id=request.candidate, end=end, priority=c.configuration.instance.priority)
+        request = replace(request, end=end)
+        # The candidate's own log is final before the others are asked: nothing can come between.
+        answers = await c.peers.ask_all(
+            self._other_voters(record),
+            "promise",
+            request,
+            VoteAnswer,
+            deadline_s=c.configuration.timings.promise_timeout_s + 1,
+        )
+        promises = {answer.voter: answer for answer in answers.values() if answer.voter is not None}
+        promises[me.member_id] = self._answer(verdict, end)
+        holder = c.holder
+        if holder is None:
+            raise OperationFailed("this instance is no member")
+        judged = judge_promises(record, me, holder, stand.epoch, promises, wanted_k=c.wanted_k())
+        if isinstance(judged, StandBack):
+            await self._pass_to(judged)
+            return None
+        told = ", ".join(f"{voter} at {answer.end}" for voter, answer in sorted(promises.items()) if answer.granted)
+        return await self._take(judged, record, grounds, f"promises of {told}")
+
+    async def _take(self, won: Won, record: ClusterRecord, grounds: tuple[object, ...], why: str) -> ClusterRecord:
+        c = self._c
+        taken = won.record
+
+        def change(current: ClusterRecord) -> ClusterRecord:
+            # R12: on a newer version only while the grounds are the same; what users changed beside them stays.
+            return replace(
+                taken,
+                renewals=0,
+                paused=current.paused,
+                fenced=current.fenced,
+                configuration_counter=current.configuration_counter,
+                excluded=current.excluded,
+                retired=current.retired,
+                acquired_at=timestamp(),
+            )
+
+        # Persisted first: an epoch is never acted on before it is remembered (R3).
+        await c.volume.save(c.volume.state.seen(taken.epoch))
+        c.found = record
+        stored = await c.keeper.write(change, grounds=grounds)
+        c.journal.note(
+            "take the Lease",
+            f"epoch {taken.epoch}, timeline {taken.highest_timeline}, voters {sorted(taken.voters)}, q {taken.quorum}: {why}",
+        )
+        return stored.record
+
+    async def take_release(self, reason: str) -> None:
+        """R4: the log ends with the stamped shutdown checkpoint, so nobody needs to promise."""
+        c = self._c
+        record = c.record
+        grounds = record.grounds()
+        if record.chain is None:
+            raise OperationFailed("the cluster has no history yet")
+        c.takeover_open = True
+        try:
+            async with c.voting:
+                end = await c.database.stop_following(
+                    record.chain, deadline_s=c.configuration.timings.promise_timeout_s
+                )
+            holder = c.holder
+            if holder is None:
+                raise OperationFailed("this instance is no member")
+            judged = taken_from_release(
+                record,
+                member=c.member_id,
+                holder=holder,
+                end=end,
+                volume=c.volume.state,
+                released_for_s=c.keeper.view().unchanged_for_s,
+                takeover_timeout_s=c.configuration.timings.takeover_timeout_s,
+                wanted_k=c.wanted_k(),
+            )
+            if isinstance(judged, StandBack):
+                self._stand_back(judged.reason)
+                raise OperationFailed(judged.reason)
+            await self._take(judged, record, grounds, reason)
+        except CoordinationError as error:
+            self._stand_back(str(error))
+            raise OperationFailed(str(error)) from error
+        finally:
+            c.takeover_open = False
+
+    async def take_by_time(self, reason: str) -> None:
+        """Asynchronous clusters: `decide` has found that time, a release or proven death entitles this member."""
+        c = self._c
+        await c.keeper.read()
+        record = c.record
+        if record.mode != "asynchronous" or record.chain is None:
+            raise OperationFailed("the cluster is synchronous: only promises elect")
+        c.takeover_open = True
+        try:
+            async with c.voting:
+                end = await c.database.stop_following(
+                    record.chain, deadline_s=c.configuration.timings.promise_timeout_s
+                )
+            if not record.chain.contains(end):
+                raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history (P4)")
+            holder = c.holder
+            if holder is None:
+                raise OperationFailed("this instance is no member")
+            epoch = Epoch(max(record.epoch, c.volume.state.highest_epoch) + 1)
+            taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=frozenset(), quorum=0)
+            await self._take(Won(taken), record, record.grounds(), reason)
+        except CoordinationError as error:
+            self._stand_back(str(error))
+            raise OperationFailed(str(error)) from error
+        finally:
+            c.takeover_open = False
+
+    def _other_voters(self, record: ClusterRecord) -> tuple[MemberName, ...]:
+        own = self._c.member_id
+        return tuple(sorted(member_name_of(voter) for voter in record.voters if voter != own))
+
+    async def _pass_to(self, judged: StandBack) -> None:
+        """R12: a better voter is told to stand, this one waits."""
+        self._stand_back(judged.reason)
+        if judged.better is not None:
+            await self._c.peers.nudge((member_name_of(judged.better),))
+        self._c.journal.note("stand back", judged.reason)
+
+    def _stand_back(self, reason: str) -> None:
+        # Randomised, so that two candidates do not meet again and again.
+        self._lost = min(self._lost + 1, 4)
+        wait_s = random.uniform(0.1, 0.25) * 2**self._lost  # noqa: S311 - no secret
+        self._c.stand_again_s = self._c.clock.now_s() + wait_s
+        log.info("not elected, standing again in %.1f s at the earliest: %s", wait_s, reason)

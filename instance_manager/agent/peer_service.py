@@ -1,0 +1,107 @@
+"""The calls that other instances make of this one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
+
+from instance_manager.agent.context import OperationFailed
+from instance_manager.agent.peering import WATCH_S, EndAnswer, EndRequest, WatchAnswer, WatchRequest
+from instance_manager.codec import from_json, to_json
+from instance_manager.core.voting import ExtensionRequest, VoteRequest
+from instance_manager.http.ports import MalformedCall, UnknownCall
+from instance_manager.ports import CoordinationError
+from instance_manager.postgres.server import LocalPostgresError
+
+if TYPE_CHECKING:
+    from instance_manager.agent.agent import Agent
+
+T = TypeVar("T")
+WATCH_POLL_S = 0.05
+
+
+class PeerService:
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._answering = asyncio.Lock()
+        """One vote at a time: a promise is judged on the state that the one before it left."""
+
+    async def answer(self, call: str, body: bytes) -> bytes:
+        c = self._agent.context
+        match call:
+            case "watch":
+                return to_json(await self._watch(_read(body, WatchRequest)))
+            case "pre_vote":
+                try:
+                    return to_json(await self._agent.elections.answer_pre_vote(_read(body, VoteRequest)))
+                except CoordinationError as error:
+                    raise MalformedCall(f"the Lease cannot be read here: {error}") from error
+            case "promise":
+                request = _read(body, VoteRequest)
+                async with self._answering:
+                    return to_json(await self._agent.elections.answer_promise(request))
+            case "extend":
+                question = _read(body, ExtensionRequest)
+                async with self._answering:
+                    return to_json(await self._agent.elections.answer_extension(question))
+            case "end":
+                return to_json(await self._end(_read(body, EndRequest)))
+            case "nudge":
+                c.keeper.hint()
+                c.wake.set()
+                return to_json(True)
+            case "restart":
+                return to_json(await self._verb(self._agent.restart_postgres))
+            case "reinit":
+                return to_json(await self._verb(self._agent.reinitialise))
+            case "lossy_failover":
+                return to_json(await self._verb(self._agent.lossy_failover_here))
+        raise UnknownCall(call)
+
+    async def _verb(self, verb: Callable[[], Awaitable[str]]) -> str:
+        try:
+            return await verb()
+        except (OperationFailed, LocalPostgresError, CoordinationError) as error:
+            raise MalformedCall(str(error)) from error
+
+    async def _watch(self, request: WatchRequest) -> WatchAnswer:
+        """Answer when the state differs from what the asker has seen, or after a while."""
+        agent = self._agent
+        c = agent.context
+        record = c.keeper.record
+        if record is None or request.record_epoch > record.epoch:
+            c.keeper.hint()
+        ends_s = c.clock.now_s() + WATCH_S
+        while True:
+            state = agent.reporting.own_state()
+            digest = agent.reporting.digest(state)
+            if digest != request.seen or c.clock.now_s() >= ends_s:
+                return WatchAnswer(digest=digest, state=state)
+            await c.clock.sleep(WATCH_POLL_S)
+
+    async def _end(self, request: EndRequest) -> EndAnswer:
+        c = self._agent.context
+        state = c.volume.state
+        record = c.keeper.record
+        end = None
+        if record is not None and record.chain is not None and request.cluster_uid == record.cluster_uid:
+            with contextlib.suppress(LocalPostgresError, OSError):
+                end = await c.database.proven_end(record.chain)
+        return EndAnswer(
+            member_id=state.member_id,
+            end=end,
+            promised_epoch=state.promised_epoch,
+            highest_epoch=state.highest_epoch,
+            record=record,
+        )
+
+
+def _read(body: bytes, kind: type[T]) -> T:
+    try:
+        return from_json(body, kind)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise MalformedCall(f"not a {kind.__name__}: {error}") from error

@@ -1,0 +1,398 @@
+"""The duties of a primary: the quorum, the gate for clients, slots, and giving up in order."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.peering import EndAnswer, EndRequest
+from instance_manager.agent.standby_watch import StandbyWatch
+from instance_manager.core.lease import (
+    judge_restart,
+    may_reaffirm,
+    reaffirmed,
+    released,
+    with_mode,
+    with_voters,
+    without_switchover,
+)
+from instance_manager.core.quorum import (
+    ALONE,
+    NOBODY,
+    RecordBehindBarrier,
+    RecordVoters,
+    SetSynchronous,
+    Settled,
+    SynchronousSet,
+    invariant_holds,
+    next_step,
+    synchronous_for,
+    wanted_set,
+)
+from instance_manager.core.record import ClusterRecord
+from instance_manager.core.roles import Role
+from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, member_name_of
+
+log = logging.getLogger("instance_manager.agent.primary")
+
+SWITCHOVER_MAXIMUM_LAG_BYTES = 16 * 1024 * 1024
+CHECKPOINT_DEADLINE_S = 30.0
+BARRIER_DEADLINE_S = 5.0
+
+
+class PrimaryDuties:
+    def __init__(self, context: Context) -> None:
+        self._c = context
+        timings = context.configuration.timings
+        self.watch = StandbyWatch(stable_s=timings.stable_s, silent_after_s=timings.relax_after_s)
+        self._reaffirm_pause_s = 0.5
+        self._mode_changed_s: float | None = None
+        self.quorum_state = ""
+
+    # Opening.
+
+    async def promote(self) -> None:
+        """The Lease is taken and Postgres is a standby here: become exactly the claimed timeline (P4)."""
+        c = self._c
+        record = c.record
+        c.take_role(Role.PROMOTING, f"the Lease is taken, epoch {record.epoch}")
+        if record.chain is None or not record.chain.switches:
+            raise OperationFailed("the record claims no timeline")
+        switch = record.chain.switches[-1]
+        await c.volume.save(replace(c.volume.state.saw_record(record), was_primary=True, last_record=record))
+        c.synchronous, c.synchronous_confirmed, c.gate_open = NOBODY, False, False
+        await c.database.promote(
+            chain=record.chain, epoch=record.epoch, deadline_s=c.configuration.timings.promote_timeout_s
+        )
+        c.opened_s = c.clock.now_s()
+        c.journal.note("promoted", f"timeline {switch.timeline} from {switch.parent}, epoch {record.epoch}")
+
+    async def resume(self) -> None:
+        """The holder starts again: it asks enough voters that nobody is ahead (R16), writes itself a later epoch, starts."""
+        c = self._c
+        await c.keeper.read()
+        record = c.record
+        if record.holder is None or record.holder.member_id != c.volume.state.member_id:
+            raise OperationFailed("the Lease is not this directory's any more")
+        if c.database.running:
+            await c.database.kill()
+        facts = await c.database.stopped_facts(record.chain)
+        if facts.half_rewound or facts.end is None or record.chain is None:
+            raise OperationFailed("the data directory cannot be started as a primary: its log's end is not known")
+        ends = await self.ask_ends(record)
+        why_not = judge_restart(record, facts.end, {voter: answer.end for voter, answer in ends.items()})
+        if why_not is not None:
+            c.start_yielding(why_not)
+            raise OperationFailed(why_not)
+        highest = max([record.epoch, c.volume.state.highest_epoch, *(answer.highest_epoch for answer in ends.values())])
+        holder = c.holder
+        if holder is None:
+            raise OperationFailed("this instance is no member")
+        c.take_role(Role.PROMOTING, "it still holds the Lease and no voter is ahead")
+        grounds = record.grounds()
+        stored = await c.keeper.write(
+            lambda current: reaffirmed(current, holder=holder, highest_epoch=Epoch(highest)), grounds=grounds
+        )
+        record = stored.record
+        c.journal.note("resume", f"epoch {record.epoch}; its log ends at {facts.end}, and no voter is ahead")
+        await c.volume.save(replace(c.volume.state.saw_record(record), was_primary=True, last_record=record))
+        c.gate_open = False
+        if record.chain is not None and facts.end.timeline != record.chain.current:
+            # It took the Lease and ended before it took up its claim: promote, from where the claim forks.
+            await c.database.start_standby()
+        else:
+            opening = self._opening_set(record)
+            await c.database.start_primary(record.epoch, opening)
+            c.synchronous, c.synchronous_confirmed = opening, False
+            c.opened_s = c.clock.now_s()
+        c.stop_yielding()
+
+    def _opening_set(self, record: ClusterRecord) -> SynchronousSet:
+        if record.mode == "asynchronous" or c_alone(self._c):
+            return ALONE
+        return synchronous_for(record.voters, record.quorum, self._everybody())
+
+    def _everybody(self) -> frozenset[MemberId]:
+        """S of a winner that opens: all members that are known, besides itself (R13)."""
+        found = {
+            peer.state.member_id
+            for peer in self._c.peers.views().values()
+            if peer.state is not None and peer.state.member_id is not None
+        }
+        return frozenset(found) | self.watch.known() & found
+
+    async def ask_ends(self, record: ClusterRecord) -> dict[MemberId, EndAnswer]:
+        """The voters' proven ends and promises, asked just now."""
+        names = tuple(sorted(member_name_of(voter) for voter in record.voters))
+        answers = await self._c.peers.ask_all(
+            names, "end", EndRequest(cluster_uid=record.cluster_uid), EndAnswer, deadline_s=3.0
+        )
+        return {answer.member_id: answer for answer in answers.values() if answer.member_id is not None}
+
+    # Serving.
+
+    async def serve(self) -> None:
+        """One step of what a primary does all the time; called again at once while there is something to do."""
+        c = self._c
+        self.look()
+        record = c.record
+        if not c.database.answers:
+            return
+        await c.database.prepare_slots(frozenset(self._everybody()))
+        if not c.gate_open and not c.synchronous_confirmed:
+            await self._set_synchronous_for_opening(record)
+        if not c.gate_open:
+            await self._open_gate(record)
+        if record.switchover is not None and record.switchover.epoch != record.epoch:
+            await c.keeper.write(without_switchover)
+        await self._quorum_step(record)
+
+    async def _set_synchronous_for_opening(self, record: ClusterRecord) -> None:
+        c = self._c
+        if await c.database.gate_is_open():
+            # The agent restarted over a serving primary: what runs stays, if it is not weaker than the record.
+            current = await c.database.synchronous_set()
+            if current is not None and invariant_holds(record.voters, record.quorum, current):
+                c.synchronous, c.gate_open = current, True
+                c.opened_s = c.clock.now_s() if c.opened_s is None else c.opened_s
+                c.take_role(Role.PRIMARY, "the agent restarted over a serving primary")
+                return
+        opening = self._opening_set(record)
+        await c.database.set_synchronous(opening)
+        c.synchronous, c.synchronous_confirmed = opening, True
+
+    async def _open_gate(self, record: ClusterRecord) -> None:
+        """P8, R13: clients enter once this primary's own record is on k of S, or while q is 0."""
+        c = self._c
+        if record.quorum > 0 and record.mode == "synchronous":
+            if record.chain is None:
+                raise OperationFailed("the record knows no timeline")
+            await c.database.barrier(record.chain.current, deadline_s=BARRIER_DEADLINE_S)
+        first = record.chain is not None and not record.chain.switches
+        if first:
+            await c.database.create_roles()
+        await c.database.open_gate()
+        c.gate_open = True
+        c.take_role(Role.PRIMARY, "clients are let in")
+        c.journal.note("open", f"clients enter; {c.synchronous}, q {record.quorum}")
+        await c.keeper.write(lambda current: replace(current, opened=True))
+        c.database.checkpoint_soon()
+        if not first:
+            await c.database.create_roles()
+
+    async def _quorum_step(self, record: ClusterRecord) -> None:
+        c = self._c
+        view = c.keeper.view()
+        if view.unknown_write:
+            # R1: only a later write of our own closes an unknown outcome; the keeper's next renewal is one.
+            self.quorum_state = "waiting until the outcome of a write is known"
+            return
+        asynchronous = c.configuration.cluster.durability == "asynchronous"
+        wanted_mode = "asynchronous" if asynchronous else "synchronous"
+        if record.mode != wanted_mode:
+            await c.keeper.write(lambda current: with_mode(current, "asynchronous" if asynchronous else "synchronous"))
+            self._mode_changed_s = c.clock.now_s()
+            return
+        wait_s = record.lease_duration_s
+        if self._mode_changed_s is not None and not asynchronous and c.clock.now_s() - self._mode_changed_s < wait_s:
+            self.quorum_state = "waiting one lease duration after the change to synchronous (R8)"
+            return
+        wanted = self._wanted(record)
+        step = next_step(
+            voters=record.voters,
+            quorum=record.quorum,
+            synchronous=c.synchronous,
+            confirmed=c.synchronous_confirmed,
+            wanted=wanted,
+        )
+        if isinstance(step, Settled):
+            self.quorum_state = step.reason
+            return
+        self.quorum_state = step.reason
+        c.journal.note(
+            "quorum", step.reason, voters=sorted(record.voters), q=record.quorum, synchronous=str(c.synchronous)
+        )
+        grounds = record.grounds()
+        if isinstance(step, RecordVoters):
+            voters, quorum = step.voters, step.quorum
+            await c.keeper.write(lambda current: with_voters(current, voters, quorum), grounds=grounds)
+        elif isinstance(step, SetSynchronous):
+            c.synchronous, c.synchronous_confirmed = step.synchronous, False
+            await c.database.set_synchronous(step.synchronous)
+            c.synchronous_confirmed = True
+        elif isinstance(step, RecordBehindBarrier):
+            if record.chain is None:
+                raise OperationFailed("the record knows no timeline")
+            voters, quorum = step.voters, step.quorum
+            await c.database.barrier(record.chain.current, deadline_s=BARRIER_DEADLINE_S)
+            await c.keeper.write(lambda current: with_voters(current, voters, quorum), grounds=grounds)
+        c.wake.set()
+
+    def _wanted(self, record: ClusterRecord) -> SynchronousSet:
+        c = self._c
+        now_s = c.clock.now_s()
+        standbys = {}
+        for name, peer in c.peers.views().items():
+            state = peer.state
+            if state is None or state.member_id is None:
+                continue
+            eligible = (
+                name not in record.fenced
+                and state.member_id not in record.excluded
+                and state.member_id not in record.retired
+                and not state.terminating
+            )
+            standbys[state.member_id] = self.watch.health(
+                state.member_id, now_s, eligible=eligible, first=not record.voters or record.quorum == 0
+            )
+        for voter in record.voters:
+            if voter not in standbys:
+                standbys[voter] = self.watch.health(voter, now_s, eligible=True, first=False)
+        return wanted_set(
+            standbys=standbys,
+            voters=record.voters,
+            synchronous=c.synchronous,
+            wanted_k=c.wanted_k(),
+            required=c.configuration.cluster.durability == "required",
+            relax_after_s=c.configuration.timings.relax_after_s,
+            alone_for_s=now_s - (c.opened_s if c.opened_s is not None else now_s),
+        )
+
+    def look(self) -> None:
+        self.watch.look(self._c.database.walsenders(), self._c.clock.now_s())
+
+    async def reaffirm(self, reason: str) -> None:
+        """R12: a voter promised a later epoch that nobody took; a later one still makes it follow again."""
+        c = self._c
+        record = c.record
+        c.reaffirm_again_s = c.clock.now_s() + self._reaffirm_pause_s
+        self._reaffirm_pause_s = min(8.0, self._reaffirm_pause_s * 2)
+        ends = await self.ask_ends(record)
+        if not may_reaffirm(record, frozenset(ends)):
+            raise OperationFailed(f"{len(ends)} of {record.quorum} voters answer that they would follow")
+        highest = max([record.epoch, *(answer.highest_epoch for answer in ends.values())])
+        holder = c.holder
+        if holder is None:
+            raise OperationFailed("this instance is no member")
+        opened = c.gate_open
+
+        def change(current: ClusterRecord) -> ClusterRecord:
+            return replace(reaffirmed(current, holder=holder, highest_epoch=Epoch(highest)), opened=opened)
+
+        stored = await c.keeper.write(change, grounds=record.grounds())
+        await c.volume.save(replace(c.volume.state.saw_record(stored.record), last_record=stored.record))
+        c.journal.note("reaffirm", f"epoch {stored.record.epoch}: {reason}")
+        await c.peers.nudge(c.peers.names)
+
+    # Giving up.
+
+    def best_target(self, record: ClusterRecord, asked: MemberName | None) -> tuple[MemberName, MemberId] | None:
+        """Who may take over in a planned way: streams, is near, answers, and is neither fenced nor leaving."""
+        c = self._c
+        now_s = c.clock.now_s()
+        candidates: list[tuple[bool, int, int, str, MemberId]] = []
+        for name, peer in c.peers.views().items():
+            state = peer.state
+            if not peer.answers or state is None or state.member_id is None or (asked is not None and name != asked):
+                continue
+            if state.terminating or name in record.fenced:
+                continue
+            health = self.watch.health(state.member_id, now_s, eligible=True, first=True)
+            if not health.streaming or (state.lag_bytes or 0) > SWITCHOVER_MAXIMUM_LAG_BYTES:
+                continue
+            candidates.append(
+                (state.member_id in record.voters, state.priority, -(state.lag_bytes or 0), name, state.member_id)
+            )
+        if not candidates:
+            return None
+        best = max(candidates, key=lambda candidate: candidate[:3])
+        return MemberName(best[3]), best[4]
+
+    async def switch_over(self) -> None:
+        c = self._c
+        record = c.record
+        request = record.switchover
+        if request is None:
+            return
+        self.look()
+        target = self.best_target(record, request.target)
+        if target is None:
+            who = request.target or "any standby"
+            c.journal.note("switchover refused", f"{who} does not stream or is too far behind")
+            await c.keeper.write(without_switchover)
+            return
+        await self._give_up(record, target, f"switchover to {target[0]}")
+
+    async def hand_over(self, reason: str) -> None:
+        """Shutdown or fence: a switchover where somebody fit is there, else a clean stop with a stamp for ourselves (R14)."""
+        c = self._c
+        record = c.record
+        self.look()
+        await self._give_up(record, self.best_target(record, None) if not record.paused else None, reason)
+
+    async def _give_up(self, record: ClusterRecord, target: tuple[MemberName, MemberId] | None, reason: str) -> None:
+        c = self._c
+        timings = c.configuration.timings
+        c.journal.note("hand over", f"{reason}; target {target[0] if target else 'nobody'}")
+        if not c.database.running:
+            c.start_yielding(reason)
+            return
+        if target is not None:
+            # Before anything stops, so that the shutdown's own checkpoint is short.
+            await c.database.checkpoint(deadline_s=CHECKPOINT_DEADLINE_S)
+        c.take_role(Role.STOPPING, reason)
+        clean = await c.database.stop(deadline_s=timings.stop_timeout_s if target else 4 * timings.stop_timeout_s)
+        c.gate_open = False
+        if not clean:
+            await c.database.kill()
+            c.start_yielding(f"{reason}: Postgres did not stop in time and was killed")
+            c.take_role(Role.STOPPED, "killed")
+            return
+        end = await c.database.shutdown_end(record.chain)
+        c.take_role(Role.STOPPED, "Postgres has stopped clean")
+        if end is None:
+            # P12: not a clean end on the claimed timeline: no handover on it, the voters elect or it starts again.
+            c.start_yielding(f"{reason}: the shutdown was not clean")
+            return
+        holding = await self._who_holds(record, end, target)
+        if target is not None and target[1] not in holding:
+            c.journal.note("hand over", f"{target[0]} does not hold the end of the log")
+            target = None
+        named = target[1] if target is not None else c.member_id
+        await c.link.revoke(record.epoch)
+        await c.keeper.write(lambda current: _released(current, end, holding, named, c.member_id))
+        c.journal.note("release", f"the log ends at {end}; released to {named}")
+        if target is not None:
+            await c.peers.nudge((target[0],))
+
+    async def _who_holds(
+        self, record: ClusterRecord, end: WalEnd, target: tuple[MemberName, MemberId] | None
+    ) -> frozenset[MemberId]:
+        """The standbys that hold the shutdown checkpoint; the target is asked until its deadline, the others once."""
+        c = self._c
+        deadline_s = c.clock.now_s() + (1.5 if target is not None else 0.0)
+        while True:
+            answers = await c.peers.ask_all(
+                c.peers.names, "end", EndRequest(cluster_uid=record.cluster_uid), EndAnswer, deadline_s=1.5
+            )
+            holding = frozenset(
+                answer.member_id for answer in answers.values() if answer.member_id is not None and answer.end == end
+            )
+            if target is None or target[1] in holding or c.clock.now_s() >= deadline_s:
+                return holding
+            await c.clock.sleep(0.02)
+
+
+def _released(
+    record: ClusterRecord, end: WalEnd, holding: frozenset[MemberId], named: MemberId, me: MemberId
+) -> ClusterRecord:
+    changed = released(record, end=end, holding=holding, target=named if named in holding else None)
+    if named == me and changed.release is not None:
+        return replace(changed, release=replace(changed.release, target=me))
+    return changed
+
+
+def c_alone(context: Context) -> bool:
+    """A cluster of one instance: q is 0 by configuration (R14)."""
+    return context.wanted_k() == 0

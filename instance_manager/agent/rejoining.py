@@ -1,0 +1,183 @@
+"""How the data directory comes back: initialise, start as a standby, follow, rewind, clone, set aside. Rules: core/rejoin."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.config import MemberSection
+from instance_manager.core.lease import initial_first_write
+from instance_manager.core.record import ClusterRecord, initial_record, initialised
+from instance_manager.core.rejoin import DirectoryFacts, Rejoin, plan_rejoin
+from instance_manager.core.roles import Role
+from instance_manager.core.types import MemberName, TimelineChain, make_member_id
+from instance_manager.postgres.server import LocalPostgresError
+
+log = logging.getLogger("instance_manager.agent.rejoining")
+
+
+class Rejoining:
+    def __init__(self, context: Context) -> None:
+        self._c = context
+        self.failed_rewinds = 0
+
+    # A new cluster.
+
+    async def create_record(self, random_hex: str) -> None:
+        """The first Lease. The member's id is made before, so that the holder is this very directory-to-be."""
+        c = self._c
+        state = c.volume.state
+        member_id = state.member_id or make_member_id(c.configuration.name, random_hex)
+        await c.volume.save(replace(state, member_id=member_id, cluster_uid=c.configuration.cluster.uid))
+        holder = c.holder
+        if holder is None:
+            raise OperationFailed("the supervisor has not told its incarnation")
+        asynchronous = c.configuration.cluster.durability == "asynchronous"
+        first = initial_record(
+            cluster_name=c.configuration.cluster.name,
+            cluster_uid=c.configuration.cluster.uid,
+            mode="asynchronous" if asynchronous else "synchronous",
+            lease_duration_s=c.configuration.timings.lease_duration_s,
+            holder=holder,
+        )
+        current = c.keeper.record
+        if current is None:
+            await c.keeper.create(first)
+        else:
+            await c.keeper.write(lambda found: initial_first_write(found, first), grounds=current.grounds())
+        c.journal.note("create the Lease", "a new cluster begins here")
+
+    async def initialise(self) -> None:
+        """initdb, and the record that makes it the one cluster for ever (never initialised again by itself)."""
+        c = self._c
+        c.take_role(Role.INITIALISING, "this instance created the Lease")
+        c.operation = "initdb"
+        await c.volume.save(c.volume.state.saw_record(c.record))
+        control = await c.database.initialise()
+        await c.keeper.write(
+            lambda record: initialised(
+                record,
+                system_identifier=str(control.system_identifier),
+                timeline=control.timeline,
+                position=control.checkpoint_lsn,
+            )
+        )
+        c.journal.note("initialised", f"system identifier {control.system_identifier}")
+
+    # An existing one.
+
+    async def start_standby(self, reason: str) -> None:
+        """Follow nobody: `primary_conninfo` stays empty until a promise is persisted (R5)."""
+        c = self._c
+        state = c.volume.state
+        if state.member_id is None:
+            await c.volume.new_member(c.configuration.name)
+        await c.volume.save(replace(c.volume.state, starts=c.volume.state.starts + 1))
+        await c.database.start_standby()
+        c.take_role(Role.STANDBY, reason)
+
+    async def follow(self) -> None:
+        """Following a primary of epoch e is a promise of e, persisted before the walreceiver starts."""
+        c = self._c
+        record = c.record
+        holder = record.holder
+        if holder is None or not c.volume.state.may_follow(record):
+            raise OperationFailed("there is nobody to follow")
+        if record.chain is None:
+            raise OperationFailed("the cluster has no history yet")
+        end = c.database.view().end
+        if end is None or not record.chain.contains(end):
+            raise OperationFailed(f"this log ends at {end}: it cannot follow")
+        member = self._member(holder.name)
+        async with c.voting:
+            # A promise of a later epoch may have been made since the decision; then `promising` refuses.
+            state = c.volume.state.saw_record(record)
+            promised = state.promising(record.epoch, holder.member_id)
+            await c.volume.save(replace(promised, cluster_uid=record.cluster_uid))
+            await c.database.follow(
+                holder.member_id, host=member.host, port=member.postgres_port, member_id=c.member_id, epoch=record.epoch
+            )
+        c.journal.note("follow", f"{holder.name}, epoch {record.epoch}, from {end}")
+        self.failed_rewinds = 0
+
+    async def rejoin(self, reason: str) -> None:
+        """Postgres does not run, or runs on a log that left the cluster's history."""
+        c = self._c
+        # What follows may wipe: it rests on the store itself, not on a snapshot.
+        await c.keeper.read()
+        record = c.record
+        if record.chain is None:
+            raise OperationFailed("the cluster has no history yet")
+        if c.database.running:
+            if c.volume.state.member_id in record.voters:
+                raise OperationFailed(f"{reason}; but it is still a voter: the primary drops it first (R6)")
+            c.take_role(Role.STOPPING, reason)
+            if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
+                await c.database.kill()
+            c.take_role(Role.STOPPED, reason)
+        stopped = await c.database.stopped_facts(record.chain)
+        facts = DirectoryFacts(
+            exists=stopped.exists,
+            half_rewound=stopped.half_rewound,
+            foreign=stopped.foreign,
+            system_identifier=stopped.system_identifier,
+            end=stopped.end,
+            member_id=c.volume.state.member_id,
+            failed_rewinds=self.failed_rewinds,
+            excluded=c.volume.state.member_id in record.excluded,
+        )
+        plan = plan_rejoin(record, facts, chain=record.chain)
+        c.journal.note("rejoin", f"{plan.rejoin.value}: {plan.reason}")
+        if plan.rejoin is Rejoin.FOLLOW:
+            await self.start_standby(plan.reason)
+        elif plan.rejoin is Rejoin.WAIT:
+            raise OperationFailed(plan.reason)
+        else:
+            await self._copy_from_primary(plan.rejoin, record, record.chain)
+
+    async def _copy_from_primary(self, rejoin: Rejoin, record: ClusterRecord, chain: TimelineChain) -> None:
+        c = self._c
+        source = self._serving_primary(record)
+        member = self._member(source)
+        try:
+            if rejoin is Rejoin.REWIND:
+                c.take_role(Role.REWINDING, f"from {source}")
+                c.operation = f"rewinding from {source}"
+                try:
+                    await c.database.rewind(member.host, member.postgres_port, chain.current)
+                except LocalPostgresError:
+                    self.failed_rewinds += 1
+                    raise
+            else:
+                if rejoin is Rejoin.SET_ASIDE_AND_CLONE:
+                    await c.database.set_aside()
+                c.take_role(Role.CLONING, f"from {source}")
+                c.operation = f"cloning from {source}"
+                await c.database.clone(
+                    member.host, member.postgres_port, record.system_identifier or "", self._progress
+                )
+                self.failed_rewinds = 0
+            # R6, P7: what was copied or rewound is another log than before: another member, without a vote.
+            member_id = await c.volume.new_member(c.configuration.name)
+            c.journal.note(rejoin.value, f"from {source}: now member {member_id}")
+        finally:
+            c.operation = None
+            c.take_role(Role.STOPPED, f"{rejoin.value} ended")
+
+    def _progress(self, text: str) -> None:
+        self._c.operation = text
+
+    def _serving_primary(self, record: ClusterRecord) -> MemberName:
+        if record.holder is None:
+            raise OperationFailed("there is no primary to copy from")
+        peer = self._c.peers.views().get(record.holder.name)
+        if peer is None or not peer.answers or peer.state is None or not peer.state.writable:
+            raise OperationFailed(f"{record.holder.name} does not serve yet")
+        return record.holder.name
+
+    def _member(self, name: MemberName) -> MemberSection:
+        for member in self._c.configuration.members:
+            if member.name == name:
+                return member
+        raise OperationFailed(f"{name} is not among the members of the configuration")
