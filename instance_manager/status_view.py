@@ -43,9 +43,7 @@ def format_bytes(size: int) -> str:
         if abs(value) < 1024:
             break
         value, unit = value / 1024, following
-    if unit == "B" or abs(value) >= 10 or value == int(value):
-        return f"{value:.0f} {unit}"
-    return f"{value:.1f} {unit}"
+    return f"{value:.0f} {unit}" if abs(value) >= 10 else f"{value:.1f}".removesuffix(".0") + f" {unit}"
 
 
 def format_seconds(seconds: float) -> str:
