@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from instance_manager.config import load_configuration
 from instance_manager.demo import processes, status_client
 from instance_manager.demo.plan import (
     APPLICATION,
@@ -36,6 +37,7 @@ from instance_manager.demo.plan import (
 )
 from instance_manager.demo.ports import choose_base_port, ports_in_use
 from instance_manager.demo.processes import InstanceProcesses, now_s
+from instance_manager.launch import prepare_directories, supervisor_argv
 from instance_manager.status import ClusterStatus
 from instance_manager.supervisor.fence import Process
 from instance_manager.supervisor.processes import become_subreaper
@@ -61,6 +63,8 @@ class Launch:
     prefix: tuple[str, ...] = ()
     """Before the command: a network namespace to enter."""
     environment: Mapping[str, str] = field(default_factory=dict)
+    isolated: bool = True
+    """False: its Python obeys the environment's PYTHONPATH, as a faked clock needs."""
 
 
 class LocalCluster:
@@ -255,15 +259,12 @@ class LocalCluster:
             return
         self.reap_orphans()
         launch = self._launches.get(name, Launch())
-        argv = [
-            *launch.prefix,
-            sys.executable,
-            "-m",
-            "instance_manager",
-            "run",
-            "--config",
-            str(self.layout.config(name)),
-        ]
+        config = self.layout.config(name)
+        argv = [*launch.prefix, sys.executable, "-m", "instance_manager", "run", "--config", str(config)]
+        if not launch.isolated:
+            configuration = load_configuration(config)
+            prepare_directories(configuration)
+            argv = [*launch.prefix, *(each for each in supervisor_argv(configuration, config) if each != "-I")]
         # SIGQUIT: if this process dies, the supervisor kills its Postgres at once and sees that nothing is left.
         with self.layout.log(name).open("ab") as log:
             self._started[name] = subprocess.Popen(

@@ -160,6 +160,7 @@ def open_environment(
                 Launch(
                     prefix=net.enter(name) if net is not None else (),
                     environment=clocks.open(name) if clocks is not None else {},
+                    isolated=clocks is None,
                 ),
             )
         work = layout.directory / "drill"
