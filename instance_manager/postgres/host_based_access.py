@@ -24,8 +24,10 @@ MONITORING_ROLE = "instance_manager_monitor"
 _USER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 _TYPES = frozenset({"local", "host", "hostssl", "hostnossl", "hostgssenc", "hostnogssenc"})
 _METHODS = frozenset({"scram-sha-256", "cert", "reject", "gss", "ldap", "radius", "pam", "oauth", "peer"})
-_TOKEN = re.compile(r'"[^"\x00-\x1f]*"|[^\s"#]+')
-_OPTION = re.compile(r"[a-z_]+=.+")
+_TOKEN = re.compile(r'(?:"[^"]*"|[^\s"])+')
+_ITEM = r'(?:"[^"]+"|[^\s",]+)'
+_ITEMS = re.compile(rf"{_ITEM}(?:,{_ITEM})*")
+_OPTION = re.compile(r'[a-z_]+=(?:"[^"]*"|[^\s",]+)|"[a-z_]+=[^"]*"')
 
 
 class Access(enum.Enum):
@@ -104,11 +106,9 @@ def check_line(line: str) -> str:
     if re.search(r"[\x00-\x08\x0a-\x1f\x7f]", line) is not None:
         raise AccessLineRefused(f"not one line of pg_hba.conf: {line[:200]!r}")
     bare = line.strip()
-    tokens = _TOKEN.findall(bare)
-    if "".join(tokens) != re.sub(r"\s+", "", bare) and not any('"' in token for token in tokens):
-        raise AccessLineRefused(f"comments and odd quotes are not allowed: {bare!r}")
-    if bare.count('"') % 2 or "#" in re.sub(r'"[^"]*"', "", bare) or bare.endswith("\\") or "@" in bare:
+    if bare.count('"') % 2 or bare.endswith("\\") or "@" in bare or "#" in re.sub(r'"[^"]*"', "", bare):
         raise AccessLineRefused(f"comments, odd quotes, continuation and @ files are not allowed: {bare!r}")
+    tokens = _TOKEN.findall(bare)
     if not tokens or tokens[0] not in _TYPES:
         raise AccessLineRefused(f"must begin with one of {', '.join(sorted(_TYPES))}: {bare!r}")
     address_count = 0 if tokens[0] == "local" else 1
@@ -119,11 +119,14 @@ def check_line(line: str) -> str:
     if len(rest) <= address_count:
         raise AccessLineRefused(f"type, database, user, address and method are needed: {bare!r}")
     method, *options = rest[address_count:]
+    for field_ in (*tokens[1:3], *rest[:address_count]):
+        if _ITEMS.fullmatch(field_) is None:
+            raise AccessLineRefused(f"{field_!r} must be names with commas and no blanks between them: {bare!r}")
     if method not in _METHODS:
         raise AccessLineRefused(f"method {method!r} is not allowed, only {', '.join(sorted(_METHODS))}: {bare!r}")
-    if any(_OPTION.fullmatch(option.strip('"')) is None for option in options):
+    if any(_OPTION.fullmatch(option) is None for option in options):
         raise AccessLineRefused(f"options are written name=value: {bare!r}")
-    if any(option.strip('"') == f"map={AGENT_MAP}" for option in options):
+    if any(option.replace('"', "") == f"map={AGENT_MAP}" for option in options):
         raise AccessLineRefused(f"the map {AGENT_MAP} is the instance manager's: {bare!r}")
     databases = tokens[1].split(",")
     if any(database.strip('"').lower() == "replication" for database in databases):

@@ -13,9 +13,9 @@ How it is found. Postgres's own reader decides what a valid record is, through p
    names the *start* of the last valid one: "error in WAL record at X: why". The position in `why` is not used: not
    every reason has one, and those of page headers name another thing.
 4. `pg_waldump --limit=1` from X lists that record. Only the head of the first line counts, because what follows may
-   be a user's text, line ends included (`pg_logical_emit_message`). The record's length gives the end: the headers of the pages it crosses are counted
-   in, it is rounded up to 8 bytes, and a segment switch ends at the segment's end. The same as the reader's EndRecPtr, at
-   which a promotion forks.
+   be a user's text, line ends included (`pg_logical_emit_message`). The record's length gives the end: the headers of
+   the pages it crosses are counted in, it is rounded up to 8 bytes, and a segment switch ends at the segment's end. That
+   is the reader's EndRecPtr, at which a promotion forks.
 
 A reason that does not mean "the log ends here", such as a read error, another system's segment, a version that says
 something new, is PositionUnknown: the voter then makes no promise, rather than one on a guess.
@@ -58,6 +58,7 @@ _RECORD_LINE = re.compile(
     r"rmgr: (?P<manager>\S+)\s+len \(rec/tot\):\s*\d+/\s*(?P<total>\d+), tx:\s*\d+, "
     r"lsn: (?P<lsn>[0-9A-F]+/[0-9A-F]+), prev [0-9A-F]+/[0-9A-F]+, desc: (?P<description>.*)"
 )
+_SKIPPED = re.compile(r"\A\s*first record is after \S+, at \S+, skipping over \d+ bytes?\n")
 _NOTHING_AT_START = re.compile(r"could not find a valid record after ([0-9A-F]+/[0-9A-F]+)(?:: (.*))?$", re.MULTILINE)
 _ENDED = re.compile(r"error in WAL record at ([0-9A-F]+/[0-9A-F]+): (.*)$", re.MULTILINE)
 # What Postgres 14 to 18 say where a log ends: zeros, an old segment's content, or a record that is only partly there.
@@ -346,7 +347,8 @@ async def _dump(server: LocalServer, view: _View, start: Lsn, until_s: float, op
 
 
 def _first_line(output: str, segment_bytes: int) -> _Record:
-    match = _RECORD_LINE.match(output)
+    # Said first where the start is not a record's, which for the start of a page is as it should be.
+    match = _RECORD_LINE.match(_SKIPPED.sub("", output, count=1))
     if match is None:
         raise PositionUnknown(f"pg_waldump printed no record: {output[:200]!r}")
     start = parse_lsn(match["lsn"])

@@ -9,7 +9,6 @@ import pytest
 from own_server import Servers, servers_for_test, template_directory
 
 
-
 @pytest.fixture(scope="session")
 def own_template() -> Iterator[Path]:
     with template_directory() as template:
