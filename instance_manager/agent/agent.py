@@ -233,7 +233,7 @@ class Agent:
     async def _act(self, decision: Decision) -> None:
         c = self.context
         act = decision.act
-        c.journal.note(act, decision.reason)
+        c.journal.decided(act, decision.reason)
         if self._operation is not None and self._operation.done():
             self._operation = None
         if self._operation is not None:

@@ -29,21 +29,32 @@ class OperationFailed(Exception):
 
 
 class Journal:
-    """The last decisions with their reasons; equal ones in a row are counted, and logged once."""
+    """The last decisions with their reasons and what became of them.
+
+    A decision that only says again what the last one said is counted; steps between do not make it new.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lines: deque[tuple[float, str, str, int]] = deque(maxlen=100)
+        self._last_decision = ("", "")
 
-    def note(self, decision: str, reason: str, **inputs: object) -> None:
-        key = (decision, _without_numbers(reason))
+    def decided(self, act: str, reason: str) -> None:
+        key = (act, _without_numbers(reason))
+        if key == self._last_decision:
+            return
+        self._last_decision = key
+        self.note(act, reason)
+
+    def note(self, what: str, reason: str, **inputs: object) -> None:
+        """A step, or how one failed. Equal ones in a row are counted, and logged once."""
         if self._lines:
             at_s, last, last_reason, count = self._lines[0]
-            if (last, _without_numbers(last_reason)) == key:
+            if (last, _without_numbers(last_reason)) == (what, _without_numbers(reason)):
                 self._lines[0] = (at_s, last, reason, count + 1)
                 return
-        self._lines.appendleft((self._clock.now_s(), decision, reason, 1))
-        log.info("%s: %s", decision, reason, extra={"fields": {"decision": decision, **inputs}})
+        self._lines.appendleft((self._clock.now_s(), what, reason, 1))
+        log.info("%s: %s", what, reason, extra={"fields": {"decision": what, **inputs}})
 
     def lines(self, most: int = 20) -> tuple[DecisionLine, ...]:
         now_s = self._clock.now_s()

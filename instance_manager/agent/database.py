@@ -47,14 +47,15 @@ from instance_manager.postgres.configuration import (
     render_synchronous_standby_names,
     replication_conninfo,
 )
-from instance_manager.postgres.control_data import ControlData, HotStandbySettings, read_control_data
+from instance_manager.postgres.control_data import ControlData, read_control_data
 from instance_manager.postgres.dynamic_settings import DynamicSettings
 from instance_manager.postgres.files import make_directory, read_if_present, write_atomically
 from instance_manager.postgres.histories import history_of_chain
+from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.hot_standby import hot_standby_settings_of, settings_for_standby
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
 from instance_manager.postgres.synchronous import SynchronousReplication
-from instance_manager.postgres.wal_dump import PositionUnknown, end_of_stopped_directory
+from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing, end_of_stopped_directory
 
 log = logging.getLogger("instance_manager.agent.database")
 
@@ -74,6 +75,19 @@ class StoppedFacts:
     foreign: str | None
     system_identifier: str | None
     end: WalEnd | None
+    needs: WalEnd | None = None
+    """What recovery must reach and the log on this disk does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upstream:
+    """Whom to follow, under which promise."""
+
+    holder: MemberId
+    host: str
+    port: int
+    member_id: MemberId
+    epoch: Epoch
 
 
 class NotAllowed(LocalPostgresError):
@@ -252,17 +266,20 @@ class Database:
         await self._refresh_report()
         return await read_control_data(self.server)
 
-    async def start_standby(self) -> None:
-        """Nobody is followed, nobody can satisfy the list, clients may read (P1, R5)."""
+    async def start_standby(self, upstream: Upstream | None = None) -> None:
+        """Nobody can satisfy the list, clients may read, and nobody is followed (P1, R5).
+
+        `upstream`: for a directory that is not consistent without it; its epoch is promised and persisted already.
+        """
         await asyncio.to_thread(directory.create_standby_signal, self.server)
-        await self._write_configuration(
-            NOBODY_CAN_SATISFY, host_based_access.Access.OPEN, standby=True, host_standby_control=True
-        )
+        await self._write_configuration(NOBODY_CAN_SATISFY, Access.OPEN, standby=True, upstream=upstream)
         await self._start("standby", None)
+        if upstream is not None:
+            self._following = (upstream.holder, upstream.epoch)
 
     async def start_primary(self, epoch: Epoch, opening: SynchronousSet) -> None:
         """Only for the holder of the Lease with a permit; clients are kept out (P8)."""
-        await self._write_configuration(_render(opening), host_based_access.Access.CLOSED, standby=False)
+        await self._write_configuration(_render(opening), Access.CLOSED, standby=False)
         await asyncio.to_thread(directory.remove_standby_signal, self.server)
         await self._start("read_write", epoch)
 
@@ -306,19 +323,27 @@ class Database:
 
     # Following and voting.
 
-    async def follow(self, holder: MemberId, *, host: str, port: int, member_id: MemberId, epoch: Epoch) -> None:
-        conninfo = replication_conninfo(
-            host=host,
-            port=port,
-            user=host_based_access.REPLICATION_ROLE,
-            passfile=self.server.state_directory / PGPASS,
-            application_name=member_id,
+    async def follow(self, upstream: Upstream) -> None:
+        await voting.follow(
+            self.server,
+            self._settings,
+            self._conninfo(upstream),
+            upstream.member_id,
+            deadline_s=FOLLOW_DEADLINE_S,
         )
-        await voting.follow(self.server, self._settings, conninfo, member_id, deadline_s=FOLLOW_DEADLINE_S)
         # Slots of the time when this was the primary would keep WAL for ever.
         await slots.reconcile(self._sql, ())
-        self._following = (holder, epoch)
+        self._following = (upstream.holder, upstream.epoch)
         self.look_soon()
+
+    def _conninfo(self, upstream: Upstream) -> str:
+        return replication_conninfo(
+            host=upstream.host,
+            port=upstream.port,
+            user=host_based_access.REPLICATION_ROLE,
+            passfile=self.server.state_directory / PGPASS,
+            application_name=upstream.member_id,
+        )
 
     async def stop_following(self, chain: TimelineChain, *, deadline_s: float) -> WalEnd:
         """P2, P3: nothing is received any more, proven; the end of the log on this disk."""
@@ -344,7 +369,7 @@ class Database:
 
     async def promote(self, *, chain: TimelineChain, epoch: Epoch, deadline_s: float) -> None:
         """Become exactly the claimed timeline (P4); stopped again if it became anything else."""
-        await asyncio.to_thread(self._write_access, host_based_access.Access.CLOSED)
+        await asyncio.to_thread(self._write_access, Access.CLOSED)
         await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
         try:
             promoted = await promotion.promote(
@@ -374,12 +399,12 @@ class Database:
         return _parse(names) if names is not None else None
 
     async def open_gate(self) -> None:
-        await asyncio.to_thread(self._write_access, host_based_access.Access.OPEN)
+        await asyncio.to_thread(self._write_access, Access.OPEN)
         await self._reload()
 
     async def gate_is_open(self) -> bool:
         content = await asyncio.to_thread(read_if_present, self.server.data_directory / "pg_hba.conf")
-        return content == self._access_text(host_based_access.Access.OPEN).encode()
+        return content == self._access_text(Access.OPEN).encode()
 
     async def prepare_slots(self, members: frozenset[MemberId]) -> None:
         """A slot for each member, none for others. Cheap while nothing changed."""
@@ -444,6 +469,8 @@ class Database:
                 history=history_of_chain(chain),
                 deadline_s=STOPPED_END_DEADLINE_S,
             )
+        except WalMissing as error:
+            return replace(facts, needs=error.needed)
         except PositionUnknown as error:
             log.warning("the end of the stopped directory's log cannot be told: %s", error)
             return facts
@@ -476,7 +503,7 @@ class Database:
         await self._refresh_report()
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> None:
-        await self._write_configuration(NOBODY_CAN_SATISFY, host_based_access.Access.CLOSED, standby=False)
+        await self._write_configuration(NOBODY_CAN_SATISFY, Access.CLOSED, standby=False)
         try:
             outcome = await rewind.rewind(self.server, self._source(host, port), timeline=timeline)
             log.info("pg_rewind from %s:%s: %s", host, port, outcome.value)
@@ -498,7 +525,7 @@ class Database:
         after = render_postgresql_conf(self._static())
         await asyncio.to_thread(directory.write_configuration_file, self.server, POSTGRESQL_CONF, after)
         await asyncio.to_thread(directory.strip_auto_conf_file, self.server)
-        access = host_based_access.Access.OPEN if await self.gate_is_open() else None
+        access = Access.OPEN if await self.gate_is_open() else None
         if access is not None:
             await asyncio.to_thread(self._write_access, access)
         if self.running:
@@ -506,25 +533,27 @@ class Database:
         return changes_that_need_restart(before, after) if before else ()
 
     async def _write_configuration(
-        self, names: str, access: host_based_access.Access, *, standby: bool, host_standby_control: bool = False
+        self, names: str, access: Access, *, standby: bool, upstream: Upstream | None = None
     ) -> None:
-        hot_standby = None
-        if standby and host_standby_control:
+        replication = ReplicationSettings(
+            synchronous_standby_names=names,
+            restore_command=await asyncio.to_thread(promotion.install_restore_command, self.server),
+        )
+        if standby:
             control = await read_control_data(self.server)
             wanted = hot_standby_settings_of(
                 self._configuration.postgres.parameters, instances=len(self._configuration.members)
             )
-            hot_standby = settings_for_standby(wanted, control.hot_standby)
-        await asyncio.to_thread(self._write_all, names, access, hot_standby)
+            replication = replace(replication, hot_standby=settings_for_standby(wanted, control.hot_standby))
+        if upstream is not None:
+            replication = replace(
+                replication, primary_conninfo=self._conninfo(upstream), primary_slot_name=upstream.member_id
+            )
+        await asyncio.to_thread(self._write_all, replication, access)
 
-    def _write_all(self, names: str, access: host_based_access.Access, hot_standby: HotStandbySettings | None) -> None:
+    def _write_all(self, replication: ReplicationSettings, access: Access) -> None:
         server = self.server
         directory.write_configuration_file(server, POSTGRESQL_CONF, render_postgresql_conf(self._static()))
-        replication = ReplicationSettings(
-            synchronous_standby_names=names,
-            restore_command=promotion.install_restore_command(server),
-            hot_standby=hot_standby,
-        )
         directory.write_configuration_file(server, REPLICATION_CONF, render_replication_conf(replication))
         self._write_access(access)
         ident = host_based_access.render_ident(agent_os_user=server.agent_os_user, superuser=server.superuser)
@@ -534,12 +563,12 @@ class Database:
         password = bootstrap.read_secret(self._configuration.secrets.replication_password)
         bootstrap.write_passfile(server, server.state_directory / PGPASS, password=password)
 
-    def _write_access(self, access: host_based_access.Access) -> None:
+    def _write_access(self, access: Access) -> None:
         write_atomically(
             self.server.data_directory / "pg_hba.conf", self._access_text(access).encode(), run_as=self.server.run_as
         )
 
-    def _access_text(self, access: host_based_access.Access) -> str:
+    def _access_text(self, access: Access) -> str:
         postgres = self._configuration.postgres
         settings = host_based_access.AccessSettings(
             superuser=self.server.superuser,

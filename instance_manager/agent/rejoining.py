@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.database import Upstream
 from instance_manager.config import MemberSection
 from instance_manager.core.lease import initial_first_write
 from instance_manager.core.record import ClusterRecord, initial_record, initialised
@@ -89,15 +90,12 @@ class Rejoining:
         end = c.database.view().end
         if end is None or not record.chain.contains(end):
             raise OperationFailed(f"this log ends at {end}: it cannot follow")
-        member = self._member(holder.name)
         async with c.voting:
             # A promise of a later epoch may have been made since the decision; then `promising` refuses.
             state = c.volume.state.saw_record(record)
             promised = state.promising(record.epoch, holder.member_id)
             await c.volume.save(replace(promised, cluster_uid=record.cluster_uid))
-            await c.database.follow(
-                holder.member_id, host=member.host, port=member.postgres_port, member_id=c.member_id, epoch=record.epoch
-            )
+            await c.database.follow(self._upstream(record))
         c.journal.note("follow", f"{holder.name}, epoch {record.epoch}, from {end}")
         self.failed_rewinds = 0
 
@@ -123,6 +121,7 @@ class Rejoining:
             foreign=stopped.foreign,
             system_identifier=stopped.system_identifier,
             end=stopped.end,
+            needs=stopped.needs,
             member_id=c.volume.state.member_id,
             failed_rewinds=self.failed_rewinds,
             excluded=c.volume.state.member_id in record.excluded,
@@ -131,10 +130,38 @@ class Rejoining:
         c.journal.note("rejoin", f"{plan.rejoin.value}: {plan.reason}")
         if plan.rejoin is Rejoin.FOLLOW:
             await self.start_standby(plan.reason)
+        elif plan.rejoin is Rejoin.FOLLOW_AT_ONCE:
+            await self._start_following(record, plan.reason)
         elif plan.rejoin is Rejoin.WAIT:
             raise OperationFailed(plan.reason)
         else:
             await self._copy_from_primary(plan.rejoin, record, record.chain)
+
+    async def _start_following(self, record: ClusterRecord, reason: str) -> None:
+        """Not consistent without more WAL: the promise is persisted, then it starts with its upstream set."""
+        c = self._c
+        if record.holder is None or not c.volume.state.may_follow(record):
+            raise OperationFailed(f"{reason}; there is nobody to follow")
+        if c.volume.state.promised_epoch < record.epoch or c.volume.state.member_id is None:
+            await c.volume.new_member(c.configuration.name)
+        async with c.voting:
+            state = c.volume.state.saw_record(record)
+            await c.volume.save(state.promising(record.epoch, record.holder.member_id))
+            await c.database.start_standby(self._upstream(record))
+        c.take_role(Role.STANDBY, reason)
+        c.journal.note("follow", f"{record.holder.name}, epoch {record.epoch}, from the start: {reason}")
+
+    def _upstream(self, record: ClusterRecord) -> Upstream:
+        if record.holder is None:
+            raise OperationFailed("there is nobody to follow")
+        member = self._member(record.holder.name)
+        return Upstream(
+            holder=record.holder.member_id,
+            host=member.host,
+            port=member.postgres_port,
+            member_id=self._c.member_id,
+            epoch=record.epoch,
+        )
 
     async def _copy_from_primary(self, rejoin: Rejoin, record: ClusterRecord, chain: TimelineChain) -> None:
         c = self._c

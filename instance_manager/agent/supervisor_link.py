@@ -104,6 +104,10 @@ class SupervisorLink:
         self.expected_exit = False
         self.last_exit = None
         await self._request({"type": "start", "mode": mode, "epoch": epoch, "argv": list(argv), "env": dict(env)})
+        # The event comes after the answer.
+        async with asyncio.timeout(REQUEST_DEADLINE_S):
+            while self.postgres is None and self.last_exit is None:
+                await self._changed()
 
     async def promote(self, epoch: Epoch) -> None:
         await self._request({"type": "promote", "epoch": epoch})

@@ -14,6 +14,9 @@ class Rejoin(enum.Enum):
 
     FOLLOW = "follow"
     """Its log is a prefix of the accepted history: start as a standby."""
+    FOLLOW_AT_ONCE = "follow at once"
+    """It was rewound, or lost the end of its log: it is a prefix, but consistent only once it has received more. It
+    follows from its very start, as a new member."""
     REWIND = "rewind"
     """It holds records that the accepted history does not have."""
     CLONE = "clone"
@@ -41,6 +44,8 @@ class DirectoryFacts:
     system_identifier: str | None
     end: WalEnd | None
     """End of its log; None if it cannot be told."""
+    needs: WalEnd | None
+    """How far recovery must get, when its own log does not reach there; None when it does."""
     member_id: MemberId | None
     failed_rewinds: int
     excluded: bool
@@ -77,6 +82,11 @@ def _plan_for_own_directory(facts: DirectoryFacts, chain: TimelineChain) -> Rejo
         return RejoinPlan(Rejoin.SET_ASIDE_AND_CLONE, f"{facts.failed_rewinds} rewinds failed")
     if facts.half_rewound:
         return RejoinPlan(Rejoin.REWIND, "a rewind was interrupted: the directory must not be started")
+    if facts.needs is not None and chain.contains(facts.needs):
+        # Never rewound again: pg_rewind would first finish recovery by itself, on a log of its own.
+        return RejoinPlan(Rejoin.FOLLOW_AT_ONCE, f"it must receive up to {facts.needs} before it is consistent")
+    if facts.needs is not None:
+        return RejoinPlan(Rejoin.SET_ASIDE_AND_CLONE, f"it needs {facts.needs}, which is not in the cluster's history")
     if facts.end is None:
         return RejoinPlan(Rejoin.REWIND, "the end of its log cannot be told")
     if chain.contains(facts.end):

@@ -85,6 +85,15 @@ class PositionUnknown(LocalPostgresError):
     """The end of the log cannot be told for certain; whoever asks must not claim any position."""
 
 
+class WalMissing(PositionUnknown):
+    """Recovery must reach `needed`, but pg_wal ends at `end`: as after a rewind, which leaves the rest to be received."""
+
+    def __init__(self, end: WalEnd, needed: WalEnd) -> None:
+        super().__init__(f"the log in pg_wal ends at {end}, before {needed} that recovery must reach")
+        self.end = end
+        self.needed = needed
+
+
 @dataclass(frozen=True, slots=True)
 class _Record:
     start: Lsn
@@ -189,8 +198,8 @@ async def end_of_stopped_directory(
 ) -> WalEnd:
     """The end of the log of a data directory on which no server runs, from its last checkpoint's redo position on.
 
-    `newest` and `history` as for `end_of_wal`. PositionUnknown: also where the log ends before the position that
-    recovery must reach: then WAL is missing, and the directory cannot come up by itself.
+    `newest` and `history` as for `end_of_wal`. PositionUnknown; WalMissing: the log ends before the position that
+    recovery must reach, and the directory cannot come up by itself.
     """
     start = WalEnd(control.timeline, control.redo_lsn)
     end = await end_of_wal(
@@ -204,7 +213,7 @@ async def end_of_stopped_directory(
     )
     needed = max(control.minimum_recovery_end_lsn, Lsn(control.checkpoint_lsn + 1))
     if end.lsn < needed:
-        raise PositionUnknown(f"the log in pg_wal ends at {end}, before {format_lsn(needed)} that recovery must reach")
+        raise WalMissing(end, WalEnd(max(control.timeline, control.minimum_recovery_end_timeline), needed))
     return end
 
 
