@@ -222,6 +222,15 @@ def write_passfile(server: LocalServer, path: Path, *, password: str, user: str 
     write_atomically(path, f"*:*:*:{user}:{escaped}\n".encode(), run_as=server.run_as)
 
 
+def read_passfile(path: Path, *, user: str = REPLICATION_ROLE) -> str:
+    """The password that `write_passfile` wrote for `user`. ValueError: there is none. (asyncpg's own reader does not
+    undo the escapes.)"""
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line.startswith(f"*:*:*:{user}:"):
+            return re.sub(r"\\(.)", r"\1", line.removeprefix(f"*:*:*:{user}:"))
+    raise ValueError(f"{path} has no password of {user}")
+
+
 def _prepared(password: str) -> str:
     """SASLprep (RFC 4013), which libpq applies too; what it forbids is taken as it is, as Postgres does."""
     if password.isascii():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import asyncpg
 
 from instance_manager.core.types import Timeline
+from instance_manager.postgres.bootstrap import read_passfile
 from instance_manager.postgres.clone import SourceServer
 from instance_manager.postgres.control_data import read_control_data
 from instance_manager.postgres.directory import (
@@ -126,12 +127,13 @@ async def _require_ready(source: SourceServer, system_identifier: int, timeline:
     """Before its first checkpoint on the new timeline a source's pg_control makes pg_rewind say "not needed", wrongly."""
     deadline_s = 10.0
     try:
+        password = await asyncio.to_thread(read_passfile, source.passfile, user=source.user)
         async with asyncio.timeout(deadline_s):
             connection = await asyncpg.connect(
                 host=source.host,
                 port=source.port,
                 user=source.user,
-                passfile=str(source.passfile),
+                password=password,
                 database="postgres",
                 ssl=source.sslmode,
                 timeout=deadline_s,
@@ -147,7 +149,7 @@ async def _require_ready(source: SourceServer, system_identifier: int, timeline:
                 connection.terminate()
     except TimeoutError:
         raise SourceNotReady(f"{source.host}:{source.port}: no answer within {deadline_s:g} s") from None
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
+    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
         raise SourceNotReady(f"{source.host}:{source.port}: {error or type(error).__name__}") from error
     if row is None or row["system_identifier"] != system_identifier:
         raise DirectoryRefused(f"{source.host}:{source.port} is of another system")

@@ -11,6 +11,7 @@ import contextlib
 import os
 import pwd
 import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,8 @@ async def run_program(
             user=None if run_as is None else run_as.uid,
             group=None if run_as is None else run_as.gid,
             extra_groups=None if run_as is None else [],
+            # pg_basebackup has a child that streams WAL: it must not outlive a kill.
+            process_group=0,
         )
     except OSError as error:
         raise LocalPostgresError(f"{argv[0]} cannot be started: {error.strerror}") from error
@@ -189,9 +192,9 @@ async def _feed(stream: asyncio.StreamWriter | None, data: bytes) -> None:
 
 
 async def _kill_and_reap(process: asyncio.subprocess.Process) -> None:
-    """SIGKILL, then wait: only a process in uninterruptible sleep can outlast this, and then asyncio reaps it later."""
+    """SIGKILL to its group, then wait: only uninterruptible sleep can outlast this, and then asyncio reaps it later."""
     with contextlib.suppress(ProcessLookupError):
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(asyncio.shield(process.wait()), 5)
     # Pipes that a grandchild inherited would otherwise stay open with the transport.

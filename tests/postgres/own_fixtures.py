@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +12,17 @@ import pytest
 from own_server import Servers, servers_for_test, template_directory
 
 
+@functools.cache
+def _template() -> Path:
+    """Made once, although pytest sees an imported session fixture as one for each file."""
+    cleanup = contextlib.ExitStack()
+    atexit.register(cleanup.close)
+    return cleanup.enter_context(template_directory())
+
+
 @pytest.fixture(scope="session")
-def own_template() -> Iterator[Path]:
-    with template_directory() as template:
-        yield template
+def own_template() -> Path:
+    return _template()
 
 
 @pytest.fixture

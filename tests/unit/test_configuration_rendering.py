@@ -168,7 +168,7 @@ def test_the_synchronous_list_is_sorted_and_quoted_and_empty_for_none() -> None:
     assert render_synchronous_standby_names(1, members) == 'ANY 1 ("a_00000001", "b_00000002")'
     assert render_synchronous_standby_names(0, members) == NOTHING_SYNCHRONOUS
     for count, names in ((2, members[:1]), (1, []), (-1, members), (1, [MemberId("*")])):
-        with pytest.raises(ValueError, match="synchronous|id of a member"):
+        with pytest.raises(ValueError, match=r"synchronous|id of a member"):
             render_synchronous_standby_names(count, names)
 
 
