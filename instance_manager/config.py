@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -163,6 +164,10 @@ def load_configuration(path: Path) -> Configuration:
         configuration = msgspec.convert(raw, Configuration, dec_hook=_decode_path)
     except msgspec.ValidationError as error:
         raise ConfigurationError(f"{path}: {error}") from error
+    # `Timings` is a dataclass of the core, in which msgspec overlooks keys that it does not know.
+    unknown = set(raw.get("timings") or {}) - {field.name for field in fields(Timings)}
+    if unknown:
+        raise ConfigurationError(f"{path}: Object contains unknown field `{min(unknown)}` - at `$.timings`")
     problems = check(configuration)
     if problems:
         raise ConfigurationError("\n".join(f"{path}: {problem}" for problem in problems))

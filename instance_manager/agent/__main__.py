@@ -26,6 +26,7 @@ from instance_manager.core.lease import Permit
 from instance_manager.core.types import Epoch, MemberName
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
+from instance_manager.http.token import TokenUnusable
 from instance_manager.logs import logging_to
 from instance_manager.postgres.server import LocalPostgresError
 
@@ -163,7 +164,7 @@ def main() -> int:
         except KeyError:
             log.exception("the agent is started by its supervisor: use `instance-manager run`")
             return 2
-        except (ListenError, VolumeUnusable, LocalPostgresError, SupervisorError) as error:
+        except (ListenError, TokenUnusable, VolumeUnusable, LocalPostgresError, SupervisorError) as error:
             log.error("the agent cannot run: %s", error)  # noqa: TRY400 - the text says it all
             return 1
         except BaseExceptionGroup as group:

@@ -233,7 +233,6 @@ class Agent:
     async def _act(self, decision: Decision) -> None:
         c = self.context
         act = decision.act
-        c.journal.decided(act, decision.reason)
         if self._operation is not None and self._operation.done():
             self._operation = None
         if self._operation is not None:
@@ -244,6 +243,7 @@ class Agent:
             if act == "wait" and self._operation_act != "serve":
                 return
             await self._end_operation()
+        c.journal.decided(act, decision.reason)
         if act == "wait":
             return
         if c.clock.now_s() < self._not_before_s.get(act, 0.0):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.agent.reporting import Reporting
+from instance_manager.coordination.describe import describe
 from instance_manager.core.lease import with_fenced, with_paused, with_switchover
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import MemberName
@@ -56,7 +57,7 @@ class Control:
             "pause": lambda _: self._pause(True),
             "resume": lambda _: self._pause(False),
             "status": self._status,
-            "lease": self._status,
+            "lease": self._lease,
         }
         if verb not in verbs:
             raise UnknownCall(verb)
@@ -68,6 +69,10 @@ class Control:
 
     async def _status(self, _: dict[str, object]) -> Outcome:
         return True, ""
+
+    async def _lease(self, _: dict[str, object]) -> Outcome:
+        stored = await self._c.keeper.read()
+        return (True, describe(stored)) if stored is not None else (False, "there is no Lease")
 
     async def _switchover(self, arguments: dict[str, object]) -> Outcome:
         c = self._c
