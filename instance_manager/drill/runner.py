@@ -79,10 +79,13 @@ def _run(case: Case, environment: Environment, options: Options, history: Path, 
     with contextlib.ExitStack() as stack:
         if case.pgbench:
             stack.enter_context(environment.pgbench(scale=PGBENCH_SCALE))
-        stack.enter_context(environment.clients(history, count=options.clients, interval_s=options.interval_s))
+        clients = stack.enter_context(
+            environment.clients(history, count=options.clients, interval_s=options.interval_s)
+        )
         stage = Stage(
             environment,
             history,
+            clients=clients,
             primary=cluster.wait_redundant(_REDUNDANT_S),
             quick=options.quick,
             seed=options.seed,

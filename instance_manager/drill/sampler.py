@@ -42,7 +42,13 @@ class Sampler:
                 try:
                     recovering, timeline, newest_s = await session.answer(_QUERY, deadline_s=ANSWER_TIMEOUT_S)
                     seen = Seen.STANDBY if recovering else Seen.PRIMARY
-                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
+                except (
+                    OSError,
+                    asyncpg.PostgresError,
+                    asyncpg.InterfaceError,
+                    asyncpg.InternalClientError,
+                    TimeoutError,
+                ):
                     session.drop()
             self._history.add(Sample(session.member.name, begin_s, now_s(), seen, timeline, newest_s))
             await asyncio.sleep(max(0.0, begin_s + SAMPLE_INTERVAL_S - now_s()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ class Stage:
         environment: Environment,
         history: Path,
         *,
+        clients: subprocess.Popen[bytes],
         primary: str,
         quick: bool,
         seed: int,
@@ -39,6 +41,7 @@ class Stage:
         say: Callable[[str], None],
     ) -> None:
         self.environment = environment
+        self._clients = clients
         self.primary = primary
         self.standbys = tuple(name for name in environment.cluster.names if name != primary)
         self.history = HistoryReader(history)
@@ -145,6 +148,8 @@ class Stage:
             )
             if found >= count:
                 return
+            if self._clients.poll() is not None:
+                raise CaseFailed(f"the drill's own clients ended with {self._clients.returncode}; see their log")
             if now_s() >= ends_s:
                 raise CaseFailed(f"no writes within {deadline_s:g} s")
             time.sleep(0.1)

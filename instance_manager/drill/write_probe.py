@@ -66,7 +66,13 @@ class Session:
             while not stop.is_set():
                 if self.connection is None or self.connection.is_closed():
                     self.connection = None
-                    with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
+                    with contextlib.suppress(
+                        OSError,
+                        asyncpg.PostgresError,
+                        asyncpg.InterfaceError,
+                        asyncpg.InternalClientError,
+                        TimeoutError,
+                    ):
                         connection = await connect(self.member, timeout_s=CONNECT_TIMEOUT_S)
                         connection.add_log_listener(self._on_log)
                         self.connection = connection
@@ -150,7 +156,8 @@ class _Client:
             outcome, text = Outcome.FAILED, f"{type(error).__name__}: {error}"
             if not isinstance(error, asyncpg.ReadOnlySQLTransactionError | asyncpg.ObjectNotInPrerequisiteStateError):
                 session.drop()
-        except (OSError, asyncpg.InterfaceError, TimeoutError) as error:
+        # asyncpg's InternalClientError too: a session that dies between two commands confuses its state machine.
+        except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError) as error:
             outcome, text = Outcome.UNKNOWN, f"{type(error).__name__}: {error}"
             session.drop()
         self._history.add(
