@@ -96,9 +96,14 @@ class DynamicSettings:
     async def confirm(self, values: Mapping[str, str], deadline: Deadline) -> None:
         """Return once a new connection shows `values`. SettingNotSeen."""
         pause = Pause()
+        seen: dict[str, str | None] = {}
         while True:
-            seen = await self.seen_by_new_connection(values, deadline)
-            if all(seen[name] == value for name, value in values.items()):
+            try:
+                seen = await self.seen_by_new_connection(values, deadline)
+            except DeadlinePassed:
+                if not seen:
+                    raise
+            if all(seen.get(name) == value for name, value in values.items()):
                 return
             if deadline.passed:
                 raise SettingNotSeen(values, seen, deadline.whole_s)

@@ -25,6 +25,7 @@ from instance_manager.postgres.histories import (
     HistoryInvalid,
     history_file_name,
     read_history,
+    timelines_with_history,
 )
 from instance_manager.postgres.observation import identify_system
 from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError, LocalServer
@@ -76,17 +77,34 @@ def write_claim(server: LocalServer, claim: Timeline) -> None:
 def clear_claim(server: LocalServer) -> None:
     """No promotion is under way any more; to be called before every start too. Blocks on the disk.
 
-    Also removes the empty histories that Postgres may have kept of the script's answers: one would be taken for a
-    timeline by the next recovery, which ends with "requested timeline is not a child of this server's history".
+    Also removes empty histories above the newest real one: Postgres may have kept an answer of the script, or have been
+    stopped while it fetched. The next recovery would take such a one for its timeline, and end with "requested
+    timeline is not a child of this server's history". Those below fill gaps, and stay: see `fill_gap`.
     """
     remove_if_present(server.state_directory / CLAIM)
     directory = server.data_directory / "pg_wal"
-    if directory.is_dir():
-        for path in directory.glob("????????.history"):
-            if path.stat().st_size == 0:
-                remove_if_present(path)
-                for suffix in ("ready", "done"):
-                    (directory / "archive_status" / f"{path.name}.{suffix}").unlink(missing_ok=True)
+    if not directory.is_dir():
+        return
+    newest = max(timelines_with_history(directory), default=Timeline(1))
+    for path in directory.glob("????????.history"):
+        if path.stat().st_size == 0 and path.name > history_file_name(newest):
+            remove_if_present(path)
+            for suffix in ("ready", "done"):
+                (directory / "archive_status" / f"{path.name}.{suffix}").unlink(missing_ok=True)
+
+
+def fill_gap(server: LocalServer, parent: Timeline, claim: Timeline) -> None:
+    """Give each number that the claim skipped an empty history, after the claim's own is there. Blocks on the disk.
+
+    A standby that follows asks its primary for the history of *every* number from its own on, and fails at the first
+    that is missing; and it finds the newest timeline by counting up to the first number without a history. So with a
+    gap none could follow, and one that had would not start again. An empty history is no ancestor of anything.
+    """
+    directory = server.data_directory / "pg_wal"
+    for number in range(claim - 1, parent, -1):
+        path = directory / history_file_name(Timeline(number))
+        if not path.exists():
+            write_atomically(path, b"", mode=0o600, run_as=server.run_as)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +117,8 @@ async def promote(server: LocalServer, chain: TimelineChain, relay: Relay, *, de
     """Promote this standby to `chain.current`, which the takeover has claimed as forked from this very log (P4).
 
     `restore_command` must be the one of `install_restore_command`, and no walreceiver must run. Replay that waits for a
-    standby's query gets its way: those sessions are terminated. Once triggered and not seen to its end, the claim file
-    stays, so that a promotion that comes late is on the claimed timeline too; `clear_claim` before the next start.
+    standby's query gets its way: those sessions are terminated. Begun and not seen to its end, the claim file stays, so
+    that a promotion that comes late is on the claimed timeline too; `clear_claim` before the next start.
 
     PromotionFailed, PromotedWrong. A CHECKPOINT is left to `checkpoint`.
     """
@@ -111,21 +129,24 @@ async def promote(server: LocalServer, chain: TimelineChain, relay: Relay, *, de
         raise ValueError("nothing was claimed: the chain has one timeline only")
     triggered = False
     try:
-        await _require_parent_history(server, chain, deadline)
-        # This order: the script answers only while the claim is there and Postgres has consumed the signal file.
-        await asyncio.to_thread(write_atomically, server.data_directory / PROMOTE_SIGNAL, b"", run_as=server.run_as)
-        await asyncio.to_thread(write_claim, server, claim)
-        triggered = True
-        async with asyncio.timeout(deadline.left_s):
-            await relay()
-        await _wait_promoted(server, deadline)
-        await _verify(server, chain, deadline)
-    except TimeoutError:
-        raise PromotionFailed("the supervisor did not answer", triggered=triggered) from None
-    except (DeadlinePassed, sql.SqlUnavailable, asyncpg.PostgresError, OSError) as error:
-        raise PromotionFailed(str(error), triggered=triggered) from error
-    finally:
-        await asyncio.to_thread(remove_if_present, server.data_directory / PROMOTE_SIGNAL)
+        try:
+            await _require_parent_history(server, chain, deadline)
+            # This order: the script answers only while the claim is there and Postgres has consumed the signal file.
+            await asyncio.to_thread(write_atomically, server.data_directory / PROMOTE_SIGNAL, b"", run_as=server.run_as)
+            await asyncio.to_thread(write_claim, server, claim)
+            triggered = True
+            async with asyncio.timeout(deadline.left_s):
+                await relay()
+            await _wait_promoted(server, deadline)
+            await _verify(server, chain, deadline)
+        except TimeoutError:
+            raise PromotionFailed("the supervisor did not answer", triggered=triggered) from None
+        except (DeadlinePassed, sql.SqlUnavailable, asyncpg.PostgresError, OSError) as error:
+            raise PromotionFailed(str(error), triggered=triggered) from error
+    except BaseException:
+        await asyncio.to_thread(_withdraw, server)
+        raise
+    await asyncio.to_thread(fill_gap, server, chain.switches[-1].parent, claim)
     await asyncio.to_thread(clear_claim, server)
     return Promoted(claim, asyncio.get_running_loop().time() - started_s)
 
@@ -171,6 +192,18 @@ async def shutdown_end(
     if end.lsn <= control.checkpoint_lsn:
         return NotHandedOver(f"no record at the checkpoint {before} of pg_control")
     return end
+
+
+def _withdraw(server: LocalServer) -> None:
+    """After a failure: nothing that Postgres has not begun may happen later; what it has begun goes to the claim.
+
+    While the signal file is there Postgres has not consumed it. Then the claim goes first: the script takes a claim
+    without a signal file for a promotion that has begun.
+    """
+    signal_file = server.data_directory / PROMOTE_SIGNAL
+    if signal_file.exists():
+        clear_claim(server)
+        remove_if_present(signal_file)
 
 
 async def _require_parent_history(server: LocalServer, chain: TimelineChain, deadline: Deadline) -> None:

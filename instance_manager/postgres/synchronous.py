@@ -283,7 +283,7 @@ class SynchronousReplication:
                     if loop.time() - started_s >= terminate_after_s:
                         await _terminate(watch, {*state.suspects, *_older_twins(senders, state)}, deadline)
                     await pause(deadline)
-        except (DeadlinePassed, sql.SqlUnavailable, asyncpg.PostgresError) as error:
+        except (DeadlinePassed, sql.SqlUnavailable, NotConfirmed, asyncpg.PostgresError) as error:
             raise BarrierNotPassed(str(error), state) from error
         if self._confirmed is not confirmed:
             raise BarrierNotPassed("the list was changed meanwhile", state)

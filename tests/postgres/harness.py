@@ -435,6 +435,8 @@ def make_template(directory: Path, bin_directory: Path = BIN_DIRECTORY) -> Path:
             str(bin_directory / "initdb"),
             "--no-sync",
             "--data-checksums",
+            # Less to copy for every server, and more ends of segments to meet.
+            "--wal-segsize=1",
             "--auth=trust",
             "--username=postgres",
             "--encoding=UTF8",
@@ -453,11 +455,12 @@ def make_template(directory: Path, bin_directory: Path = BIN_DIRECTORY) -> Path:
         file.write(_render(_TEMPLATE_SETTINGS))
         file.write("include_if_exists 'test.conf'\n")
         file.write(f"include_if_exists '{REPLICATION_FILE}'\n")
-    # A first start puts the settings into pg_control: a standby may not have less than that says.
+    # A first start puts the settings into pg_control: a standby may not have less than that says. Without template0
+    # there are a third fewer files to copy.
     subprocess.run(
         [str(bin_directory / "postgres"), "--single", "-D", str(data), "postgres"],
         check=True,
-        input=b"",
+        input=b"UPDATE pg_database SET datistemplate = false WHERE datname = 'template0'\nDROP DATABASE template0\n",
         capture_output=True,
         cwd="/",
         user=None if owner is None else owner.uid,
