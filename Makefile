@@ -1,0 +1,55 @@
+# Each target is enough on a fresh Debian or Ubuntu, as root or with sudo: Postgres and venv come from apt-get, everything
+# from pip goes into .venv. `make demo` starts a cluster, `make test` runs all checks, `make drill` breaks a cluster.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python -m
+SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
+MAJORS ?= 14 16 17 18
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint unit test-majors drill drill-ci clean system
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+	@echo "targets: demo test lint test-majors drill drill-ci clean"
+
+system:
+	@tests/install-system.sh "$(PYTHON)"
+
+$(VENV)/.made: pyproject.toml constraints.txt | system
+	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.made-for-tests: $(VENV)/.made
+	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: system $(VENV)/.made
+	@$(SUDO) $(RUN) instance_manager demo $(DEMO_OPTIONS)
+
+lint: $(VENV)/.made-for-tests
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+	$(VENV)/bin/lint-imports
+
+unit: system $(VENV)/.made-for-tests
+	$(RUN) pytest $(PYTEST_OPTIONS)
+
+test: lint unit
+
+test-majors: system $(VENV)/.made-for-tests
+	tests/majors.sh $(MAJORS)
+
+drill: $(VENV)/.made
+	@tests/install-system.sh "$(PYTHON)" drill
+	$(SUDO) $(RUN) instance_manager drill $(DRILL_OPTIONS)
+
+drill-ci: DRILL_OPTIONS := --quick --seconds 180 --keep .cache/drill
+drill-ci: drill
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

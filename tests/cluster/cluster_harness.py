@@ -1,0 +1,74 @@
+"""A running three-instance cluster for tests: real supervisors, agents and Postgres, in a directory below /tmp."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from instance_manager.config import Durability
+from instance_manager.demo.cluster import LocalCluster
+from instance_manager.demo.plan import APPLICATION, loopback_plan
+from instance_manager.demo.ports import choose_base_port
+
+START_DEADLINE_S = 60.0
+LOG_LINES_SHOWN = 60
+# Loss of power is not what these tests are about; a cluster that never waits for the disk starts faster.
+FAST = (("shared_buffers", "32MB"),)
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def running_cluster(*, instances: int = 3, durability: Durability = "preferred") -> Iterator[LocalCluster]:
+    """Started, fully redundant, and ended with everything of it at the end of the block."""
+    plan = loopback_plan(
+        instances=instances,
+        base_port=choose_base_port(2 * instances, None),
+        durability=durability,
+        parameters=FAST,
+    )
+    with LocalCluster.create(plan) as cluster:
+        cluster.start_all()
+        try:
+            cluster.wait_redundant(START_DEADLINE_S)
+            yield cluster
+        except BaseException:
+            print(logs(cluster))
+            raise
+
+
+def logs(cluster: LocalCluster) -> str:
+    """The ends of all logs, for a failure's report."""
+    parts = []
+    for name in cluster.names:
+        with contextlib.suppress(OSError):
+            lines = cluster.layout.log(name).read_text(errors="replace").splitlines()
+            parts.append("\n".join((f"--- {name}", *lines[-LOG_LINES_SHOWN:])))
+    return "\n".join(parts)
+
+
+def eventually(cluster: LocalCluster, condition: Callable[[], T], *, within_s: float, what: str) -> T:
+    """The first true answer; the test fails with `what` at the deadline."""
+    return cluster.wait(condition, within_s, what)
+
+
+def sql(cluster: LocalCluster, statement: str, *, on: str | None = None, timeout_s: float = 15.0) -> str:
+    """What psql prints for a statement of the application: on the primary as libpq finds it, or on one instance."""
+    target = cluster.connection_string()
+    if on is not None:
+        member = cluster.plan.member(on)
+        target = (
+            f"host={member.client_host} port={member.postgres_port} dbname={APPLICATION} user={APPLICATION} "
+            f"passfile={cluster.layout.password_file}"
+        )
+    done = subprocess.run(
+        ["psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", f"--command={statement}", target],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

