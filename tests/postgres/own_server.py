@@ -53,6 +53,9 @@ MAJOR = int(
     .stdout.split()[2]
     .split(b".")[0]
 )
+_MEMORY = Path("/dev/shm")
+FAST_DIRECTORY = _MEMORY if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 4 << 30 else None
+"""Memory where there is enough of it: the tests flush a lot."""
 REPLICATION_PASSWORD = "replication:secret\\'1"
 APPLICATION_PASSWORD = "application secret"
 MONITORING_PASSWORD = "monitoring-secret"
@@ -232,7 +235,7 @@ class Servers:
     """The servers of one test."""
 
     def __init__(self, template: Path) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="im-own-"))
+        self.root = Path(tempfile.mkdtemp(prefix="im-own-", dir=FAST_DIRECTORY))
         self.root.chmod(0o755)
         self._template = template
         self._all: list[OwnServer] = []
@@ -285,7 +288,7 @@ async def make_template(root: Path) -> Path:
 
 @contextlib.contextmanager
 def template_directory() -> Iterator[Path]:
-    root = Path(tempfile.mkdtemp(prefix="im-own-template-"))
+    root = Path(tempfile.mkdtemp(prefix="im-own-template-", dir=FAST_DIRECTORY))
     root.chmod(0o755)
     try:
         yield asyncio.run(make_template(root))

@@ -250,7 +250,7 @@ async def test_wherever_the_log_is_torn_the_end_is_the_last_whole_record(servers
     shutil.copytree(wal, saved)
     long_ones = [index for index, (_, total) in enumerate(records) if total > 40000]
     at_page_end = [index for index, end in enumerate(ends) if end % BLOCK_BYTES == 0][:3]
-    picked = [0, 1, *range(7, len(records), len(records) // 12), *long_ones, *at_page_end, len(records) - 1]
+    picked = [0, 1, *range(7, len(records), len(records) // 8), *long_ones, *at_page_end, len(records) - 1]
     for index in picked:
         lsn, total = records[index]
         for torn_at in {lsn, lsn + 4, lsn + 23, lsn + total // 2, lsn + total - 1}:
