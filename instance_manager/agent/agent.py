@@ -185,7 +185,7 @@ class Agent:
         lease = c.keeper.view()
         record = lease.record
         permit = c.link.permit
-        permit_ok = permit is not None and record is not None and permit.epoch >= record.epoch
+        permit_ok = permit is not None and (record is None or permit.epoch >= record.epoch)
         release = record.release if record is not None else None
         if release != self._release_seen:
             self._release_seen, self._released_since_s = release, now_s

@@ -388,6 +388,8 @@ class Database:
     async def set_synchronous(self, wanted: SynchronousSet) -> None:
         """Tell Postgres, and see that no process of it runs on an older view (P1, P5)."""
         await self._synchronous.apply(wanted, deadline_s=SYNCHRONOUS_DEADLINE_S)
+        # A walsender releases waiters when its standby replies, which without new WAL is once a second.
+        await self._sql.execute("SELECT pg_logical_emit_message(true, 'instance-manager', 'set')", deadline_s=2.0)
 
     async def barrier(self, timeline: Timeline, *, deadline_s: float) -> None:
         """k members of the confirmed set have flushed all that the log holds now (P10); BarrierNotPassed."""

@@ -93,7 +93,8 @@ class LeaseKeeper:
         self._seen_since_s = 0.0
         """When the very same record was first seen without a gap between reads longer than a lease duration."""
         self._own_writes: set[str] = set()
-        self.unknown_write = False
+        self.unknown_write = True
+        """Also at the start: a write of the agent before this one may still be under way (R1)."""
         self.last_error: str | None = None
         self.renewals = 0
 
@@ -194,19 +195,20 @@ class LeaseKeeper:
     async def _beat(self) -> None:
         """Renew if this instance is the holder and healthy, else read."""
         facts = self._facts()
+        if self._stored is None or self._unreadable or self._stored.record.holder != facts.holder:
+            await self._read()
+            facts = self._facts()
         if (
-            self._stored is None
-            or facts.holder is None
-            or self._stored.record.holder != facts.holder
-            or self._unreadable
+            self._stored is not None
+            and self._unreadable is None
+            and facts.holder is not None
+            and self._stored.record.holder == facts.holder
+            and facts.refusal is None
         ):
+            await self._write(_renewal(self._facts), None)
+            self.renewals += 1
+        elif facts.refusal is not None:
             await self._read()
-            return
-        if facts.refusal is not None:
-            await self._read()
-            return
-        await self._write(_renewal(self._facts), None)
-        self.renewals += 1
 
     async def _ask(self, request: _Request) -> StoredRecord | None:
         await self._requests.put(request)
