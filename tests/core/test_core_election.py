@@ -17,7 +17,7 @@ from instance_manager.core.election import (
     taken_from_release,
     taken_over,
 )
-from instance_manager.core.record import ClusterRecord
+from instance_manager.core.record import ClusterRecord, SwitchoverRequest
 from instance_manager.core.types import Epoch, MemberId, Timeline
 
 
@@ -140,7 +140,8 @@ def test_section_4_nobody_becomes_a_voter_by_a_takeover_who_was_none() -> None:
 
 
 def test_r4_a_takeover_clears_the_switchover_request_and_the_release() -> None:
-    after = won(promises(a=200, b=200))
+    asked = replace(released_record(), switchover=SwitchoverRequest(request_id="r", epoch=Epoch(5), target=None))
+    after = taken_over(asked, holder=holder(A), epoch=Epoch(6), end=end(200), voters=ids("b"), quorum=1)
     assert after.switchover is None
     assert after.release is None
     assert not after.opened
