@@ -219,6 +219,10 @@ class ActiveFaults:
         if fault in self._active:
             self._active.remove(fault)
 
+    @property
+    def any_active(self) -> bool:
+        return any(not isinstance(fault, KillProcesses) for fault in self._active)
+
     def heal_all(self) -> None:
         """Heal every one, even if one of them cannot be healed; the first error is raised at the end."""
         errors: list[Exception] = []

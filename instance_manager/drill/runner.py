@@ -102,7 +102,7 @@ def _run(case: Case, environment: Environment, options: Options, history: Path, 
             failure = f"{type(error).__name__}: {error}"
             tell(failure)
         finally:
-            stage.faults.heal_all()
+            stage.heal_all()
         try:
             cluster.wait_redundant(_REDUNDANT_S)
             redundant_after_s = now_s() - (stage.healed_s or now_s())

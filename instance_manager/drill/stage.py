@@ -93,6 +93,12 @@ class Stage:
         self.healed_s = now_s()
         self.faults.heal(fault)
 
+    def heal_all(self) -> None:
+        """Whatever is still in force, as after a case that could not go on."""
+        if self.faults.any_active:
+            self.healed_s = now_s()
+        self.faults.heal_all()
+
     def hold(self, seconds: float, *, quick_s: float | None = None) -> None:
         """Let the fault be; shorter in a quick drill where the case allows it."""
         time.sleep(quick_s if self.quick and quick_s is not None else seconds)
