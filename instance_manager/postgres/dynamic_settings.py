@@ -68,6 +68,8 @@ class DynamicSettings:
         self._server = server
         self._reload = reload
         self._turn = asyncio.Lock()
+        self.following = asyncio.Lock()
+        """Held while it is changed whom this server follows, so that a vote and a late `follow` do not interleave."""
 
     async def read(self) -> dict[str, str]:
         """What the file holds now; nothing is said about what Postgres has loaded."""

@@ -32,6 +32,7 @@ import asyncio
 import contextlib
 import os
 import signal
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,7 @@ BLOCK_DIRECTORY = "no-walreceiver"
 _LIBRARY = "libpqwalreceiver"
 _DEFAULT_LIBRARY_PATH = "$libdir"
 _LAST_LOOK_S = 0.05
+_RESUME_S = 1.0
 
 
 class NotStopped(LocalPostgresError):
@@ -99,13 +101,8 @@ async def stop_following(server: LocalServer, settings: DynamicSettings, *, dead
     """
     deadline = Deadline(deadline_s)
     try:
-        block = await asyncio.to_thread(_make_block, server)
-        underlying = await _underlying_library_path(server, settings, deadline)
-        await settings.change(
-            {"primary_conninfo": "", "primary_slot_name": "", "dynamic_library_path": f"{block}:{underlying}"},
-            deadline_s=deadline.left_s,
-        )
-        return await _end_walreceivers(server, deadline)
+        async with _turn(settings, deadline):
+            return await _stop(server, settings, deadline)
     except (SettingNotSeen, DeadlinePassed, sql.SqlUnavailable, asyncpg.PostgresError, OSError) as error:
         raise NotStopped(str(error)) from error
 
@@ -143,23 +140,48 @@ async def follow(
 ) -> None:
     """Follow this primary and no other, through this slot. To be called after its epoch is persisted as promised (R5).
 
-    Already followed with these very settings: nothing happens. Replay that was paused stays so.
+    Already followed with these very settings: nothing happens. Otherwise replay that was paused goes on: a paused startup
+    process asks for no walreceiver.
     NotFollowing: not yet, because the startup process is busy, or something did not answer in time.
     """
     deadline = Deadline(deadline_s)
     wanted = {"primary_conninfo": conninfo, "primary_slot_name": slot or ""}
     try:
-        current = await settings.read()
-        if all(current.get(name) == value for name, value in wanted.items()) and not _is_blocked(server, current):
-            await settings.confirm(wanted, deadline)
-            return
-        await stop_following(server, settings, deadline_s=deadline.left_s)
-        await _startup_has_looked(server, deadline)
-        underlying = await _underlying_library_path(server, settings, deadline)
-        path = None if underlying == _DEFAULT_LIBRARY_PATH else underlying
-        await settings.change({**wanted, "dynamic_library_path": path}, deadline_s=deadline.left_s)
+        async with _turn(settings, deadline):
+            current = await settings.read()
+            if all(current.get(name) == value for name, value in wanted.items()) and not _is_blocked(server, current):
+                await settings.confirm(wanted, deadline)
+                return
+            await _stop(server, settings, deadline)
+            await _startup_has_looked(server, deadline)
+            underlying = await _underlying_library_path(server, settings, deadline)
+            path = None if underlying == _DEFAULT_LIBRARY_PATH else underlying
+            await settings.change({**wanted, "dynamic_library_path": path}, deadline_s=deadline.left_s)
     except (LocalPostgresError, asyncpg.PostgresError, OSError) as error:
         raise NotFollowing(str(error)) from error
+
+
+@contextlib.asynccontextmanager
+async def _turn(settings: DynamicSettings, deadline: Deadline) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(deadline.left_s):
+            await settings.following.acquire()
+    except TimeoutError:
+        raise DeadlinePassed("waiting for another change of whom to follow", deadline.whole_s) from None
+    try:
+        yield
+    finally:
+        settings.following.release()
+
+
+async def _stop(server: LocalServer, settings: DynamicSettings, deadline: Deadline) -> Stopped:
+    block = await asyncio.to_thread(_make_block, server)
+    underlying = await _underlying_library_path(server, settings, deadline)
+    await settings.change(
+        {"primary_conninfo": "", "primary_slot_name": "", "dynamic_library_path": f"{block}:{underlying}"},
+        deadline_s=deadline.left_s,
+    )
+    return await _end_walreceivers(server, deadline)
 
 
 def _block_directory(server: LocalServer) -> Path:
@@ -271,25 +293,26 @@ def _terminate(pid: int, postmaster: int) -> bool:
 
 
 async def _startup_has_looked(server: LocalServer, deadline: Deadline) -> None:
-    """Return once the startup process has loaded the settings that are loaded now; see the head of the module."""
-    async with sql.session(server, deadline_s=deadline.left_s) as fresh:
+    """Return once the startup process has loaded the settings that are loaded now; see the head of the module.
 
-        async def state() -> str:
-            return str(await fresh.fetchval("SELECT pg_get_wal_replay_pause_state()", deadline_s=deadline.left_s))
-
-        was_paused = await state() != "not paused"
-        try:
+    Replay goes on in any case: paused, it would never ask for a walreceiver. A pause that was there before is lost.
+    """
+    try:
+        async with sql.session(server, deadline_s=deadline.left_s) as fresh:
             for _ in range(2):
                 await fresh.execute("SELECT pg_wal_replay_resume()", deadline_s=deadline.left_s)
                 await fresh.execute("SELECT pg_wal_replay_pause()", deadline_s=deadline.left_s)
                 pause = Pause(0.02)
-                while await state() != "paused":
+                while True:
+                    state = await fresh.fetchval("SELECT pg_get_wal_replay_pause_state()", deadline_s=deadline.left_s)
+                    if state == "paused":
+                        break
                     if deadline.passed:
                         raise NotFollowing(f"the startup process is busy: no pause within {deadline.whole_s:g} s")
                     await pause(deadline)
-        finally:
-            if not was_paused:
-                await fresh.execute("SELECT pg_wal_replay_resume()", deadline_s=1.0)
+    finally:
+        async with sql.session(server, deadline_s=_RESUME_S) as another:
+            await another.execute("SELECT pg_wal_replay_resume()", deadline_s=_RESUME_S)
 
 
 async def _replay_position(server: LocalServer, deadline: Deadline) -> tuple[WalEnd, int, int]:

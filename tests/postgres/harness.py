@@ -378,10 +378,13 @@ class Cluster:
 
     def add_standby(self, name: str, primary: PostgresProcess, source: Path | None = None) -> PostgresProcess:
         """A standby, not started, that will follow `primary` under its own name, without a slot."""
-        standby = self.add(name, source)
+        return self.follow(self.add(name, source), primary)
+
+    def follow(self, standby: PostgresProcess, primary: PostgresProcess) -> PostgresProcess:
+        """Make a server that is not started a standby of `primary`, without a slot."""
         standby.make_standby()
         standby.set_dynamic(
-            synchronous_standby_names=NOBODY, primary_conninfo=conninfo(primary, name), primary_slot_name=""
+            synchronous_standby_names=NOBODY, primary_conninfo=conninfo(primary, standby.name), primary_slot_name=""
         )
         return standby
 
@@ -393,9 +396,13 @@ class Cluster:
 
     async def primary_with_standbys(self, *names: str, slots: bool = False) -> list[PostgresProcess]:
         """A primary `p` with an empty list, and standbys that stream."""
-        primary = await self.primary()
+        # Copying takes the most time: all at once.
+        await asyncio.gather(*(asyncio.to_thread(self.add, name) for name in ("p", *names)))
+        primary = self.servers["p"]
+        primary.set_dynamic(synchronous_standby_names="")
+        await primary.start()
         for name in names:
-            standby = self.add_standby(name, primary)
+            standby = self.follow(self.servers[name], primary)
             if slots:
                 await primary.execute(f"SELECT pg_create_physical_replication_slot('{name}', true)")
                 standby.set_dynamic(primary_slot_name=name)
