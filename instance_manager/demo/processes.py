@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -36,14 +37,14 @@ class InstanceProcesses:
     """All of the above, their descendants, and orphans of its Postgres."""
 
     def children_of_postmaster(self, title: str = "") -> tuple[Process, ...]:
-        """Postgres's own children whose title begins with `postgres: <title>`."""
+        """Postgres's own children whose title is `postgres: <title>...`, after the cluster's name if it has one."""
         if self.postmaster is None:
             return ()
         parent = self.postmaster.pid
         return tuple(
             process
             for process in self.everything
-            if process.ppid == parent and title_of(process.pid).startswith(f"postgres: {title}")
+            if process.ppid == parent and _has_title(title_of(process.pid), title)
         )
 
 
@@ -58,6 +59,11 @@ def look(supervisor_pid: int | None, data_directory: Path) -> InstanceProcesses:
     agent = next((child for child in children if "instance_manager.agent" in title_of(child.pid)), None)
     postmaster = next((child for child in children if program_of(child.pid) == "postgres"), None)
     return InstanceProcesses(supervisor=supervisor, agent=agent, postmaster=postmaster, everything=tuple(everything))
+
+
+def _has_title(whole: str, title: str) -> bool:
+    # `cluster_name` comes before a child's own words: `postgres: demo-1: walsender ...`.
+    return re.match(rf"postgres: (\S+: )?{re.escape(title)}", whole) is not None
 
 
 def title_of(pid: int) -> str:

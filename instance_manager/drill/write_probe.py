@@ -35,6 +35,12 @@ _UNCERTAIN = (
     asyncpg.QueryCanceledError,
     asyncpg.IdleInTransactionSessionTimeoutError,
 )
+# Refusals that say nothing against the session: a standby, or a full disk.
+_SESSION_STAYS = (
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.ObjectNotInPrerequisiteStateError,
+    asyncpg.InsufficientResourcesError,
+)
 
 
 class WriteProbe:
@@ -154,7 +160,7 @@ class _Client:
             session.drop()
         except asyncpg.PostgresError as error:
             outcome, text = Outcome.FAILED, f"{type(error).__name__}: {error}"
-            if not isinstance(error, asyncpg.ReadOnlySQLTransactionError | asyncpg.ObjectNotInPrerequisiteStateError):
+            if not isinstance(error, _SESSION_STAYS):
                 session.drop()
         # asyncpg's InternalClientError too: a session that dies between two commands confuses its state machine.
         except (OSError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError) as error:
