@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from instance_manager.demo.processes import end_with_parent, now_s
+from instance_manager.demo.processes import now_s
 from instance_manager.drill.checker import judge
 from instance_manager.drill.client import prepare, rows_of, run
 from instance_manager.drill.history import HistoryReader, Outcome, Seen
@@ -43,12 +43,11 @@ class Plain:
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [self._programs / "postgres", "-D", str(self.data)],
+            self._as_postgres("postgres", "-D", str(self.data)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=end_with_parent(signal.SIGKILL) if self._identity is None else None,
-            **self._user(),
+            cwd="/",
         )
 
     def kill(self) -> None:
@@ -77,11 +76,15 @@ class Plain:
         finally:
             connection.terminate()
 
-    def _call(self, program: str, *arguments: str) -> None:
-        subprocess.run([self._programs / program, *arguments], check=True, capture_output=True, cwd="/", **self._user())
+    def _as_postgres(self, program: str, *arguments: str) -> list[str]:
+        argv = [str(self._programs / program), *arguments]
+        if self._identity is None:
+            return argv
+        # It changes the user before it sets the parent-death signal, which a change would clear.
+        return ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups", "--pdeathsig=KILL", *argv]
 
-    def _user(self) -> dict[str, int]:
-        return {} if self._identity is None else {"user": self._identity.pw_uid, "group": self._identity.pw_gid}
+    def _call(self, program: str, *arguments: str) -> None:
+        subprocess.run(self._as_postgres(program, *arguments), check=True, capture_output=True, cwd="/")
 
 
 @pytest.fixture
