@@ -67,7 +67,7 @@ async def run(configuration: Configuration, configuration_file: Path) -> None:
     link = SupervisorLink.from_environment(now_s=clock.now_s, on_event=late.supervisor_event)
     database = await open_database(configuration, link, clock, on_change=late.wake)
     volume = Volume(configuration.state_directory, database.server.run_as)
-    volume.load()
+    volume.load(now_s=clock.now_s(), lease_duration_s=configuration.timings.lease_duration_s)
     coordination = LocalCoordination(
         configuration.coordination.local.directory, configuration.coordination.local.locks_directory
     )

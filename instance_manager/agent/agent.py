@@ -25,7 +25,7 @@ from instance_manager.agent.reporting import Reporting
 from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.decide import Decision, DirectoryView, Observation, decide, suspicion
-from instance_manager.core.lease import permit_of_renewal, repair
+from instance_manager.core.lease import given_back, permit_of_renewal, repair
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId
 from instance_manager.core.voting import ExtensionRequest, Verdict
@@ -91,6 +91,7 @@ class Agent:
         self._left = asyncio.Event()
         self._last_tick_s = context.clock.now_s()
         self._was_running = False
+        self._promoting_since_s: float | None = None
         self.reload_configuration: Callable[[], Awaitable[str]] | None = None
 
     # The instance, as HTTP sees it.
@@ -169,8 +170,12 @@ class Agent:
         self._was_running = running
         if c.role is Role.STARTING and c.link.postgres is not None and c.link.postgres.mode == "standby":
             c.take_role(Role.STANDBY, "the agent restarted over a running standby")
-        if not c.holds_lease:
+        record = c.keeper.record
+        holds = record is not None and record.holder is not None and record.holder.member_id == c.volume.state.member_id
+        if not holds:
             c.stop_yielding()
+        elif record is not None and record.system_identifier is not None and not c.database.is_startable:
+            c.start_yielding("its data directory cannot be started")
         c.health.expect_sql(
             running and c.link.postgres is not None and c.link.postgres.mode == "read_write" and c.opened_s is not None
         )
@@ -331,8 +336,29 @@ class Agent:
         nudge = asyncio.create_task(c.peers.nudge(c.peers.names))
         try:
             await self.primary.promote()
+        except EXPECTED_ERRORS as error:
+            await self._give_back_in_time(str(error))
+            raise
         finally:
             await nudge
+
+    async def _give_back_in_time(self, why: str) -> None:
+        """R13: a winner that has not opened within `promote_timeout` steps back, so that another can be elected."""
+        c = self.context
+        record = c.record
+        now_s = c.clock.now_s()
+        if self._promoting_since_s is None:
+            self._promoting_since_s = now_s
+        late = now_s - self._promoting_since_s >= c.configuration.timings.promote_timeout_s
+        if not late or not c.holds_lease or record.opened or c.found is None or c.database.running_read_write:
+            return
+        found, chain = c.found, record.chain
+        end = (await c.database.stopped_facts(chain)).end if not c.database.running else c.database.view().end
+        promoted = end is not None and chain is not None and end.timeline == chain.current
+        await c.link.revoke(record.epoch)
+        await c.keeper.write(lambda current: given_back(current, found, promoted=promoted), grounds=record.grounds())
+        self._promoting_since_s = None
+        c.journal.note("give back", f"not open after {c.configuration.timings.promote_timeout_s:g} s: {why}")
 
     async def _serve(self, _: str) -> None:
         await self.primary.serve()
@@ -393,13 +419,14 @@ class Agent:
             raise OperationFailed("this instance cannot repair the Lease: it was not its last holder")
         ends = await self.primary.ask_ends(last)
         confirmations: dict[MemberId, Epoch | None] = {voter: answer.promised_epoch for voter, answer in ends.items()}
+        await c.keeper.read()
+        if c.keeper.view().damage is None:
+            return
         repaired = repair(c.volume.state, holder, confirmations)
         if isinstance(repaired, str):
             raise OperationFailed(f"{reason}; not repaired: {repaired}")
-        if c.keeper.record is None:
-            await c.keeper.create(repaired)
-        else:
-            await c.keeper.write(lambda _: repaired)
+        stored = await c.keeper.repair(repaired)
+        await c.volume.save(lambda state: state.writing(stored.record, None))
         c.journal.note("repair", f"{reason}; the Lease is at epoch {repaired.epoch} now")
 
     # Beside the loop.

@@ -136,6 +136,10 @@ class Database:
         return self._link.postgres is not None
 
     @property
+    def running_read_write(self) -> bool:
+        return self._link.postgres is not None and self._link.postgres.mode == "read_write"
+
+    @property
     def answers(self) -> bool:
         return self.running and self._answers
 
@@ -146,6 +150,10 @@ class Database:
             directory.DirectoryState.HALF_REWOUND,
             directory.DirectoryState.FOREIGN,
         )
+
+    @property
+    def is_startable(self) -> bool:
+        return self._report.state is directory.DirectoryState.INITIALISED
 
     @property
     def is_half_rewound(self) -> bool:

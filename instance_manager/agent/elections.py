@@ -63,13 +63,15 @@ class Elections:
 
     async def answer_extension(self, request: ExtensionRequest) -> Verdict:
         """R11: bind this voter, on disk and on its own clock, not to promise for the time asked."""
-        verdict = judge_extension(request, self._voter())
-        if verdict.granted:
-            state = self._c.volume.state
-            until_s = self._c.clock.now_s() + request.duration_s
-            await self._c.volume.save(
-                replace(state, extension_epoch=request.epoch, extension_until_s=until_s, boot_id=self._c.boot_id)
-            )
+        async with self._c.voting:
+            verdict = judge_extension(request, self._voter())
+            if verdict.granted:
+                until_s = self._c.clock.now_s() + request.duration_s
+                await self._c.volume.save(
+                    lambda state: replace(
+                        state, extension_epoch=request.epoch, extension_until_s=until_s, boot_id=self._c.boot_id
+                    )
+                )
         return verdict
 
     async def _promise(self, epoch: Epoch, candidate: MemberId) -> WalEnd:
@@ -77,7 +79,7 @@ class Elections:
         if chain is None:
             raise OperationFailed("the cluster has no history yet")
         async with self._c.voting:
-            await self._c.volume.save(self._c.volume.state.promising(epoch, candidate))
+            await self._c.volume.save(lambda state: state.promising(epoch, candidate))
             end = await self._c.database.stop_following(
                 chain, deadline_s=self._c.configuration.timings.promise_timeout_s
             )
@@ -206,7 +208,7 @@ class Elections:
             )
 
         # Persisted first: an epoch is never acted on before it is remembered (R3).
-        await c.volume.save(c.volume.state.seen(taken.epoch))
+        await c.volume.save(lambda state: state.seen(taken.epoch))
         c.found = record
         stored = await c.keeper.write(change, grounds=grounds)
         c.journal.note(
@@ -240,6 +242,7 @@ class Elections:
                 released_for_s=c.keeper.view().unchanged_for_s,
                 takeover_timeout_s=c.configuration.timings.takeover_timeout_s,
                 wanted_k=c.wanted_k(),
+                now_s=c.clock.now_s(),
             )
             if isinstance(judged, StandBack):
                 self._stand_back(judged.reason)

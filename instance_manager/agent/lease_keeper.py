@@ -47,6 +47,7 @@ class _Request:
     """`ClusterRecord.grounds` that the change stands on; it is not made on anything else (R12)."""
     create: ClusterRecord | None
     answer: asyncio.Future[StoredRecord | None]
+    abandoned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ class LeaseKeeper:
         self._stored: StoredRecord | None = None
         self._read_ever = False
         self._unreadable: str | None = None
+        self._damaged_version: str | None = None
         self._read_sent_s = float("-inf")
         self._seen_since_s = 0.0
         """When the very same record was first seen without a gap between reads longer than a lease duration."""
@@ -144,6 +146,12 @@ class LeaseKeeper:
         ValueError. OutcomeUnknown and StoreUnavailable are for the caller: look at the record again.
         """
         stored = await self._ask(_Request(change, grounds, None, asyncio.get_running_loop().create_future()))
+        assert stored is not None  # noqa: S101 - a write answers with what it wrote
+        return stored
+
+    async def repair(self, record: ClusterRecord) -> StoredRecord:
+        """Replace exactly what was judged damaged (R3); never tried again on anything newer."""
+        stored = await self._ask(_Request(None, None, record, asyncio.get_running_loop().create_future()))
         assert stored is not None  # noqa: S101 - a write answers with what it wrote
         return stored
 
@@ -212,10 +220,15 @@ class LeaseKeeper:
 
     async def _ask(self, request: _Request) -> StoredRecord | None:
         await self._requests.put(request)
-        return await asyncio.shield(request.answer)
+        try:
+            return await asyncio.shield(request.answer)
+        except asyncio.CancelledError:
+            request.abandoned = True
+            raise
 
     async def _serve(self, request: _Request) -> None:
-        if request.answer.cancelled():
+        if request.abandoned or request.answer.cancelled():
+            # Whoever asked has gone on to something else: a late write would stand on what is no more (R1).
             return
         try:
             if request.create is not None:
@@ -241,8 +254,9 @@ class LeaseKeeper:
             stored = await self._coordination.read(deadline_s=self._timings.request_timeout_s)
         except RecordUnreadable as error:
             self._read_ever, self._read_sent_s, self._unreadable = True, sent_s, str(error)
+            self._damaged_version = getattr(error, "version", None)
             return
-        self._unreadable = None
+        self._unreadable = self._damaged_version = None
         self._take(stored, sent_s)
 
     def _take(self, stored: StoredRecord | None, sent_s: float) -> None:
@@ -260,10 +274,18 @@ class LeaseKeeper:
         self._stored, self._read_sent_s, self._read_ever = stored, sent_s, True
 
     async def _create(self, record: ClusterRecord) -> StoredRecord:
+        """Where nothing is stored, or over exactly the damaged state that was last read."""
         record = replace(record, write_id=secrets.token_hex(8), acquired_at=timestamp())
+        version = self._damaged_version
+        if version is None and self._stored is not None:
+            version = self._stored.version
+        deadline_s = self._timings.request_timeout_s
         sent_s = self._clock.now_s()
         try:
-            stored = await self._coordination.create(record, deadline_s=self._timings.request_timeout_s)
+            if version is None:
+                stored = await self._coordination.create(record, deadline_s=deadline_s)
+            else:
+                stored = await self._coordination.replace(record, version=version, deadline_s=deadline_s)
         except OutcomeUnknown:
             self.unknown_write = True
             raise
@@ -302,6 +324,7 @@ class LeaseKeeper:
 
     def _succeeded(self, stored: StoredRecord, sent_s: float) -> None:
         self.unknown_write = False
+        self._unreadable = self._damaged_version = None
         self._own_writes.clear()
         self._take(stored, sent_s)
         facts = self._facts()
@@ -322,7 +345,10 @@ def _renewal(facts: Callable[[], RenewalFacts]) -> Change:
         now = facts()
         if record.holder is None or record.holder != now.holder:
             raise WriteRefused(f"the Lease is held by {_holder(record)}")
-        return replace(renewed(record, position=now.position, write_id="", wall_time=timestamp()), opened=now.opened)
+        return replace(
+            renewed(record, position=now.position, write_id="", wall_time=timestamp()),
+            opened=record.opened or now.opened,
+        )
 
     return change
 

@@ -117,7 +117,7 @@ async def take_with_loss(context: Context, record: ClusterRecord, found: Survey)
     epoch = Epoch(max(record.epoch, c.volume.state.highest_epoch) + 1)
     taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=frozenset(), quorum=0)
     excluded = record.excluded | frozenset(found.lost)
-    await c.volume.save(c.volume.state.seen(epoch))
+    await c.volume.save(lambda state: state.seen(epoch))
     await c.keeper.write(lambda _: replace(taken, excluded=excluded), grounds=record.grounds())
     lost = ", ".join(member_name_of(member) for member in found.lost) or "nobody"
     c.journal.note("failover with loss", f"epoch {epoch}; given up: {lost}")

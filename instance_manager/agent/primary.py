@@ -60,12 +60,13 @@ class PrimaryDuties:
         if record.chain is None or not record.chain.switches:
             raise OperationFailed("the record claims no timeline")
         switch = record.chain.switches[-1]
-        await c.volume.save(replace(c.volume.state.saw_record(record), was_primary=True, last_record=record))
+        await c.volume.save(lambda state: replace(state.writing(record, None), was_primary=True))
         c.synchronous, c.synchronous_confirmed, c.gate_open = NOBODY, False, False
         await c.database.promote(
             chain=record.chain, epoch=record.epoch, deadline_s=c.configuration.timings.promote_timeout_s
         )
         c.opened_s = c.clock.now_s()
+        c.found = None
         c.journal.note("promoted", f"timeline {switch.timeline} from {switch.parent}, epoch {record.epoch}")
 
     async def resume(self) -> None:
@@ -96,7 +97,7 @@ class PrimaryDuties:
         )
         record = stored.record
         c.journal.note("resume", f"epoch {record.epoch}; its log ends at {facts.end}, and no voter is ahead")
-        await c.volume.save(replace(c.volume.state.saw_record(record), was_primary=True, last_record=record))
+        await c.volume.save(lambda state: replace(state.writing(record, None), was_primary=True))
         c.gate_open = False
         if record.chain is not None and facts.end.timeline != record.chain.current:
             # It took the Lease and ended before it took up its claim: promote, from where the claim forks.
@@ -172,11 +173,12 @@ class PrimaryDuties:
         first = record.chain is not None and not record.chain.switches
         if first:
             await c.database.create_roles()
+        # Recorded first: a record that says "never opened" may be given back (R13).
+        await c.keeper.write(lambda current: replace(current, opened=True), grounds=record.grounds())
         await c.database.open_gate()
         c.gate_open = True
         c.take_role(Role.PRIMARY, "clients are let in")
         c.journal.note("open", f"clients enter; {c.synchronous}, q {record.quorum}")
-        await c.keeper.write(lambda current: replace(current, opened=True))
         c.database.checkpoint_soon()
         if not first:
             await c.database.create_roles()
@@ -213,10 +215,8 @@ class PrimaryDuties:
         c.journal.note(
             "quorum", step.reason, voters=sorted(record.voters), q=record.quorum, synchronous=str(c.synchronous)
         )
-        grounds = record.grounds()
         if isinstance(step, RecordVoters):
-            voters, quorum = step.voters, step.quorum
-            await c.keeper.write(lambda current: with_voters(current, voters, quorum), grounds=grounds)
+            await self._record_voters(record, step.voters, step.quorum)
         elif isinstance(step, SetSynchronous):
             c.synchronous, c.synchronous_confirmed = step.synchronous, False
             await c.database.set_synchronous(step.synchronous)
@@ -224,10 +224,17 @@ class PrimaryDuties:
         elif isinstance(step, RecordBehindBarrier):
             if record.chain is None:
                 raise OperationFailed("the record knows no timeline")
-            voters, quorum = step.voters, step.quorum
             await c.database.barrier(record.chain.current, deadline_s=BARRIER_DEADLINE_S)
-            await c.keeper.write(lambda current: with_voters(current, voters, quorum), grounds=grounds)
+            await self._record_voters(record, step.voters, step.quorum)
         c.wake.set()
+
+    async def _record_voters(self, record: ClusterRecord, voters: frozenset[MemberId], quorum: int) -> None:
+        """Write (N, q), with the intention on the volume before and the success after: a Lease that is restored or
+        edited is known by it, and repaired by what was really acted on (R3)."""
+        c = self._c
+        await c.volume.save(lambda state: state.writing(record, with_voters(record, voters, quorum)))
+        stored = await c.keeper.write(lambda current: with_voters(current, voters, quorum), grounds=record.grounds())
+        await c.volume.save(lambda state: state.writing(stored.record, None))
 
     def _wanted(self, record: ClusterRecord) -> SynchronousSet:
         c = self._c
@@ -275,13 +282,12 @@ class PrimaryDuties:
         holder = c.holder
         if holder is None:
             raise OperationFailed("this instance is no member")
-        opened = c.gate_open
 
         def change(current: ClusterRecord) -> ClusterRecord:
-            return replace(reaffirmed(current, holder=holder, highest_epoch=Epoch(highest)), opened=opened)
+            return reaffirmed(current, holder=holder, highest_epoch=Epoch(highest))
 
         stored = await c.keeper.write(change, grounds=record.grounds())
-        await c.volume.save(replace(c.volume.state.saw_record(stored.record), last_record=stored.record))
+        await c.volume.save(lambda state: state.writing(stored.record, None))
         c.journal.note("reaffirm", f"epoch {stored.record.epoch}: {reason}")
         await c.peers.nudge(c.peers.names)
 
@@ -361,6 +367,8 @@ class PrimaryDuties:
             target = None
         named = target[1] if target is not None else c.member_id
         await c.link.revoke(record.epoch)
+        # Persisted before: after this nobody may take the release for lost and repair the Lease (R3).
+        await c.volume.save(lambda state: state.writing(record, _released(record, end, holding, named, c.member_id)))
         await c.keeper.write(lambda current: _released(current, end, holding, named, c.member_id))
         c.journal.note("release", f"the log ends at {end}; released to {named}")
         if target is not None:

@@ -30,7 +30,8 @@ class Rejoining:
         c = self._c
         state = c.volume.state
         member_id = state.member_id or make_member_id(c.configuration.name, random_hex)
-        await c.volume.save(replace(state, member_id=member_id, cluster_uid=c.configuration.cluster.uid))
+        uid = c.configuration.cluster.uid
+        await c.volume.save(lambda before: replace(before, member_id=member_id, cluster_uid=uid))
         holder = c.holder
         if holder is None:
             raise OperationFailed("the supervisor has not told its incarnation")
@@ -54,7 +55,8 @@ class Rejoining:
         c = self._c
         c.take_role(Role.INITIALISING, "this instance created the Lease")
         c.operation = "initdb"
-        await c.volume.save(c.volume.state.saw_record(c.record))
+        record = c.record
+        await c.volume.save(lambda state: state.saw_record(record))
         control = await c.database.initialise()
         await c.keeper.write(
             lambda record: initialised(
@@ -74,7 +76,7 @@ class Rejoining:
         state = c.volume.state
         if state.member_id is None:
             await c.volume.new_member(c.configuration.name)
-        await c.volume.save(replace(c.volume.state, starts=c.volume.state.starts + 1))
+        await c.volume.save(lambda before: replace(before, starts=before.starts + 1))
         await c.database.start_standby()
         c.take_role(Role.STANDBY, reason)
 
@@ -92,9 +94,9 @@ class Rejoining:
             raise OperationFailed(f"this log ends at {end}: it cannot follow")
         async with c.voting:
             # A promise of a later epoch may have been made since the decision; then `promising` refuses.
-            state = c.volume.state.saw_record(record)
-            promised = state.promising(record.epoch, holder.member_id)
-            await c.volume.save(replace(promised, cluster_uid=record.cluster_uid))
+            await c.volume.save(
+                lambda state: replace(state.following(record), cluster_uid=record.cluster_uid, was_primary=False)
+            )
             await c.database.follow(self._upstream(record))
         c.journal.note("follow", f"{holder.name}, epoch {record.epoch}, from {end}")
         self.failed_rewinds = 0
@@ -145,8 +147,7 @@ class Rejoining:
         if c.volume.state.promised_epoch < record.epoch or c.volume.state.member_id is None:
             await c.volume.new_member(c.configuration.name)
         async with c.voting:
-            state = c.volume.state.saw_record(record)
-            await c.volume.save(state.promising(record.epoch, record.holder.member_id))
+            await c.volume.save(lambda state: replace(state.following(record), was_primary=False))
             await c.database.start_standby(self._upstream(record))
         c.take_role(Role.STANDBY, reason)
         c.journal.note("follow", f"{record.holder.name}, epoch {record.epoch}, from the start: {reason}")

@@ -42,7 +42,7 @@ class Reporting:
             and postgres.mode == "read_write"
             and postgres.answers
             and not postgres.in_recovery,
-            yielding=c.yielding if c.holds_lease else None,
+            yielding=c.yielding,
             suspects=c.suspects,
             receiving=postgres.receiving,
             terminating=c.link.terminating,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,8 +35,9 @@ class Volume:
         self._run_as = run_as
         self._turn = asyncio.Lock()
         self.state = VolumeState()
+        self._persisted = False
 
-    def load(self) -> None:
+    def load(self, *, now_s: float, lease_duration_s: float) -> None:
         """Read the memory; VolumeUnusable if it is there and cannot be understood: it is never replaced by a guess."""
         identity = self._identity()
         try:
@@ -50,12 +52,27 @@ class Volume:
         if self.state.volume_id != identity:
             # R6: a copy of the state on another volume is not this member; what it promised stays promised.
             self.state = replace(self.state, volume_id=identity, member_id=None)
+        if self.state.extension_until_s > 0 and self.state.boot_id != boot_id():
+            # Another boot counts from its own start: bound for the whole duration, from now (R11).
+            self.state = replace(self.state, extension_until_s=now_s + lease_duration_s, boot_id=boot_id())
 
-    async def save(self, state: VolumeState) -> None:
-        """Persist (fsync of file and directory), then make it the state. VolumeUnusable: not persisted for sure."""
+    async def save(self, change: Callable[[VolumeState], VolumeState]) -> None:
+        """Persist the changed state (fsync of file and directory), then make it the state.
+
+        Changes take turns, each on what the one before left: no promise is ever lost under another save. VolumeUnusable:
+        not persisted for sure. ValueError: the change itself refuses, or would go back behind an epoch.
+        """
         async with self._turn:
-            if state == self.state and self._file.exists():
+            before = self.state
+            state = change(before)
+            if state == before and self._persisted:
                 return
+            if (
+                state.promised_epoch < before.promised_epoch
+                or state.highest_epoch < before.highest_epoch
+                or state.recorded_epoch < before.recorded_epoch
+            ):
+                raise ValueError("an epoch that was seen or promised is never forgotten")
             try:
                 async with asyncio.timeout(WRITE_DEADLINE_S):
                     await asyncio.to_thread(
@@ -63,12 +80,12 @@ class Volume:
                     )
             except (OSError, TimeoutError) as error:
                 raise VolumeUnusable(f"{self._file} cannot be written: {error or 'no answer of the disk'}") from error
-            self.state = state
+            self.state, self._persisted = state, True
 
     async def new_member(self, name: MemberName) -> MemberId:
         """A new id for a directory that was just made: initdb, clone or rewind (R6, P7)."""
         member_id = make_member_id(name, secrets.token_hex(4))
-        await self.save(replace(self.state, member_id=member_id, was_primary=False))
+        await self.save(lambda state: replace(state, member_id=member_id, was_primary=False))
         return member_id
 
     def _identity(self) -> str:

@@ -218,12 +218,17 @@ def suspicion(o: Observation) -> str | None:
         )
     state = peer.state
     if peer.answers and state is not None:
-        if state.yielding is not None and state.member_id == record.holder.member_id:
+        if state.member_id != record.holder.member_id:
+            return f"{state.name} answers with another data directory than the holder's: that one is gone"
+        if state.yielding is not None:
             return f"{state.name} asks to be replaced: {state.yielding}"
         if state.incarnation != record.holder.incarnation and state.record_epoch >= record.epoch:
             if state.terminating or state.fenced:
                 return f"{state.name} came back and does not serve"
             return None
+        return None
+    if o.agent_age_s < o.timings.suspect_after_s:
+        # It has hardly asked anybody yet.
         return None
     receiving = o.postgres.receiving and o.postgres.silent_for_s < o.timings.suspect_after_s
     if peer.refused and not o.postgres.receiving:
@@ -263,6 +268,8 @@ def decide(o: Observation) -> Decision:
         return Decision("fence", "the record fences this instance")
     if record.system_identifier is None:
         return _uninitialised(o, record)
+    if o.held_before and (o.directory.half_rewound or not o.directory.exists):
+        return Decision("wait", "this instance holds the Lease, and its data directory cannot be started")
     if o.held_before:
         return Decision("resume", "this directory holds the Lease under an earlier life of its supervisor")
     return _as_standby(o, record)
@@ -326,7 +333,7 @@ def _as_holder(o: Observation, record: ClusterRecord) -> Decision:
         if peer.answers
         and peer.state is not None
         and peer.state.promised_epoch > record.epoch
-        and peer.state.member_id in record.voters
+        and peer.state.member_id not in record.excluded
     ]
     if later and o.reaffirm_again_in_s <= 0:
         highest = max(later, key=lambda state: state.promised_epoch)
@@ -336,7 +343,10 @@ def _as_holder(o: Observation, record: ClusterRecord) -> Decision:
 
 def _holder_without_postgres(o: Observation, record: ClusterRecord) -> Decision:
     """The holder's Postgres ended: a voter takes over at once if it can, else restart in place (behind a later epoch)."""
-    if o.yielding_for_s is None or o.directory.half_rewound:
+    if o.directory.half_rewound or not o.directory.exists:
+        # Nobody may start it; `yielding` makes the others elect.
+        return Decision("wait", "this instance holds the Lease, and its data directory cannot be started")
+    if o.yielding_for_s is None:
         return Decision("resume", "this instance holds the Lease and Postgres does not run")
     able = [
         name
@@ -369,7 +379,7 @@ def _as_standby(o: Observation, record: ClusterRecord) -> Decision:
     if o.volume.member_id in record.excluded:
         return Decision("rejoin", "this directory was given up by a failover that allowed data loss (R15)")
     suspects = suspicion(o)
-    if record.holder is None and record.release is not None and not record.paused:
+    if record.holder is None and record.release is not None:
         released = record.release
         mine = released.target == o.volume.member_id
         if (
@@ -403,6 +413,8 @@ def _may_stand(o: Observation, record: ClusterRecord, suspects: str) -> Decision
         return Decision("wait", f"{suspects}; but the cluster is paused")
     if o.postgres.end is None:
         return Decision("wait", f"{suspects}; but the end of this log is not known")
+    if o.now_s < o.volume.extension_until_s:
+        return Decision("wait", f"{suspects}; but this member promised not to take over while the store is away (R11)")
     if record.mode == "asynchronous":
         no = entitled_by_time(
             record,

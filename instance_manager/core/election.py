@@ -101,7 +101,14 @@ def judge_promises(
     needed = record.promises_needed
     if needed is None:
         return StandBack("q is 0: nobody can be elected (R7)")
-    promised = {voter: answer for voter, answer in promises.items() if voter in record.voters and answer.granted}
+    # Without a position it is no promise (R5).
+    promised = {
+        voter: answer.end
+        for voter, answer in promises.items()
+        if voter in record.voters and answer.granted and answer.end is not None
+    }
+    if record.chain is None or not record.chain.contains(me.end):
+        return StandBack(f"this log ends at {me.end}, which is not in the cluster's history: it has no rank (P4)")
     if me.member_id not in promised:
         return StandBack("this member has not promised itself")
     if len(promised) < needed:
@@ -110,12 +117,10 @@ def judge_promises(
             for voter in sorted(record.voters - set(promised))
         )
         return StandBack(f"{len(promised)} of {needed} promises ({missing})")
-    for voter, answer in sorted(promised.items()):
-        if answer.end is None:
-            return StandBack(f"{voter} promised without a position: that is no promise (R5)")
-        if answer.end > me.end:
-            return StandBack(f"{voter} is ahead: {answer.end} against {me.end}", better=voter)
-    equal = frozenset(voter for voter, answer in promised.items() if answer.end == me.end) - {me.member_id}
+    for voter, end in sorted(promised.items()):
+        if end > me.end:
+            return StandBack(f"{voter} is ahead: {end} against {me.end}", better=voter)
+    equal = frozenset(voter for voter, end in promised.items() if end == me.end) - {me.member_id}
     return Won(
         taken_over(record, holder=holder, epoch=epoch, end=me.end, voters=equal, quorum=min(wanted_k, len(equal)))
     )
@@ -163,6 +168,7 @@ def taken_from_release(
     released_for_s: float,
     takeover_timeout_s: float,
     wanted_k: int,
+    now_s: float,
 ) -> Won | StandBack:
     """R4: a stamped release needs no promises, but only from a member whose log ends with that very checkpoint.
 
@@ -170,6 +176,8 @@ def taken_from_release(
     those that were seen to hold the checkpoint.
     """
     release = record.release
+    if now_s < volume.extension_until_s:
+        return StandBack("this member promised the primary not to take over while the store is away (R11)")
     if record.holder is not None or release is None:
         return StandBack("the Lease has no release stamp: an empty holder means nothing (R4)")
     if release.epoch != record.epoch:

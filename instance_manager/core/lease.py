@@ -50,6 +50,10 @@ def record_damage(
         return f"the Lease contradicts itself: {'; '.join(problems)}"
     if record.cluster_uid != cluster_uid:
         return f"the Lease belongs to another cluster ({record.cluster_uid})"
+    if volume.contradicts(record):
+        return (
+            f"the Lease is at epoch {record.epoch} with other voters than this holder wrote: it was restored or edited"
+        )
     if record.epoch < volume.recorded_epoch:
         return f"the Lease is at epoch {record.epoch}, but was at {volume.recorded_epoch} before: it was restored or edited"
     return None
@@ -64,13 +68,22 @@ def repair(volume: VolumeState, holder: Holder, confirmations: Mapping[MemberId,
     last = volume.last_record
     if last is None or last.holder is None or last.holder.member_id != holder.member_id:
         return "this instance was not the last holder that it knows of"
+    known = [each for each in (last, volume.intended_record) if each is not None]
+    if any(each.holder is None for each in known):
+        return "this instance was about to release the Lease: somebody may have taken it"
+    if volume.recorded_epoch > last.epoch:
+        return f"this instance wrote epoch {last.epoch}, and has seen {volume.recorded_epoch} of another holder since"
+    if last.mode == "asynchronous":
+        return "in an asynchronous cluster another may have been elected by time: only an operator can tell"
     if volume.promised_epoch > last.epoch:
         return f"this instance promised epoch {volume.promised_epoch} later than it wrote {last.epoch}"
-    confirmed = [
-        voter for voter in last.voters if (epoch := confirmations.get(voter)) is not None and epoch <= last.epoch
-    ]
-    if len(confirmed) < last.quorum:
-        return f"{len(confirmed)} of {last.quorum} voters confirm that nobody was elected since"
+    for each in known:
+        # What was intended may be what is recorded; what is acted on is always `last`.
+        confirmed = [
+            voter for voter in each.voters if (epoch := confirmations.get(voter)) is not None and epoch <= last.epoch
+        ]
+        if len(confirmed) < each.quorum:
+            return f"{len(confirmed)} of {each.quorum} voters confirm that nobody was elected since"
     highest = max([last.epoch, volume.highest_epoch, *(epoch for epoch in confirmations.values() if epoch is not None)])
     return replace(last, holder=holder, epoch=Epoch(highest + 1), release=None, switchover=None)
 
@@ -82,7 +95,7 @@ def reaffirmed(record: ClusterRecord, *, holder: Holder, highest_epoch: Epoch) -
     """
     if record.holder is None or record.holder.member_id != holder.member_id:
         raise ValueError("only the holder reaffirms itself")
-    return replace(record, holder=holder, epoch=Epoch(max(record.epoch, highest_epoch) + 1), opened=False, release=None)
+    return replace(record, holder=holder, epoch=Epoch(max(record.epoch, highest_epoch) + 1), release=None)
 
 
 def may_reaffirm(record: ClusterRecord, would_follow: frozenset[MemberId]) -> bool:
@@ -123,10 +136,18 @@ def released(
     return replace(record, holder=None, release=stamp, voters=holding, quorum=quorum, switchover=None, position=end)
 
 
-def given_back(record: ClusterRecord, found: ClusterRecord) -> ClusterRecord:
+def given_back(record: ClusterRecord, found: ClusterRecord, *, promoted: bool = False) -> ClusterRecord:
     """R13: a winner that never opened steps back so that another can be elected, with the N and q that it found if its
-    own record lets nobody be. Its claim stays in the chain: whoever followed it there is still comparable.
+    own record lets nobody be.
+
+    `promoted`: its claim was taken up, so that others may have followed it there: then it stays in the chain, and they
+    stay comparable. Else the chain is as it was found; the claimed number is never used again either way.
+    ValueError: it has let clients in.
     """
+    if record.opened:
+        raise ValueError("clients were let in: it was opened, and cannot be given back")
+    if not promoted:
+        record = replace(record, chain=found.chain)
     if record.quorum > 0:
         return replace(record, holder=None, release=None)
     return replace(record, holder=None, release=None, voters=found.voters, quorum=found.quorum)
@@ -177,7 +198,8 @@ def entitled_by_time(
     if record.mode != "asynchronous":
         return "the cluster is synchronous: only promises elect"
     wait_s = record.lease_duration_s * (1 + clock_rate_error)
-    if record.holder is not None and not proven_dead:
+    if not (record.holder is not None and proven_dead):
+        # An empty holder means nothing by itself (R4): its last permit may still run.
         if unchanged_for_s < wait_s:
             return f"the Lease was renewed {unchanged_for_s:.1f} s ago; it lasts {wait_s:.1f} s"
         if agent_age_s < wait_s:

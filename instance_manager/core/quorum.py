@@ -110,6 +110,10 @@ def next_step(
 
     `synchronous` is what Postgres was last told, `confirmed` whether every process of it is known to run by it.
     """
+    if wanted.never_acknowledges:
+        if synchronous.acknowledges_alone:
+            return SetSynchronous(wanted, "commits must wait for a standby, and there is none")
+        return Settled("no standby to go on with yet: what is set stays")
     if quorum == 0 and wanted.k == 0:
         if synchronous != wanted or not confirmed:
             return SetSynchronous(wanted, "q is 0: nobody can be elected, so commits need not wait")
@@ -194,7 +198,7 @@ def wanted_set(
     ):
         return SynchronousSet(synchronous.k, synchronous.members)
     if not members and required and wanted_k > 0:
-        return synchronous
+        return NOBODY
     return SynchronousSet(min(wanted_k, len(members)), frozenset(members) if wanted_k else frozenset())
 
 

@@ -6,6 +6,7 @@ cluster, whether two instances can be writable at once. So a configuration that 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -56,6 +57,8 @@ class Timings:
 
     def problems(self) -> tuple[str, ...]:
         """What makes these timings unsound, each a sentence for the user; empty when sound."""
+        if not all(math.isfinite(getattr(self, name)) for name in self.__slots__):
+            return ("every timing must be a finite number of seconds",)
         found = []
         needed = self.hard_s / (1 - self.clock_rate_error) + self.kill_budget_s + self.margin_s
         granted = self.lease_duration_s / (1 + self.clock_rate_error)

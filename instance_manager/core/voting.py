@@ -32,6 +32,8 @@ class VolumeState:
     """The data directory last ran read-write: it starts as a standby unless the Lease is held."""
     last_record: ClusterRecord | None = None
     """A primary's last written record: with it a damaged Lease is repaired (R3)."""
+    intended_record: ClusterRecord | None = None
+    """What it was about to write after that; whether it did is not known until it is `last_record`."""
     starts: int = 0
     extension_epoch: Epoch = Epoch(0)
     extension_until_s: float = 0.0
@@ -52,6 +54,29 @@ class VolumeState:
         if epoch < self.promised_epoch or (epoch == self.promised_epoch and candidate != self.promised_to):
             raise ValueError(f"promised epoch {self.promised_epoch} to {self.promised_to}")
         return replace(self.seen(epoch), promised_epoch=epoch, promised_to=candidate)
+
+    def following(self, record: ClusterRecord) -> VolumeState:
+        """The state of a follower of the record's holder; ValueError if a promise forbids it.
+
+        Whoever was promised the same epoch cannot take it any more: the record has it.
+        """
+        if record.holder is None or not self.may_follow(record):
+            raise ValueError(f"promised epoch {self.promised_epoch} to {self.promised_to}")
+        return replace(self.saw_record(record), promised_epoch=record.epoch, promised_to=record.holder.member_id)
+
+    def writing(self, last: ClusterRecord, intended: ClusterRecord | None) -> VolumeState:
+        """A holder's state before a change of voters is written, and (without `intended`) after it is known to be."""
+        return replace(self.saw_record(last), last_record=last, intended_record=intended)
+
+    def contradicts(self, record: ClusterRecord) -> bool:
+        """Has this holder written other voters in this very epoch? Then the record was restored or edited (R3)."""
+        own = self.last_record
+        if own is None or own.holder is None or record.holder is None:
+            return False
+        if record.epoch != own.epoch or record.holder.member_id != own.holder.member_id:
+            return False
+        known = {(each.voters, each.quorum) for each in (own, self.intended_record) if each is not None}
+        return (record.voters, record.quorum) not in known
 
     def may_follow(self, record: ClusterRecord) -> bool:
         """A record's holder may be followed unless a later epoch was promised."""
@@ -115,7 +140,7 @@ def judge_vote(request: VoteRequest, voter: VoterView, *, final: bool) -> Verdic
         refusal = "I hold the Lease or am writable"
     elif voter.fenced:
         refusal = "I am fenced"
-    elif voter.record_read_age_s > 2 * voter.renew_interval_s:
+    elif voter.record_read_age_s > voter.renew_interval_s:
         refusal = f"I have not read the Lease for {voter.record_read_age_s:.1f} s (R12)"
     elif request.record_epoch != record.epoch:
         refusal = f"the candidate stands on epoch {request.record_epoch}, the Lease is at {record.epoch}"
@@ -123,7 +148,7 @@ def judge_vote(request: VoteRequest, voter: VoterView, *, final: bool) -> Verdic
         refusal = f"epoch {request.epoch} is not after the Lease's {record.epoch}"
     elif voter.suspects is None and record.holder is not None and request.candidate != volume.member_id:
         refusal = "I do not suspect the primary"
-    elif volume.boot_id == voter.boot_id and voter.now_s < volume.extension_until_s:
+    elif volume.extension_until_s > 0 and (volume.boot_id != voter.boot_id or voter.now_s < volume.extension_until_s):
         refusal = "I promised the primary not to promise while the store is away (R11)"
     elif (final and request.epoch < volume.promised_epoch) or (
         final and request.epoch == volume.promised_epoch and request.candidate != volume.promised_to
@@ -156,6 +181,10 @@ def judge_extension(request: ExtensionRequest, voter: VoterView) -> Verdict:
         refusal = f"the Lease that I know is at epoch {record.epoch}"
     elif volume.member_id is None or volume.member_id not in record.voters:
         refusal = "I am not among the voters"
+    elif not 0 < request.duration_s <= record.lease_duration_s:
+        refusal = f"the Lease lasts {record.lease_duration_s:g} s, not {request.duration_s:g}"
+    elif record.mode == "synchronous" and record.quorum == 0:
+        refusal = "q is 0: nobody can be elected, so nobody can promise not to be (R7)"
     elif volume.promised_epoch > request.epoch:
         refusal = f"I promised epoch {volume.promised_epoch} to {volume.promised_to}"
     elif voter.takeover_open:

@@ -175,6 +175,7 @@ def take(
         released_for_s=released_for_s,
         takeover_timeout_s=3.0,
         wanted_k=1,
+        now_s=1000.0,
     )
 
 
