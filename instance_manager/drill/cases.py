@@ -185,25 +185,23 @@ def _standby_destroyed(stage: Stage) -> None:
 def _extra_rows(stage: Stage) -> None:
     """The walsenders stand still, so that what the primary writes now reaches nobody; then all of it dies."""
     old = stage.primary
-    insert_extra_rows(stage, old, prepare=True)
+    extra_rows(stage, old, "DROP TABLE IF EXISTS drill_extra; CREATE TABLE drill_extra (row int)")
     walsenders = StopProcesses(stage.cluster, old, walsenders_of, "walsenders")
     stage.inject(walsenders)
-    insert_extra_rows(stage, old)
+    extra_rows(stage, old, "INSERT INTO drill_extra SELECT generate_series(1, 10000)")
     kill = stage.inject(KillInstance(stage.cluster, old))
     stage.faults.heal(walsenders)
     stage.wait_writes(60)
     stage.heal(kill)
     stage.cluster.wait_redundant()
     stage.expect(stage.cluster.primary() != old, f"{old} is the primary again, with rows that no standby had")
+    for name in stage.cluster.names:
+        kept = extra_rows(stage, name, "SELECT count(*) FROM drill_extra")
+        stage.expect(kept == "0", f"{name} holds {kept} rows that were on no standby when the primary died")
 
 
-def insert_extra_rows(stage: Stage, name: str, *, prepare: bool = False) -> None:
-    """Rows that are acknowledged by nobody's standard: `synchronous_commit = local`. CaseFailed."""
-    statement = (
-        "CREATE TABLE IF NOT EXISTS drill_extra (row int)"
-        if prepare
-        else "INSERT INTO drill_extra SELECT generate_series(1, 10000)"
-    )
+def extra_rows(stage: Stage, name: str, statement: str) -> str:
+    """Run it with `synchronous_commit = local`: rows that no client may rely on. CaseFailed."""
     member = stage.cluster.plan.member(name)
     prefix = [] if stage.environment.network is None else [*stage.environment.network.enter_clients()]
     argv = [
@@ -211,12 +209,14 @@ def insert_extra_rows(stage: Stage, name: str, *, prepare: bool = False) -> None
         "psql",
         "--no-psqlrc",
         "--quiet",
+        "--tuples-only",
+        "--no-align",
         f"--command={statement}",
         f"host={member.client_host} port={member.postgres_port} dbname=app user=app "
         f"passfile={stage.cluster.layout.password_file} options='-c synchronous_commit=local'",
     ]
     try:
-        subprocess.run(argv, check=True, capture_output=True, text=True, timeout=10)
+        return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
     except subprocess.CalledProcessError as error:
         raise CaseFailed(f"psql: {error.stderr.strip()}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
