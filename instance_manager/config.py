@@ -59,6 +59,8 @@ class InstanceSection(Section, frozen=True):
     run_as: str = "postgres"
     """Operating system user of Postgres when the instance manager runs as root; ignored otherwise."""
     termination_log: Path | None = None
+    minimum_free_bytes: Annotated[int, msgspec.Meta(ge=0)] = 32 * 1024 * 1024
+    """A primary with less free space on its volume hands over to a voter that has more; two segments of WAL."""
 
 
 class LocalCoordinationSection(Section, frozen=True):

@@ -78,6 +78,7 @@ async def run(configuration: Configuration, configuration_file: Path) -> None:
         database.answers_new_connection,
         timeout_s=configuration.timings.health_timeout_s,
         interval_s=HEALTH_INTERVAL_S,
+        minimum_free_bytes=configuration.instance.minimum_free_bytes,
     )
 
     def with_agent() -> Agent:

@@ -212,7 +212,7 @@ class Agent:
             timings=c.configuration.timings,
             maximum_lag_bytes=c.configuration.cluster.maximum_lag_on_failover_bytes,
             terminating=c.link.terminating,
-            unhealthy=c.health.unhealthy(),
+            unhealthy=self._unhealthy(),
             permit_left_s=permit.soft_s - now_s if permit is not None and permit_ok else 0.0,
             suspected_for_s=0.0,
             proven_dead=self._proven_dead,
@@ -232,6 +232,19 @@ class Agent:
             self._suspected_since_s = now_s
             log.info("suspicion: %s", c.suspects)
         return replace(observation, suspected_for_s=now_s - self._suspected_since_s)
+
+    def _unhealthy(self) -> str | None:
+        """Why another should be primary; a full disk only where a voter's is not."""
+        c = self.context
+        reason = c.health.unhealthy()
+        record = c.keeper.record
+        if reason is not None or not c.health.is_full or record is None:
+            return reason
+        for peer in c.peers.views().values():
+            state = peer.state
+            if peer.answers and state is not None and state.member_id in record.voters and not state.disk_full:
+                return f"its volume is full, and {state.name}'s is not"
+        return None
 
     # Acting.
 
@@ -375,11 +388,12 @@ class Agent:
     async def _kill(self, reason: str) -> None:
         c = self.context
         c.take_role(Role.STOPPING, reason)
-        await c.database.kill()
         c.gate_open = False
-        c.take_role(Role.STOPPED, reason)
         if c.holds_lease:
+            # First: on a stalled disk the processes end only when it answers again; none of them can commit till then.
             c.start_yielding(reason)
+        await c.database.kill()
+        c.take_role(Role.STOPPED, reason)
 
     async def _stop(self, reason: str) -> None:
         """The soft deadline: stop fast; what does not stop, the supervisor kills at the hard one."""

@@ -83,6 +83,8 @@ class Control:
             return False, "there is no primary to switch over from"
         if target == record.holder.name:
             return True, f"{target} is the primary already"
+        if target is not None and (why_not := self._why_no_target(record, target)) is not None:
+            return False, f"refused: {why_not}"
         request_id = secrets.token_hex(8)
         before, old = record.epoch, record.holder.name
         await c.keeper.write(lambda current: with_switchover(current, request_id=request_id, target=target))
@@ -105,6 +107,17 @@ class Control:
             return None
 
         return await self._until(done, SWITCHOVER_DEADLINE_S, "the switchover has not ended")
+
+    def _why_no_target(self, record: ClusterRecord, target: MemberName) -> str | None:
+        """What the primary would refuse in the end, said at once and by name."""
+        instance = self._instance(target)
+        if target in record.fenced:
+            return f"{target} is fenced"
+        if instance is None or not instance.reachable:
+            return f"{target} does not answer"
+        if instance.postgres != "running":
+            return f"the Postgres of {target} is {instance.postgres}"
+        return None
 
     async def _failover(self, arguments: dict[str, object]) -> Outcome:
         if arguments.get("allow_data_loss") is not True and arguments.get("preview") is not True:

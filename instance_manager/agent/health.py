@@ -27,6 +27,8 @@ class DiskProbe:
         self._thread = threading.Thread(target=self._run, name="disk-probe", daemon=True)
         self.last_good_s = clock.now_s()
         self.last_error: str | None = None
+        self.free_bytes: int | None = None
+        """What an unprivileged program may still write on the fullest of the volumes."""
 
     def start(self) -> None:
         self._thread.start()
@@ -39,8 +41,12 @@ class DiskProbe:
         while not self._stop.is_set():
             began_s = self._clock.now_s()
             try:
+                free = []
                 for directory in self._directories:
                     _write_and_flush(directory / ".disk-probe")
+                    volume = os.statvfs(directory)
+                    free.append(volume.f_bavail * volume.f_frsize)
+                self.free_bytes = min(free)
             except OSError as error:
                 self.last_error = f"{error.strerror}: {error.filename or self._directories[0]}"
             else:
@@ -68,9 +74,11 @@ class Health:
         *,
         timeout_s: float,
         interval_s: float,
+        minimum_free_bytes: int,
     ) -> None:
         self._clock = clock
         self._disk = disk
+        self._minimum_free_bytes = minimum_free_bytes
         self._ask_sql = ask_sql
         self._timeout_s = timeout_s
         self._interval_s = interval_s
@@ -84,6 +92,11 @@ class Health:
         if expected and not self._sql_expected:
             self._sql_good_s = self._clock.now_s()
         self._sql_expected = expected
+
+    @property
+    def is_full(self) -> bool:
+        """Too little space for Postgres to go on: clients get errors, or will soon (cloudnative-pg#7150)."""
+        return self._disk.free_bytes is not None and self._disk.free_bytes < self._minimum_free_bytes
 
     def was_paused(self) -> None:
         """This process itself was not scheduled for a while: the ages say nothing of disk and SQL and begin anew."""

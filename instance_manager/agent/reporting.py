@@ -49,10 +49,11 @@ class Reporting:
             fenced=record is not None and c.configuration.name in record.fenced,
             permit_left_s=round(permit_left_s, 1),
             postgres=self._postgres_word(),
+            disk_full=c.health.is_full,
             lag_bytes=c.database.lag_bytes(record.position if record is not None else None),
             replay_lag_bytes=c.database.replay_lag_bytes(),
             operation=c.operation,
-            problem=c.health.unhealthy() or view.damage,
+            problem=c.health.unhealthy() or view.damage or ("its volume is full" if c.health.is_full else None),
             opened=c.gate_open,
             synchronous=str(c.synchronous) if c.role is Role.PRIMARY else None,
         )

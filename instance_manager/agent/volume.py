@@ -6,6 +6,8 @@ It lies beside the data directory, never in it, so that no clone or rewind copie
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +22,7 @@ from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.server import RunAs
 
 WRITE_DEADLINE_S = 5.0
+RESERVE_BYTES = 256 * 1024
 
 
 class VolumeUnusable(Exception):
@@ -75,12 +78,25 @@ class Volume:
                 raise ValueError("an epoch that was seen or promised is never forgotten")
             try:
                 async with asyncio.timeout(WRITE_DEADLINE_S):
-                    await asyncio.to_thread(
-                        write_atomically, self._file, to_json(state), mode=0o600, run_as=self._run_as
-                    )
+                    await asyncio.to_thread(self._write, to_json(state))
             except (OSError, TimeoutError) as error:
                 raise VolumeUnusable(f"{self._file} cannot be written: {error or 'no answer of the disk'}") from error
             self.state, self._persisted = state, True
+
+    def _write(self, content: bytes) -> None:
+        """On a full disk the reserve is given up: a voter whose disk is full must not block a failover."""
+        reserve = self._directory / ".reserve"
+        try:
+            write_atomically(self._file, content, mode=0o600, run_as=self._run_as)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not reserve.exists():
+                raise
+            reserve.unlink()
+            write_atomically(self._file, content, mode=0o600, run_as=self._run_as)
+        else:
+            if not reserve.exists():
+                with contextlib.suppress(OSError):
+                    write_atomically(reserve, secrets.token_bytes(RESERVE_BYTES), mode=0o600, run_as=self._run_as)
 
     async def new_member(self, name: MemberName) -> MemberId:
         """A new id for a directory that was just made: initdb, clone or rewind (R6, P7)."""

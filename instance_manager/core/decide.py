@@ -81,6 +81,7 @@ class PeerState:
     permit_left_s: float
     """A holder: until its own soft deadline; 0 for others."""
     postgres: str
+    disk_full: bool = False
     lag_bytes: int | None = None
     replay_lag_bytes: int | None = None
     operation: str | None = None
@@ -222,10 +223,10 @@ def suspicion(o: Observation) -> str | None:
             return f"{state.name} answers with another data directory than the holder's: that one is gone"
         if state.yielding is not None:
             return f"{state.name} asks to be replaced: {state.yielding}"
-        if state.incarnation != record.holder.incarnation and state.record_epoch >= record.epoch:
-            if state.terminating or state.fenced:
-                return f"{state.name} came back and does not serve"
-            return None
+        if state.incarnation != record.holder.incarnation and (state.terminating or state.fenced):
+            return f"{state.name} came back and does not serve"
+        if o.lease.unchanged_for_s >= record.lease_duration_s and state.permit_left_s <= 0 and not o.postgres.receiving:
+            return f"{state.name} answers, but has not renewed the Lease for {o.lease.unchanged_for_s:.1f} s"
         return None
     if o.agent_age_s < o.timings.suspect_after_s:
         # It has hardly asked anybody yet.
