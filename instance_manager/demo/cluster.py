@@ -39,6 +39,7 @@ from instance_manager.demo.ports import choose_base_port, ports_in_use
 from instance_manager.demo.processes import InstanceProcesses, now_s
 from instance_manager.launch import prepare_directories, supervisor_argv
 from instance_manager.status import ClusterStatus
+from instance_manager.supervisor import fence
 from instance_manager.supervisor.fence import Process
 from instance_manager.supervisor.processes import become_subreaper
 
@@ -286,6 +287,7 @@ class LocalCluster:
     def keep_running(self) -> tuple[str, ...]:
         """For a demo's loop: do what a drill asked for, and restart what ended by itself, as a kubelet would."""
         restarted = []
+        self.reap_children()
         for name in self.names:
             if self.supervisor_pid(name) is not None:
                 continue
@@ -297,8 +299,18 @@ class LocalCluster:
                 asked.unlink(missing_ok=True)
                 self.start(name)
                 restarted.append(name)
-        self.reap_orphans()
         return tuple(restarted)
+
+    def reap_children(self) -> None:
+        """Collect every dead child that is no supervisor, for a process that has no other children.
+
+        A drill in another process kills instances whose orphans become ours: an unreaped postmaster looks alive to the
+        next one, which then refuses to start over its postmaster.pid.
+        """
+        started = {process.pid for process in self._started.values()}
+        own_pid = os.getpid()
+        dead = [p for p in fence.read_processes().values() if p.ppid == own_pid and p.is_dead and p.pid not in started]
+        processes.reap(dead)
 
     # --- ending ---
 
