@@ -150,6 +150,7 @@ class Agent:
             observation = self.observe()
             decision = decide(observation)
             await self._act(decision)
+            c.announce()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await c.wake.wait()
@@ -286,7 +287,9 @@ class Agent:
             self._not_before_s[decision.act] = c.clock.now_s() + RETRY_S
         finally:
             c.operation = None
-            c.wake.set()
+            if decision.act != "serve":
+                c.wake.set()
+            c.announce()
 
     async def _create_record(self, _: str) -> None:
         await self.rejoining.create_record(secrets.token_hex(4))

@@ -83,6 +83,7 @@ class Context:
     started_s: float
     boot_id: str
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    announced: asyncio.Event = field(default_factory=asyncio.Event)
     voting: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Promising and following exclude one another: who has promised a later epoch must not begin to follow an earlier."""
     role: Role = Role.STARTING
@@ -133,6 +134,11 @@ class Context:
         record = self.keeper.record
         return record is not None and record.holder is not None and record.holder == self.holder
 
+    def announce(self) -> None:
+        """Peers that watch look at this instance's state again."""
+        self.announced.set()
+        self.announced = asyncio.Event()
+
     def take_role(self, role: Role, reason: str) -> None:
         """Only by the table of roles; anything else is a defect that must not stay unseen."""
         if role is self.role:
@@ -141,10 +147,12 @@ class Context:
             log.error("role %s does not follow %s: %s", role, self.role, reason)
         log.info("role %s, was %s: %s", role, self.role, reason, extra={"fields": {"role": role, "was": self.role}})
         self.role = role
+        self.announce()
 
     def start_yielding(self, reason: str) -> None:
         if self.yielding is None:
             self.yielding, self.yielding_since_s = reason, self.clock.now_s()
+            self.announce()
 
     def stop_yielding(self) -> None:
         self.yielding = self.yielding_since_s = None

@@ -273,7 +273,8 @@ class Elections:
             if holder is None:
                 raise OperationFailed("this instance is no member")
             epoch = Epoch(max(record.epoch, c.volume.state.highest_epoch) + 1)
-            taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=frozenset(), quorum=0)
+            others = record.voters - {c.member_id}
+            taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=others, quorum=0)
             await self._take(Won(taken), record, record.grounds(), reason)
         except CoordinationError as error:
             self._stand_back(str(error))

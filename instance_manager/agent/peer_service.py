@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from instance_manager.agent.agent import Agent
 
 T = TypeVar("T")
-WATCH_POLL_S = 0.05
 
 
 class PeerService:
@@ -81,7 +80,10 @@ class PeerService:
             digest = agent.reporting.digest(state)
             if digest != request.seen or c.clock.now_s() >= ends_s:
                 return WatchAnswer(digest=digest, state=state)
-            await c.clock.sleep(WATCH_POLL_S)
+            announced = c.announced
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, ends_s - c.clock.now_s())):
+                    await announced.wait()
 
     async def _end(self, request: EndRequest) -> EndAnswer:
         c = self._agent.context

@@ -138,7 +138,8 @@ class PrimaryDuties:
         c = self._c
         self.look()
         record = c.record
-        if not c.database.answers:
+        if not c.database.answers or c.keeper.view().unknown_write:
+            # R1: a new agent's first act is a write of its own, before it touches Postgres.
             return
         await c.database.prepare_slots(frozenset(self._everybody()))
         if not c.gate_open and not c.synchronous_confirmed:
@@ -185,24 +186,21 @@ class PrimaryDuties:
 
     async def _quorum_step(self, record: ClusterRecord) -> None:
         c = self._c
-        view = c.keeper.view()
-        if view.unknown_write:
-            # R1: only a later write of our own closes an unknown outcome; the keeper's next renewal is one.
-            self.quorum_state = "waiting until the outcome of a write is known"
-            return
         asynchronous = c.configuration.cluster.durability == "asynchronous"
         wanted_mode = "asynchronous" if asynchronous else "synchronous"
         if record.mode != wanted_mode:
             await c.keeper.write(lambda current: with_mode(current, "asynchronous" if asynchronous else "synchronous"))
             self._mode_changed_s = c.clock.now_s()
             return
+        if asynchronous:
+            await self._record_members(record)
         wait_s = record.lease_duration_s
         if self._mode_changed_s is not None and not asynchronous and c.clock.now_s() - self._mode_changed_s < wait_s:
             self.quorum_state = "waiting one lease duration after the change to synchronous (R8)"
             return
         wanted = self._wanted(record)
         step = next_step(
-            voters=record.voters,
+            voters=frozenset() if asynchronous else record.voters,
             quorum=record.quorum,
             synchronous=c.synchronous,
             confirmed=c.synchronous_confirmed,
@@ -227,6 +225,12 @@ class PrimaryDuties:
             await c.database.barrier(record.chain.current, deadline_s=BARRIER_DEADLINE_S)
             await self._record_voters(record, step.voters, step.quorum)
         c.wake.set()
+
+    async def _record_members(self, record: ClusterRecord) -> None:
+        """Asynchronous: N names who may take over by time, and whom an extension asks; q stays 0 (R7, R11)."""
+        members = self._everybody() - record.excluded - record.retired
+        if members and members != record.voters:
+            await self._record_voters(record, members, 0)
 
     async def _record_voters(self, record: ClusterRecord, voters: frozenset[MemberId], quorum: int) -> None:
         """Write (N, q), with the intention on the volume before and the success after: a Lease that is restored or

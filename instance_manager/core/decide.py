@@ -417,6 +417,12 @@ def _may_stand(o: Observation, record: ClusterRecord, suspects: str) -> Decision
     if o.now_s < o.volume.extension_until_s:
         return Decision("wait", f"{suspects}; but this member promised not to take over while the store is away (R11)")
     if record.mode == "asynchronous":
+        if o.volume.member_id not in record.voters:
+            return (
+                Decision("wait", f"{suspects}; but this member is not in the record (R11)")
+                if record.holder is None
+                else None
+            )
         no = entitled_by_time(
             record,
             unchanged_for_s=o.lease.unchanged_for_s,

@@ -346,12 +346,16 @@ class SynchronousReplication:
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         pause = Pause(0.02)
-        while lingering := judge_dropped(await _senders(watch, deadline), members=wanted.members, before=before):
-            if deadline.passed:
-                raise NotConfirmed("walsenders of dropped names live", lingering)
-            if loop.time() - started_s >= terminate_after_s:
-                await _terminate(watch, set(lingering), deadline)
-            await pause(deadline)
+        lingering: tuple[int, ...] = ()
+        try:
+            while lingering := judge_dropped(await _senders(watch, deadline), members=wanted.members, before=before):
+                if deadline.passed:
+                    raise NotConfirmed("walsenders of dropped names live", lingering)
+                if loop.time() - started_s >= terminate_after_s:
+                    await _terminate(watch, set(lingering), deadline)
+                await pause(deadline)
+        except (DeadlinePassed, sql.SqlUnavailable, asyncpg.PostgresError) as error:
+            raise NotConfirmed(f"walsenders of dropped names: {error}", lingering) from error
 
     async def _postmaster_start(self, watch: sql.Session, deadline: Deadline) -> str:
         row = await watch.fetchrow(
