@@ -151,7 +151,7 @@ async def test_p5_a_list_is_confirmed_only_when_the_walsenders_of_dropped_names_
     assert walsender is not None
     with frozen(walsender):
         with pytest.raises(NotConfirmed) as failure:
-            await replication.apply(chosen(2, B, C), deadline_s=1, terminate_after_s=0.3)
+            await replication.apply(chosen(2, B, C), deadline_s=2, terminate_after_s=0.3)
         assert failure.value.lingering == (walsender,)
         with pytest.raises(BarrierNotPassed):
             await replication.barrier(ONE, deadline_s=1)
@@ -170,7 +170,7 @@ async def test_p5_after_k_was_raised_every_listed_walsender_must_pass_the_mark_o
     with frozen(walsender):
         await replication.apply(chosen(2, A, B, C), deadline_s=5)
         with pytest.raises(BarrierNotPassed) as failure:
-            await replication.barrier(ONE, deadline_s=1, terminate_after_s=0.3)
+            await replication.barrier(ONE, deadline_s=2, terminate_after_s=0.3)
         assert failure.value.state is not None
         assert failure.value.state.suspects == (walsender,)
         assert failure.value.state.passed == (A, B)
@@ -220,7 +220,7 @@ async def test_p7_the_barrier_refuses_a_name_seen_twice(cluster: Cluster) -> Non
             lambda: primary.fetchval("SELECT count(*) = 2 FROM pg_stat_replication WHERE application_name = $1", A)
         )
         with pytest.raises(BarrierNotPassed) as failure:
-            await replication.barrier(ONE, deadline_s=1, terminate_after_s=0.3)
+            await replication.barrier(ONE, deadline_s=2, terminate_after_s=0.3)
         assert failure.value.state is not None
         assert failure.value.state.duplicates == (A,)
     await replication.barrier(ONE, deadline_s=5)
@@ -231,7 +231,7 @@ async def test_p7_a_member_counts_only_through_its_own_slot_which_lets_in_no_sec
     replication = replication_of(primary)
     await replication.apply(chosen(1, A), deadline_s=5)
     with pytest.raises(BarrierNotPassed) as failure:
-        await replication.barrier(ONE, deadline_s=0.5)
+        await replication.barrier(ONE, deadline_s=1.5)
     assert failure.value.state is not None
     assert failure.value.state.without_slot == (A,)
     await primary.execute(f"SELECT pg_create_physical_replication_slot('{A}', true)")
