@@ -43,7 +43,9 @@ def make_whole(cluster: LocalCluster) -> str:
         if cluster.supervisor_pid(name) is None:
             cluster.start(name)
     now = record(cluster)
-    for verb, arguments in [("unfence", {"name": name}) for name in now.fenced] + ([("resume", {})] if now.paused else []):
+    for verb, arguments in [("unfence", {"name": name}) for name in now.fenced] + (
+        [("resume", {})] if now.paused else []
+    ):
         status_client.control(cluster.layout.control_socket(cluster.names[0]), verb, dict(arguments), timeout_s=70)
     return cluster.wait_redundant(REDUNDANT_WITHIN_S)
 

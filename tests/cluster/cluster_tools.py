@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
+from asyncpg.connect_utils import SessionAttribute
 
 from instance_manager.codec import from_json, to_json
 from instance_manager.coordination.local import LocalCoordination
@@ -142,7 +143,9 @@ def psql(target: str, statement: str, *, timeout_s: float = 15.0) -> Told:
 def superuser_sql(cluster: LocalCluster, name: str, statement: str) -> str:
     """Over the instance's own socket, as the agent does it; the tests run as the same user as the agents."""
     member = cluster.plan.member(name)
-    target = f"host={cluster.layout.instance(name) / 'socket'} port={member.postgres_port} dbname=postgres user=postgres"
+    target = (
+        f"host={cluster.layout.instance(name) / 'socket'} port={member.postgres_port} dbname=postgres user=postgres"
+    )
     told = psql(target, statement)
     assert told.code == 0, str(told)
     return told.out
@@ -206,7 +209,10 @@ class Writer:
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="writer", daemon=True)
 
     def __enter__(self) -> Writer:
-        told = psql(self._cluster.connection_string(), f"DROP TABLE IF EXISTS {self._table}; CREATE TABLE {self._table} (id int)")
+        told = psql(
+            self._cluster.connection_string(),
+            f"DROP TABLE IF EXISTS {self._table}; CREATE TABLE {self._table} (id int)",
+        )
         assert told.code == 0, str(told)
         self._thread.start()
         return self
@@ -222,7 +228,7 @@ class Writer:
 
     def missing(self) -> set[int]:
         """Acknowledged, and not there."""
-        told = psql(self._cluster.connection_string(), f"SELECT id FROM {self._table}")
+        told = psql(self._cluster.connection_string(), f"SELECT id FROM {self._table}")  # noqa: S608
         assert told.code == 0, str(told)
         return set(self.acknowledged) - {int(line) for line in told.out.splitlines()}
 
@@ -232,14 +238,16 @@ class Writer:
         number = 0
         while not self._stop.is_set():
             connection = None
-            with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
+            with contextlib.suppress(
+                OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, TimeoutError
+            ):
                 connection = await asyncpg.connect(
                     host=[member.client_host for member in members],
                     port=[member.postgres_port for member in members],
                     user=APPLICATION,
                     database=APPLICATION,
                     password=password,
-                    target_session_attrs="read-write",
+                    target_session_attrs=SessionAttribute.read_write,
                     timeout=2,
                 )
                 while not self._stop.is_set():

@@ -81,10 +81,13 @@ def test_r12_a_primary_reaffirms_itself_after_a_promise_that_nobody_took(lasting
         answer = lasting_cluster.wait(
             lambda: _granted(lasting_cluster, name, _request(before, candidate)), 10, f"{name} promises"
         )
+        assert answer is not None
         assert answer.end is not None
         assert volume(lasting_cluster, name).promised_epoch == before.epoch + 1
         assert volume(lasting_cluster, name).promised_to == candidate
-    lasting_cluster.wait(lambda: volume(lasting_cluster, name).promised_epoch > before.epoch + 1, 40, f"{name} follows again")
+    lasting_cluster.wait(
+        lambda: volume(lasting_cluster, name).promised_epoch > before.epoch + 1, 40, f"{name} follows again"
+    )
     now = record(lasting_cluster)
     assert now.epoch > before.epoch + 1
     assert now.holder is not None

@@ -31,7 +31,9 @@ pytest_plugins = ("cluster_fixtures",)
 pytestmark = pytest.mark.timeout(180)
 
 
-def test_status_says_on_every_instance_who_is_primary_and_that_nothing_is_at_risk(lasting_cluster: LocalCluster) -> None:
+def test_status_says_on_every_instance_who_is_primary_and_that_nothing_is_at_risk(
+    lasting_cluster: LocalCluster,
+) -> None:
     primary = lasting_cluster.wait_primary()
     for name in lasting_cluster.names:
         text = done(lasting_cluster, name, "status")
@@ -117,7 +119,9 @@ def test_a_standby_that_lags_is_no_target_of_a_switchover(lasting_cluster: Local
     assert receivers
     with stopped(*receivers):
         lasting_cluster.wait(
-            lambda: target not in {voter.rsplit("_", 1)[0].replace("_", "-") for voter in record(lasting_cluster).voters},
+            lambda: (
+                target not in {voter.rsplit("_", 1)[0].replace("_", "-") for voter in record(lasting_cluster).voters}
+            ),
             15,
             "the silent standby is dropped from the voters",
         )
@@ -193,7 +197,9 @@ def test_reload_applies_what_can_change_and_names_what_needs_a_restart(lasting_c
     lasting_cluster.wait(lambda: psql(target_of(lasting_cluster, name), "SHOW work_mem").out == "4MB", 10, "4MB")
 
 
-@pytest.mark.xfail(strict=True, reason="known defect: Database.reload_configuration compares pg_hba.conf with the new text")
+@pytest.mark.xfail(
+    strict=True, reason="known defect: Database.reload_configuration compares pg_hba.conf with the new text"
+)
 def test_reload_lets_in_by_a_new_line_of_pg_hba_conf(lasting_cluster: LocalCluster) -> None:
     name = lasting_cluster.wait_primary()
     path = lasting_cluster.layout.config(name)
@@ -263,7 +269,9 @@ def test_r15_failover_with_loss_is_refused_while_the_primary_lives(lasting_clust
         assert "is a reachable voter and does not suspect the primary" in told.out
         assert f"cluster demo, epoch {before}, timeline " in told.out
     assert record(lasting_cluster).epoch == before
-    assert not any("failover with loss" in line for name in lasting_cluster.names for line in messages(lasting_cluster, name))
+    assert not any(
+        "failover with loss" in line for name in lasting_cluster.names for line in messages(lasting_cluster, name)
+    )
 
 
 def test_failover_without_the_word_for_it_is_wrong_use(lasting_cluster: LocalCluster) -> None:

@@ -1,0 +1,107 @@
+"""R3: a Lease that is gone, older or unreadable is mended by its last holder only, and moves no role and no row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+from cluster_tools import Writer, done, is_writable, log_end, messages, record
+
+from instance_manager.coordination.local import RECORD_FILE
+from instance_manager.core.record import ClusterRecord
+from instance_manager.demo.cluster import LocalCluster
+
+pytest_plugins = ("cluster_fixtures",)
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def writer(lasting_cluster: LocalCluster) -> Iterator[Writer]:
+    """Writes the whole time; in the end every acknowledged row must be there."""
+    with Writer(lasting_cluster, "over_a_damaged_lease") as made:
+        made.wait_for_more()
+        yield made
+        made.wait_for_more(20)
+    assert made.missing() == set()
+
+
+def _mended(cluster: LocalCluster, before: ClusterRecord) -> ClusterRecord | None:
+    try:
+        now = record(cluster)
+    except Exception:  # not yet a record
+        return None
+    return now if now.epoch > before.epoch and now.opened else None
+
+
+def _assert_mended(cluster: LocalCluster, before: ClusterRecord, offsets: dict[str, int]) -> None:
+    assert before.holder is not None
+    now = cluster.wait(partial(_mended, cluster, before), 60, "the holder writes the Lease anew")
+    assert now is not None
+    assert now.holder is not None
+    assert now.holder.member_id == before.holder.member_id, "the last holder, nobody else"
+    assert now.chain == before.chain, "no failover"
+    assert cluster.wait_redundant(60) == before.holder.name
+    for name in cluster.names:
+        if name != before.holder.name:
+            since = messages(cluster, name, offset=offsets[name])
+            assert not any(line.startswith(("take the Lease", "create the Lease", "stand: ")) for line in since)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "an older one"])
+def test_r3_a_lease_that_is_lost_is_written_anew_by_its_holder_behind_a_later_epoch(
+    lasting_cluster: LocalCluster, writer: Writer, damage: str
+) -> None:
+    path = lasting_cluster.layout.store / RECORD_FILE
+    if damage == "an older one":
+        older = path.read_bytes()
+        old = lasting_cluster.wait_primary()
+        done(lasting_cluster, old, "switchover")
+        lasting_cluster.wait_redundant(60)
+        writer.wait_for_more()
+    before = record(lasting_cluster)
+    offsets = {name: log_end(lasting_cluster, name) for name in lasting_cluster.names}
+    if damage == "deleted":
+        path.unlink()
+    else:
+        replaced = path.with_name("older")
+        replaced.write_bytes(older)
+        replaced.replace(path)
+    _assert_mended(lasting_cluster, before, offsets)
+
+
+def test_r3_an_unreadable_lease_is_taken_by_nobody(lasting_cluster: LocalCluster, writer: Writer) -> None:
+    path = lasting_cluster.layout.store / RECORD_FILE
+    before = record(lasting_cluster)
+    assert before.holder is not None
+    offsets = {name: log_end(lasting_cluster, name) for name in lasting_cluster.names}
+    content = path.read_bytes()
+    standby = lasting_cluster.standbys()[0]
+    damaged = path.with_name("damaged")
+    damaged.write_bytes(b"{ this is no record")
+    damaged.replace(path)
+    told = lasting_cluster.wait(
+        lambda: (status := lasting_cluster.status(standby)) and not status.lease_readable and status,
+        10,
+        "a standby says that the Lease cannot be read",
+    )
+    assert told
+    assert any("no failover until it is repaired" in risk for risk in told.at_risk)
+    # Longer than a permit: by then the primary has either mended it or ended.
+    lasting_cluster.wait(
+        lambda: (
+            _mended(lasting_cluster, before)
+            or not is_writable(lasting_cluster, before.holder.name if before.holder else "")
+        ),
+        30,
+        "the holder mends the Lease, or stops writing",
+    )
+    if _mended(lasting_cluster, before) is None:
+        assert [name for name in lasting_cluster.names if is_writable(lasting_cluster, name)] == []
+        damaged.write_bytes(content)
+        damaged.replace(path)
+        lasting_cluster.wait_redundant(60)
+    for name in lasting_cluster.names:
+        if name != before.holder.name:
+            since = messages(lasting_cluster, name, offset=offsets[name])
+            assert not any(line.startswith(("take the Lease", "create the Lease", "stand: ")) for line in since)
