@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
+from collections.abc import Awaitable
 from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.election import (
     Candidate,
     Stand,
@@ -167,17 +170,22 @@ class Elections:
         if not verdict.granted:
             raise OperationFailed(f"this instance cannot promise itself: {verdict.reason}")
         c.takeover_open = True
-        end = await self._promise(stand.epoch, request.candidate)
+        # Both at once: what counts is judged only when this log is final and the others have told theirs.
+        async with asyncio.TaskGroup() as tasks:
+            own = tasks.create_task(_caught(self._promise(stand.epoch, request.candidate)))
+            others = tasks.create_task(
+                c.peers.ask_all(
+                    self._other_voters(record),
+                    "promise",
+                    request,
+                    VoteAnswer,
+                    deadline_s=c.configuration.timings.promise_timeout_s + 1,
+                )
+            )
+        end, answers = own.result(), others.result()
+        if isinstance(end, Exception):
+            raise end
         me = Candidate(member_id=request.candidate, end=end, priority=c.configuration.instance.priority)
-        request = replace(request, end=end)
-        # The candidate's own log is final before the others are asked: nothing can come between.
-        answers = await c.peers.ask_all(
-            self._other_voters(record),
-            "promise",
-            request,
-            VoteAnswer,
-            deadline_s=c.configuration.timings.promise_timeout_s + 1,
-        )
         promises = {answer.voter: answer for answer in answers.values() if answer.voter is not None}
         promises[me.member_id] = self._answer(verdict, end)
         holder = c.holder
@@ -299,3 +307,11 @@ class Elections:
         wait_s = random.uniform(0.1, 0.25) * 2**self._lost  # noqa: S311 - no secret
         self._c.stand_again_s = self._c.clock.now_s() + wait_s
         log.info("not elected, standing again in %.1f s at the earliest: %s", wait_s, reason)
+
+
+async def _caught(promise: Awaitable[WalEnd]) -> WalEnd | Exception:
+    """A failed promise of this instance does not cut the question to the others short: they count epochs by it."""
+    try:
+        return await promise
+    except (OperationFailed, LocalPostgresError, VolumeUnusable, ValueError) as error:
+        return error

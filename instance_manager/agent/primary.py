@@ -62,6 +62,8 @@ class PrimaryDuties:
         switch = record.chain.switches[-1]
         await c.volume.save(lambda state: replace(state.writing(record, None), was_primary=True))
         c.synchronous, c.synchronous_confirmed, c.gate_open = NOBODY, False, False
+        # Before, so that the others stream at once: commits wait for them.
+        await c.database.prepare_slots(self._everybody())
         await c.database.promote(
             chain=record.chain, epoch=record.epoch, deadline_s=c.configuration.timings.promote_timeout_s
         )
@@ -121,7 +123,7 @@ class PrimaryDuties:
             for peer in self._c.peers.views().values()
             if peer.state is not None and peer.state.member_id is not None
         }
-        return frozenset(found) | self.watch.known() & found
+        return frozenset(found)
 
     async def ask_ends(self, record: ClusterRecord) -> dict[MemberId, EndAnswer]:
         """The voters' proven ends and promises, asked just now."""
@@ -141,7 +143,7 @@ class PrimaryDuties:
         if not c.database.answers or c.keeper.view().unknown_write:
             # R1: a new agent's first act is a write of its own, before it touches Postgres.
             return
-        await c.database.prepare_slots(frozenset(self._everybody()))
+        await c.database.prepare_slots(self._everybody())
         if not c.gate_open and not c.synchronous_confirmed:
             await self._set_synchronous_for_opening(record)
         if not c.gate_open:

@@ -73,6 +73,7 @@ FIXED: Final[dict[str, str]] = {
 """Set by the instance manager, or left at Postgres's default on purpose; refused from users."""
 
 REFUSED: Final[dict[str, str]] = {
+    "dynamic_library_path": "a voter keeps walreceivers from starting by it (P2)",
     "recovery_min_apply_delay": "a standby that replays late cannot take over in time",
     "ssl_passphrase_command": "it would run a program at every reload",
     "zero_damaged_pages": "it destroys data silently; it is for a copy, by hand",
