@@ -49,7 +49,7 @@ from instance_manager.postgres.configuration import (
 )
 from instance_manager.postgres.control_data import ControlData, read_control_data
 from instance_manager.postgres.dynamic_settings import DynamicSettings
-from instance_manager.postgres.files import make_directory, read_if_present, write_atomically
+from instance_manager.postgres.files import make_directory, read_if_present, remove_if_present, write_atomically
 from instance_manager.postgres.histories import history_of_chain
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.hot_standby import hot_standby_settings_of, settings_for_standby
@@ -614,6 +614,9 @@ class Database:
 
 
 def _prepare_start(server: LocalServer) -> None:
+    # The supervisor starts nothing while a process of Postgres is left, so whoever this file names is somebody else: in
+    # a container process numbers repeat, and Postgres would refuse to start.
+    remove_if_present(server.data_directory / "postmaster.pid")
     directory.secure_directory(server)
     directory.require_startable(server)
     make_directory(server.socket_directory, mode=0o755, run_as=server.run_as)
