@@ -144,7 +144,8 @@ def _reloader(agent: Agent, configuration_file: Path) -> Callable[[], Awaitable[
         agent.context.configuration = configuration
         restart = await agent.context.database.reload_configuration(configuration)
         if restart:
-            return f"reloaded; these need a restart of Postgres: {', '.join(restart)}"
+            order = agent.context.database.restart_order().value
+            return f"reloaded; these need a restart of Postgres ({order}): {', '.join(restart)}"
         return "reloaded"
 
     return reload

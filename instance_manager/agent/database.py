@@ -52,7 +52,12 @@ from instance_manager.postgres.dynamic_settings import DynamicSettings
 from instance_manager.postgres.files import make_directory, read_if_present, remove_if_present, write_atomically
 from instance_manager.postgres.histories import history_of_chain
 from instance_manager.postgres.host_based_access import Access
-from instance_manager.postgres.hot_standby import hot_standby_settings_of, settings_for_standby
+from instance_manager.postgres.hot_standby import (
+    RestartOrder,
+    hot_standby_settings_of,
+    restart_order,
+    settings_for_standby,
+)
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
 from instance_manager.postgres.synchronous import SynchronousReplication
 from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing, end_of_stopped_directory
@@ -541,6 +546,13 @@ class Database:
         if self.running:
             await self._reload()
         return changes_that_need_restart(before, after) if before else ()
+
+    def restart_order(self) -> RestartOrder:
+        """Who must be restarted first for the configuration to take effect everywhere without stopping replay."""
+        if self._seen is None:
+            return RestartOrder.ANY
+        parameters, instances = self._configuration.postgres.parameters, len(self._configuration.members)
+        return restart_order(self._seen.hot_standby, hot_standby_settings_of(parameters, instances=instances))
 
     async def _write_configuration(
         self, names: str, access: Access, *, standby: bool, upstream: Upstream | None = None
