@@ -8,8 +8,6 @@ import msgspec
 
 T = TypeVar("T")
 
-MalformedMessage = msgspec.ValidationError | msgspec.DecodeError
-
 
 def to_json(value: object) -> bytes:
     """Stable encoding: sets are sorted, so that equal values give equal bytes."""

@@ -94,7 +94,6 @@ class LeaseKeeper:
         self._read_sent_s = float("-inf")
         self._seen_since_s = 0.0
         """When the very same record was first seen without a gap between reads longer than a lease duration."""
-        self._own_writes: set[str] = set()
         self.unknown_write = True
         """Also at the start: a write of the agent before this one may still be under way (R1)."""
         self.last_error: str | None = None
@@ -316,7 +315,6 @@ class LeaseKeeper:
                 continue
             except OutcomeUnknown:
                 self.unknown_write = True
-                self._own_writes.add(write_id)
                 raise
             self._succeeded(stored, sent_s)
             return stored
@@ -325,14 +323,10 @@ class LeaseKeeper:
     def _succeeded(self, stored: StoredRecord, sent_s: float) -> None:
         self.unknown_write = False
         self._unreadable = self._damaged_version = None
-        self._own_writes.clear()
         self._take(stored, sent_s)
         facts = self._facts()
         if facts.holder is not None and stored.record.holder == facts.holder and facts.refusal is None:
             self._grant(permit_of_renewal(stored.record.epoch, sent_s, self._timings))
-
-    def wrote(self, write_id: str) -> bool:
-        return write_id in self._own_writes
 
     def _note_error(self, error: CoordinationError) -> None:
         if self.last_error is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -24,17 +23,6 @@ class Permit:
 def permit_of_renewal(epoch: Epoch, sent_s: float, timings: Timings) -> Permit:
     """A permit counts from the time the renewal was *sent*: others may count from when it was applied, not answered."""
     return Permit(epoch, sent_s + timings.soft_s, sent_s + timings.hard_s)
-
-
-class AfterWrite(enum.Enum):
-    """What a holder does after a failed write: the branch that would stop a database."""
-
-    READ_BACK = "read back"
-    """A conflict may be our own late write or a user's change: read, and write again on what is there."""
-    RETRY = "retry"
-    """Certainly not applied: try again; only the deadline ends a primary."""
-    READ_BACK_UNKNOWN = "read back, unknown until our own next write succeeds"
-    """R1: a read does not close it."""
 
 
 def record_damage(

@@ -106,15 +106,6 @@ class TimelineChain:
                 return end.lsn <= switch.switch_lsn
         return False
 
-    def fork_of(self, timeline: Timeline) -> Lsn | None:
-        """Where the accepted history left `timeline`; None while it is the current one. KeyError: never claimed."""
-        if timeline == self.current:
-            return None
-        for switch in self.switches:
-            if switch.parent == timeline:
-                return switch.switch_lsn
-        raise KeyError(timeline)
-
     def matches(self, history: tuple[tuple[Timeline, Lsn], ...]) -> bool:
         """Does a history file's list of (parent timeline, switch position) agree with this chain as far as it goes?"""
         own = tuple((switch.parent, switch.switch_lsn) for switch in self.switches)

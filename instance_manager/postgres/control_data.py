@@ -75,11 +75,6 @@ class ControlData:
         return self.state is ClusterState.SHUT_DOWN
 
     @property
-    def was_standby(self) -> bool:
-        """Was the last server on this directory in recovery from an archive or a primary?"""
-        return self.state in (ClusterState.SHUT_DOWN_IN_RECOVERY, ClusterState.IN_ARCHIVE_RECOVERY)
-
-    @property
     def can_be_rewound(self) -> bool:
         """pg_rewind needs checksums or hint bits in WAL."""
         return self.data_checksums or self.wal_log_hints

@@ -207,11 +207,6 @@ def remove_standby_signal(server: LocalServer) -> bool:
     return remove_if_present(server.data_directory / STANDBY_SIGNAL)
 
 
-def write_promote_signal(server: LocalServer) -> None:
-    """Postgres promotes once it has this file and its postmaster a SIGUSR1."""
-    write_atomically(server.data_directory / PROMOTE_SIGNAL, b"", run_as=server.run_as)
-
-
 def remove_files_of_source(directory: Path) -> None:
     """Remove what a clone or a rewind copied and must not bring along: the source's role (P6).
 

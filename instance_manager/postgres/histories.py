@@ -55,11 +55,6 @@ def parse_history(timeline: Timeline, text: str) -> History:
     return tuple(found)
 
 
-def render_history(history: History) -> str:
-    """The file's text for this list; parsed back it is the same."""
-    return "".join(f"{parent}\t{lsn >> 32:X}/{lsn & 0xFFFFFFFF:X}\tinstance-manager\n" for parent, lsn in history)
-
-
 def read_history(wal_directory: Path, timeline: Timeline) -> History | None:
     """The parents of `timeline` from its file in `wal_directory`; None: no file, or an empty one.
 
@@ -81,28 +76,6 @@ def timelines_with_history(wal_directory: Path) -> tuple[Timeline, ...]:
     return tuple(sorted(found))
 
 
-def newest_history(wal_directory: Path) -> tuple[Timeline, History] | None:
-    """The highest timeline in `wal_directory` that has a history, and that history; None: only timeline 1 is known.
-
-    Whether it was ever claimed is not known here: compare with the cluster's record (P4).
-    """
-    timelines = timelines_with_history(wal_directory)
-    if not timelines:
-        return None
-    return timelines[-1], read_history(wal_directory, timelines[-1]) or ()
-
-
 def history_of_chain(chain: TimelineChain) -> History:
     """The list that the history file of the chain's current timeline should hold."""
     return tuple((switch.parent, switch.switch_lsn) for switch in chain.switches)
-
-
-def timeline_at(timeline: Timeline, history: History, lsn: Lsn) -> Timeline:
-    """On which timeline is the byte *before* `lsn`, in a log that is now on `timeline`?
-
-    A log that ends exactly at a switch position holds nothing of the new timeline yet.
-    """
-    for parent, left_at in history:
-        if lsn <= left_at:
-            return parent
-    return timeline

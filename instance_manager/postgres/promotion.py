@@ -12,7 +12,6 @@ import importlib.resources
 import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import asyncpg
 
@@ -269,7 +268,3 @@ async def _verify(server: LocalServer, chain: TimelineChain, deadline: Deadline)
     if history is None or history[-len(wanted) :] != wanted:
         shown = ", ".join(f"{parent}:{format_lsn(lsn)}" for parent, lsn in history or ())
         raise PromotedWrong(switch.timeline, identity.timeline, f"its history is {shown or 'missing'}")
-
-
-def script_path(server: LocalServer) -> Path:
-    return server.state_directory / SCRIPT

@@ -219,17 +219,6 @@ class LocalSql:
         """The command tag. Without `args` several statements may be given."""
         return await self._with_session(lambda s, left_s: s.execute(query, *args, deadline_s=left_s), deadline_s)
 
-    def fresh_session(
-        self, *, deadline_s: float = CONNECT_DEADLINE_S
-    ) -> contextlib.AbstractAsyncContextManager[Session]:
-        """A new connection beside the long-lived one: for what only a new connection sees."""
-        return session(
-            self._server,
-            database=self._database,
-            deadline_s=deadline_s,
-            statement_timeout_s=self._statement_timeout_s,
-        )
-
     def close(self) -> None:
         """Close the long-lived connection; the next call opens one again."""
         if self._session is not None:

@@ -76,10 +76,6 @@ def test_r2_a_claim_that_nobody_took_up_falls_out_of_the_history() -> None:
     again = CHAIN.forked(TimelineSwitch(Timeline(3), Timeline(1), Lsn(90), Epoch(6)))
     assert again == TimelineChain(Timeline(1), (TimelineSwitch(Timeline(3), Timeline(1), Lsn(90), Epoch(6)),))
     assert not again.contains(end(95, timeline=2))
-    assert again.fork_of(Timeline(1)) == 90
-    assert again.fork_of(Timeline(3)) is None
-    with pytest.raises(KeyError):
-        again.fork_of(Timeline(2))
 
 
 def test_p4_a_takeover_from_a_timeline_that_was_never_accepted_is_refused() -> None:
