@@ -39,7 +39,9 @@ lint: $(VENV)/.made-for-tests
 	$(VENV)/bin/lint-imports
 
 unit: system $(VENV)/.made-for-tests
-	$(RUN) pytest $(PYTEST_OPTIONS)
+	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/unit tests/coordination tests/http tests/drill tests/postgres
+	# One after another: these measure time and memory, and run whole clusters.
+	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
 
 test: lint unit
 

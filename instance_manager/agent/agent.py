@@ -43,6 +43,7 @@ RETRY_S = 0.5
 """A failed operation is not tried again before this time."""
 ENDS_ANY = frozenset({"kill", "stop", "leave"})
 """Decisions that end whatever else is under way."""
+TAKEOVERS = frozenset({"stand", "take_release", "take_by_time"})
 TO_THE_END = frozenset(
     {"promote", "initialise", "rejoin", "resume", "switch_over", "hand_over", "kill", "stop", "fence"}
 )
@@ -256,6 +257,9 @@ class Agent:
             self._operation = None
         if self._operation is not None:
             if act == self._operation_act:
+                return
+            if act == "promote" and self._operation_act in TAKEOVERS:
+                # It has just taken the Lease, and goes on to promote by itself.
                 return
             if self._operation_act in TO_THE_END and act not in ENDS_ANY:
                 return

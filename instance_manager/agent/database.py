@@ -536,13 +536,13 @@ class Database:
         """Take over changed parameters and access rules; returns the names that need a restart."""
         path = self.server.data_directory / POSTGRESQL_CONF
         before = (await asyncio.to_thread(read_if_present, path) or b"").decode()
+        is_open = await self.gate_is_open()
         self._configuration = configuration
         after = render_postgresql_conf(self._static())
         await asyncio.to_thread(directory.write_configuration_file, self.server, POSTGRESQL_CONF, after)
         await asyncio.to_thread(directory.strip_auto_conf_file, self.server)
-        access = Access.OPEN if await self.gate_is_open() else None
-        if access is not None:
-            await asyncio.to_thread(self._write_access, access)
+        if is_open:
+            await asyncio.to_thread(self._write_access, Access.OPEN)
         if self.running:
             await self._reload()
         return changes_that_need_restart(before, after) if before else ()

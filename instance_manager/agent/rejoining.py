@@ -110,7 +110,7 @@ class Rejoining:
         if record.chain is None:
             raise OperationFailed("the cluster has no history yet")
         if c.database.running:
-            if c.volume.state.member_id in record.voters:
+            if record.needs_vote_of(c.volume.state.member_id):
                 raise OperationFailed(f"{reason}; but it is still a voter: the primary drops it first (R6)")
             c.take_role(Role.STOPPING, reason)
             if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):

@@ -108,6 +108,13 @@ class ClusterRecord:
         """
         return len(self.voters) - self.quorum + 1 if self.quorum > 0 else None
 
+    def needs_vote_of(self, member_id: MemberId | None) -> bool:
+        """Is this directory one whose log an election may rest on? Then it is neither wiped nor rewound (R6).
+
+        In an asynchronous cluster N only names who may take over by time.
+        """
+        return self.mode == "synchronous" and member_id in self.voters
+
     def grounds(self) -> tuple[object, ...]:
         """What a takeover stood on: it may be repeated on a newer version only while these are the same (R12)."""
         return (

@@ -70,7 +70,7 @@ def plan_rejoin(record: ClusterRecord, facts: DirectoryFacts, *, chain: Timeline
             "move it away by hand",
         )
     plan = _plan_for_own_directory(facts, chain)
-    if plan.rejoin is not Rejoin.FOLLOW and facts.member_id in record.voters:
+    if plan.rejoin is not Rejoin.FOLLOW and record.needs_vote_of(facts.member_id):
         return RejoinPlan(Rejoin.WAIT, f"{plan.reason}; but it is still a voter: the primary drops it first (R6)")
     return plan
 
