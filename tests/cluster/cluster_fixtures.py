@@ -5,17 +5,13 @@ a fixture that several files import would be made once for each.
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Iterator
 
 import pytest
 from cluster_harness import logs, running_cluster
-from cluster_tools import everything_of, record
+from cluster_tools import make_whole
 
-from instance_manager.demo import plan, processes, status_client
 from instance_manager.demo.cluster import LocalCluster, NotInTime
-
-REDUNDANT_WITHIN_S = 75.0
 
 
 class _Lasting:
@@ -33,21 +29,6 @@ class _Lasting:
     def discard(self) -> None:
         self._cluster = None
         self._stack.close()
-
-
-def make_whole(cluster: LocalCluster) -> str:
-    """Take back what a test may have left, and wait; the primary's name."""
-    for name in cluster.names:
-        plan.connect_store(cluster.layout, name)
-        processes.send(everything_of(cluster, name), signal.SIGCONT)
-        if cluster.supervisor_pid(name) is None:
-            cluster.start(name)
-    now = record(cluster)
-    for verb, arguments in [("unfence", {"name": name}) for name in now.fenced] + (
-        [("resume", {})] if now.paused else []
-    ):
-        status_client.control(cluster.layout.control_socket(cluster.names[0]), verb, dict(arguments), timeout_s=70)
-    return cluster.wait_redundant(REDUNDANT_WITHIN_S)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
@@ -22,13 +21,14 @@ from instance_manager.codec import from_json, to_json
 from instance_manager.coordination.local import LocalCoordination
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.voting import VolumeState
-from instance_manager.demo import processes
+from instance_manager.demo import plan, processes, status_client
 from instance_manager.demo.cluster import LocalCluster
 from instance_manager.demo.plan import APPLICATION
 from instance_manager.demo.processes import now_s
 from instance_manager.supervisor.fence import Process
 
 COMMAND_TIMEOUT_S = 100.0
+REDUNDANT_WITHIN_S = 75.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,10 +264,16 @@ def everything_of(cluster: LocalCluster, name: str) -> tuple[Process, ...]:
     return cluster.processes(name).everything
 
 
-def replace_in(path: Path, pairs: Iterable[tuple[str, str]]) -> None:
-    """Each old text, which must be there, by the new one."""
-    content = path.read_text(encoding="utf-8")
-    for old, new in pairs:
-        assert old in content, f"{old!r} is not in {path}"
-        content = content.replace(old, new)
-    path.write_text(content, encoding="utf-8")
+def make_whole(cluster: LocalCluster) -> str:
+    """Take back what a test may have left, and wait; the primary's name."""
+    for name in cluster.names:
+        plan.connect_store(cluster.layout, name)
+        processes.send(everything_of(cluster, name), signal.SIGCONT)
+        if cluster.supervisor_pid(name) is None:
+            cluster.start(name)
+    now = record(cluster)
+    for verb, arguments in [("unfence", {"name": name}) for name in now.fenced] + (
+        [("resume", {})] if now.paused else []
+    ):
+        status_client.control(cluster.layout.control_socket(cluster.names[0]), verb, dict(arguments), timeout_s=70)
+    return cluster.wait_redundant(REDUNDANT_WITHIN_S)

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from cluster_fixtures import make_whole
 from cluster_harness import logs, running_cluster
 from cluster_tools import (
     Writer,
     done,
     everything_of,
     is_writable,
+    make_whole,
     psql,
     record,
     stopped,
