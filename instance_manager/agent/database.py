@@ -242,7 +242,11 @@ class Database:
                 self._forget()
                 self._seen_of_pid = process.pid
             try:
+                first = self._seen is None
                 self._take(await observation.observe(self._sql, deadline_s=2.0))
+                if first and process.mode == "standby":
+                    # Slots of the time when this was the primary would keep WAL for ever.
+                    await slots.reconcile(self._sql, ())
             except (LocalPostgresError, asyncpg.PostgresError, OSError):
                 self._answers = False
         if before != (self._answers, self._seen.is_receiving if self._seen else None):
@@ -344,8 +348,6 @@ class Database:
             upstream.member_id,
             deadline_s=FOLLOW_DEADLINE_S,
         )
-        # Slots of the time when this was the primary would keep WAL for ever.
-        await slots.reconcile(self._sql, ())
         self._following = (upstream.holder, upstream.epoch)
         self.look_soon()
 

@@ -110,7 +110,8 @@ class Rejoining:
         if record.chain is None:
             raise OperationFailed("the cluster has no history yet")
         if c.database.running:
-            if record.needs_vote_of(c.volume.state.member_id):
+            end = c.database.view().end
+            if record.needs_vote_of(c.volume.state.member_id) and end is not None and not record.chain.contains(end):
                 raise OperationFailed(f"{reason}; but it is still a voter: the primary drops it first (R6)")
             c.take_role(Role.STOPPING, reason)
             if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
@@ -130,27 +131,42 @@ class Rejoining:
         )
         plan = plan_rejoin(record, facts, chain=record.chain)
         c.journal.note("rejoin", f"{plan.rejoin.value}: {plan.reason}")
-        if plan.rejoin is Rejoin.FOLLOW:
-            await self.start_standby(plan.reason)
-        elif plan.rejoin is Rejoin.FOLLOW_AT_ONCE:
+        if plan.rejoin is Rejoin.FOLLOW_AT_ONCE:
+            if record.holder is None:
+                raise OperationFailed(f"{plan.reason}; there is nobody to follow")
+            if c.volume.state.promised_epoch < record.epoch:
+                await c.volume.new_member(c.configuration.name)
             await self._start_following(record, plan.reason)
+        elif plan.rejoin is Rejoin.FOLLOW and record.holder is not None and c.volume.state.may_follow(record):
+            await self._start_following(record, plan.reason)
+        elif plan.rejoin is Rejoin.FOLLOW:
+            await self.start_standby(plan.reason)
         elif plan.rejoin is Rejoin.WAIT:
             raise OperationFailed(plan.reason)
         else:
             await self._copy_from_primary(plan.rejoin, record, record.chain)
 
     async def _start_following(self, record: ClusterRecord, reason: str) -> None:
-        """Not consistent without more WAL: the promise is persisted, then it starts with its upstream set."""
+        """The promise of the epoch is persisted, then Postgres starts with its upstream set (R5).
+
+        A server that is not consistent yet takes no connection, so nothing could be set later.
+        """
         c = self._c
-        if record.holder is None or not c.volume.state.may_follow(record):
-            raise OperationFailed(f"{reason}; there is nobody to follow")
-        if c.volume.state.promised_epoch < record.epoch or c.volume.state.member_id is None:
+        upstream_name = record.holder.name if record.holder is not None else ""
+        if c.volume.state.member_id is None:
             await c.volume.new_member(c.configuration.name)
         async with c.voting:
-            await c.volume.save(lambda state: replace(state.following(record), was_primary=False))
+            await c.volume.save(
+                lambda state: replace(
+                    state.following(record),
+                    cluster_uid=record.cluster_uid,
+                    was_primary=False,
+                    starts=state.starts + 1,
+                )
+            )
             await c.database.start_standby(self._upstream(record))
         c.take_role(Role.STANDBY, reason)
-        c.journal.note("follow", f"{record.holder.name}, epoch {record.epoch}, from the start: {reason}")
+        c.journal.note("follow", f"{upstream_name}, epoch {record.epoch}, from the start: {reason}")
 
     def _upstream(self, record: ClusterRecord) -> Upstream:
         if record.holder is None:

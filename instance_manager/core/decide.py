@@ -399,6 +399,11 @@ def _as_standby(o: Observation, record: ClusterRecord) -> Decision:
     if record.holder is None:
         return Decision("wait", suspects or "the Lease was released")
     wanted = (record.holder.member_id, record.epoch)
+    if o.postgres.following is not None and o.postgres.following != wanted and o.postgres.in_recovery is None:
+        # It takes no connection before it is consistent, and what it lacks comes from somebody else now.
+        return Decision(
+            "rejoin", f"it has started to follow a former primary and cannot be told of {record.holder.name}"
+        )
     if o.postgres.following != wanted:
         if not o.volume.may_follow(record):
             return Decision(
