@@ -419,6 +419,8 @@ def _may_stand(o: Observation, record: ClusterRecord, suspects: str) -> Decision
         return Decision("wait", f"{suspects}; but the cluster is paused")
     if o.postgres.end is None:
         return Decision("wait", f"{suspects}; but the end of this log is not known")
+    if o.unhealthy is not None:
+        return Decision("wait", f"{suspects}; but this instance is not fit to be primary: {o.unhealthy}")
     if o.now_s < o.volume.extension_until_s:
         return Decision("wait", f"{suspects}; but this member promised not to take over while the store is away (R11)")
     if record.mode == "asynchronous":
