@@ -16,6 +16,7 @@ from dataclasses import replace
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.control import Control
 from instance_manager.agent.elections import Elections
+from instance_manager.agent.extension import keep_extending
 from instance_manager.agent.lease_keeper import RenewalFacts, WriteRefused
 from instance_manager.agent.operator_failover import lossy_failover, survey, take_with_loss
 from instance_manager.agent.peer_service import PeerService
@@ -25,10 +26,9 @@ from instance_manager.agent.reporting import Reporting
 from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.decide import Decision, DirectoryView, Observation, decide, suspicion
-from instance_manager.core.lease import given_back, permit_of_renewal, repair
+from instance_manager.core.lease import given_back, repair
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId
-from instance_manager.core.voting import ExtensionRequest, Verdict
 from instance_manager.http.ports import ControlProgress, ControlResult
 from instance_manager.ports import CoordinationError, PeerUnreachable
 from instance_manager.postgres.server import LocalPostgresError
@@ -122,7 +122,7 @@ class Agent:
                 tasks.create_task(c.health.run()),
                 tasks.create_task(self._tick()),
                 tasks.create_task(self._look_for_death()),
-                tasks.create_task(self._extend_without_store()),
+                tasks.create_task(keep_extending(c)),
             ]
             await self._loop()
             await c.link.goodbye()
@@ -317,37 +317,24 @@ class Agent:
             c.take_role(Role.STANDBY, "follows the primary")
 
     async def _stand(self, reason: str) -> None:
-        c = self.context
-        c.take_role(Role.CANDIDATE, reason)
-        try:
-            await self.elections.stand(reason)
-        finally:
-            if not c.holds_lease and c.role is Role.CANDIDATE:
-                c.take_role(Role.STANDBY, "not elected")
-        if c.holds_lease:
-            await self._promote("elected")
+        await self._take_over(self.elections.stand, reason)
 
     async def _take_release(self, reason: str) -> None:
-        c = self.context
-        c.take_role(Role.CANDIDATE, reason)
-        try:
-            await self.elections.take_release(reason)
-        finally:
-            if not c.holds_lease and c.role is Role.CANDIDATE:
-                c.take_role(Role.STANDBY, "did not take the Lease")
-        if c.holds_lease:
-            await self._promote("the Lease was released to it")
+        await self._take_over(self.elections.take_release, reason)
 
     async def _take_by_time(self, reason: str) -> None:
+        await self._take_over(self.elections.take_by_time, reason)
+
+    async def _take_over(self, take: Callable[[str], Awaitable[None]], reason: str) -> None:
         c = self.context
         c.take_role(Role.CANDIDATE, reason)
         try:
-            await self.elections.take_by_time(reason)
+            await take(reason)
         finally:
             if not c.holds_lease and c.role is Role.CANDIDATE:
                 c.take_role(Role.STANDBY, "did not take the Lease")
         if c.holds_lease:
-            await self._promote("took the Lease")
+            await self._promote(reason)
 
     async def _promote(self, _: str) -> None:
         c = self.context
@@ -468,44 +455,6 @@ class Agent:
             else:
                 self._proven_dead = False
             await c.clock.sleep(0.25)
-
-    async def _extend_without_store(self) -> None:
-        """The store is away: the permit is extended while q voters promise not to promise (DESIGN.md section 4, R11)."""
-        c = self.context
-        timings = c.configuration.timings
-        while True:
-            await c.clock.sleep(timings.renew_interval_s / 2)
-            record = c.keeper.record
-            permit = c.link.permit
-            holder = c.holder
-            if (
-                c.keeper.last_error is None
-                or not c.holds_lease
-                or record is None
-                or holder is None
-                or permit is None
-                or c.health.unhealthy() is not None
-                or c.role is not Role.PRIMARY
-            ):
-                continue
-            needed = record.quorum if record.mode == "synchronous" else len(record.voters)
-            if needed == 0:
-                continue
-            sent_s = c.clock.now_s()
-            if permit.soft_s - sent_s > timings.soft_s - timings.renew_interval_s:
-                continue
-            names = tuple(sorted(holder_name for holder_name in c.peers.names))
-            request = ExtensionRequest(
-                cluster_uid=record.cluster_uid,
-                holder=holder.member_id,
-                epoch=record.epoch,
-                duration_s=record.lease_duration_s,
-            )
-            answers = await c.peers.ask_all(names, "extend", request, Verdict, deadline_s=timings.request_timeout_s)
-            granted = [name for name, verdict in answers.items() if verdict.granted]
-            if len(granted) >= needed:
-                c.link.extend(permit_of_renewal(record.epoch, sent_s, timings))
-                c.journal.note("extend", f"the store is away; {', '.join(granted)} promise not to promise")
 
     # Verbs of this instance.
 

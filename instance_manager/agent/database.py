@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 
 import asyncpg
 
+from instance_manager.agent.server_files import ServerFiles, Upstream, parse_set, render_set
 from instance_manager.agent.standby_watch import Walsender
 from instance_manager.agent.supervisor_link import SupervisorLink
 from instance_manager.config import Configuration
 from instance_manager.core.decide import PostgresView
-from instance_manager.core.quorum import ALONE, NOBODY, SynchronousSet
+from instance_manager.core.quorum import SynchronousSet
 from instance_manager.core.types import Epoch, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.ports import Clock
 from instance_manager.postgres import (
     bootstrap,
     directory,
-    host_based_access,
     observation,
     promotion,
     rewind,
@@ -33,30 +33,19 @@ from instance_manager.postgres import (
     voting,
 )
 from instance_manager.postgres.binaries import ServerVersion, find_bin_directory, server_version
-from instance_manager.postgres.clone import CloneProgress, SourceServer
+from instance_manager.postgres.clone import CloneProgress
 from instance_manager.postgres.clone import clone as clone_directory
 from instance_manager.postgres.configuration import (
     NOBODY_CAN_SATISFY,
-    POSTGRESQL_CONF,
-    REPLICATION_CONF,
-    ReplicationSettings,
-    StaticSettings,
-    changes_that_need_restart,
-    render_postgresql_conf,
-    render_replication_conf,
-    render_synchronous_standby_names,
-    replication_conninfo,
 )
 from instance_manager.postgres.control_data import ControlData, read_control_data
 from instance_manager.postgres.dynamic_settings import DynamicSettings
-from instance_manager.postgres.files import make_directory, read_if_present, remove_if_present, write_atomically
+from instance_manager.postgres.files import make_directory, remove_if_present
 from instance_manager.postgres.histories import history_of_chain
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.hot_standby import (
     RestartOrder,
-    hot_standby_settings_of,
     restart_order,
-    settings_for_standby,
 )
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
 from instance_manager.postgres.synchronous import SynchronousReplication
@@ -68,7 +57,6 @@ START_DEADLINE_S = 5.0
 FOLLOW_DEADLINE_S = 5.0
 SYNCHRONOUS_DEADLINE_S = 5.0
 STOPPED_END_DEADLINE_S = 60.0
-PGPASS = "replication.pgpass"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,17 +70,6 @@ class StoppedFacts:
     end: WalEnd | None
     needs: WalEnd | None = None
     """What recovery must reach and the log on this disk does not."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Upstream:
-    """Whom to follow, under which promise."""
-
-    holder: MemberId
-    host: str
-    port: int
-    member_id: MemberId
-    epoch: Epoch
 
 
 class NotAllowed(LocalPostgresError):
@@ -112,7 +89,8 @@ class Database:
         *,
         on_change: Callable[[], None],
     ) -> None:
-        self._configuration = configuration
+        self._observe_interval_s = configuration.timings.observe_interval_s
+        self._files = ServerFiles(configuration, server, version)
         self.server = server
         self._version = version
         self._link = link
@@ -225,7 +203,7 @@ class Database:
         while True:
             await self._look()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._configuration.timings.observe_interval_s):
+                async with asyncio.timeout(self._observe_interval_s):
                     await self._wake.wait()
             self._wake.clear()
 
@@ -289,14 +267,14 @@ class Database:
         `upstream`: for a directory that is not consistent without it; its epoch is promised and persisted already.
         """
         await asyncio.to_thread(directory.create_standby_signal, self.server)
-        await self._write_configuration(NOBODY_CAN_SATISFY, Access.OPEN, standby=True, upstream=upstream)
+        await self._files.write(NOBODY_CAN_SATISFY, Access.OPEN, standby=True, upstream=upstream)
         await self._start("standby", None)
         if upstream is not None:
             self._following = (upstream.holder, upstream.epoch)
 
     async def start_primary(self, epoch: Epoch, opening: SynchronousSet) -> None:
         """Only for the holder of the Lease with a permit; clients are kept out (P8)."""
-        await self._write_configuration(_render(opening), Access.CLOSED, standby=False)
+        await self._files.write(render_set(opening), Access.CLOSED, standby=False)
         await asyncio.to_thread(directory.remove_standby_signal, self.server)
         await self._start("read_write", epoch)
 
@@ -344,21 +322,12 @@ class Database:
         await voting.follow(
             self.server,
             self._settings,
-            self._conninfo(upstream),
+            self._files.conninfo(upstream),
             upstream.member_id,
             deadline_s=FOLLOW_DEADLINE_S,
         )
         self._following = (upstream.holder, upstream.epoch)
         self.look_soon()
-
-    def _conninfo(self, upstream: Upstream) -> str:
-        return replication_conninfo(
-            host=upstream.host,
-            port=upstream.port,
-            user=host_based_access.REPLICATION_ROLE,
-            passfile=self.server.state_directory / PGPASS,
-            application_name=upstream.member_id,
-        )
 
     async def stop_following(self, chain: TimelineChain, *, deadline_s: float) -> WalEnd:
         """P2, P3: nothing is received any more, proven; the end of the log on this disk."""
@@ -384,7 +353,7 @@ class Database:
 
     async def promote(self, *, chain: TimelineChain, epoch: Epoch, deadline_s: float) -> None:
         """Become exactly the claimed timeline (P4); stopped again if it became anything else."""
-        await asyncio.to_thread(self._write_access, Access.CLOSED)
+        await asyncio.to_thread(self._files.write_access, Access.CLOSED)
         await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
         try:
             promoted = await promotion.promote(
@@ -413,15 +382,14 @@ class Database:
     async def synchronous_set(self) -> SynchronousSet | None:
         """What the file tells Postgres now; None if it is not one of ours."""
         names = (await self._settings.read()).get("synchronous_standby_names")
-        return _parse(names) if names is not None else None
+        return parse_set(names) if names is not None else None
 
     async def open_gate(self) -> None:
-        await asyncio.to_thread(self._write_access, Access.OPEN)
+        await asyncio.to_thread(self._files.write_access, Access.OPEN)
         await self._reload()
 
     async def gate_is_open(self) -> bool:
-        content = await asyncio.to_thread(read_if_present, self.server.data_directory / "pg_hba.conf")
-        return content == self._access_text(Access.OPEN).encode()
+        return await asyncio.to_thread(self._files.lets_clients_in)
 
     async def prepare_slots(self, members: frozenset[MemberId]) -> None:
         """A slot for each member, none for others. Cheap while nothing changed."""
@@ -432,15 +400,7 @@ class Database:
 
     async def create_roles(self) -> None:
         """Roles and the application's database; idempotent."""
-        secrets = self._configuration.secrets
-        options = bootstrap.RoleOptions(
-            replication_password=bootstrap.read_secret(secrets.replication_password),
-            monitoring_password=bootstrap.read_secret(secrets.monitoring_password),
-            application_password=bootstrap.read_secret(secrets.application_password),
-            application_owner=self._configuration.postgres.application_owner,
-            application_database=self._configuration.postgres.application_database,
-        )
-        done = await bootstrap.create_roles(self._sql, options)
+        done = await bootstrap.create_roles(self._sql, self._files.role_options())
         if done:
             log.info("created or mended: %s", ", ".join(done))
 
@@ -513,16 +473,16 @@ class Database:
 
         await clone_directory(
             self.server,
-            self._source(host, port),
+            self._files.source(host, port),
             system_identifier=int(system_identifier),
             on_progress=progress,
         )
         await self._refresh_report()
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> None:
-        await self._write_configuration(NOBODY_CAN_SATISFY, Access.CLOSED, standby=False)
+        await self._files.write(NOBODY_CAN_SATISFY, Access.CLOSED, standby=False)
         try:
-            outcome = await rewind.rewind(self.server, self._source(host, port), timeline=timeline)
+            outcome = await rewind.rewind(self.server, self._files.source(host, port), timeline=timeline)
             log.info("pg_rewind from %s:%s: %s", host, port, outcome.value)
         finally:
             await self._refresh_report()
@@ -532,93 +492,21 @@ class Database:
         log.warning("the data directory was set aside as %s", path)
         await self._refresh_report()
 
-    # Configuration.
-
     async def reload_configuration(self, configuration: Configuration) -> tuple[str, ...]:
         """Take over changed parameters and access rules; returns the names that need a restart."""
-        path = self.server.data_directory / POSTGRESQL_CONF
-        before = (await asyncio.to_thread(read_if_present, path) or b"").decode()
         is_open = await self.gate_is_open()
-        self._configuration = configuration
-        after = render_postgresql_conf(self._static())
-        await asyncio.to_thread(directory.write_configuration_file, self.server, POSTGRESQL_CONF, after)
-        await asyncio.to_thread(directory.strip_auto_conf_file, self.server)
+        names = await asyncio.to_thread(self._files.replace_static, configuration)
         if is_open:
-            await asyncio.to_thread(self._write_access, Access.OPEN)
+            await asyncio.to_thread(self._files.write_access, Access.OPEN)
         if self.running:
             await self._reload()
-        return changes_that_need_restart(before, after) if before else ()
+        return names
 
     def restart_order(self) -> RestartOrder:
         """Who must be restarted first for the configuration to take effect everywhere without stopping replay."""
         if self._seen is None:
             return RestartOrder.ANY
-        parameters, instances = self._configuration.postgres.parameters, len(self._configuration.members)
-        return restart_order(self._seen.hot_standby, hot_standby_settings_of(parameters, instances=instances))
-
-    async def _write_configuration(
-        self, names: str, access: Access, *, standby: bool, upstream: Upstream | None = None
-    ) -> None:
-        replication = ReplicationSettings(
-            synchronous_standby_names=names,
-            restore_command=await asyncio.to_thread(promotion.install_restore_command, self.server),
-        )
-        if standby:
-            control = await read_control_data(self.server)
-            wanted = hot_standby_settings_of(
-                self._configuration.postgres.parameters, instances=len(self._configuration.members)
-            )
-            replication = replace(replication, hot_standby=settings_for_standby(wanted, control.hot_standby))
-        if upstream is not None:
-            replication = replace(
-                replication, primary_conninfo=self._conninfo(upstream), primary_slot_name=upstream.member_id
-            )
-        await asyncio.to_thread(self._write_all, replication, access)
-
-    def _write_all(self, replication: ReplicationSettings, access: Access) -> None:
-        server = self.server
-        directory.write_configuration_file(server, POSTGRESQL_CONF, render_postgresql_conf(self._static()))
-        directory.write_configuration_file(server, REPLICATION_CONF, render_replication_conf(replication))
-        self._write_access(access)
-        ident = host_based_access.render_ident(agent_os_user=server.agent_os_user, superuser=server.superuser)
-        directory.write_configuration_file(server, "pg_ident.conf", ident)
-        for warning in directory.strip_auto_conf_file(server):
-            log.warning("%s", warning)
-        password = bootstrap.read_secret(self._configuration.secrets.replication_password)
-        bootstrap.write_passfile(server, server.state_directory / PGPASS, password=password)
-
-    def _write_access(self, access: Access) -> None:
-        write_atomically(
-            self.server.data_directory / "pg_hba.conf", self._access_text(access).encode(), run_as=self.server.run_as
-        )
-
-    def _access_text(self, access: Access) -> str:
-        postgres = self._configuration.postgres
-        settings = host_based_access.AccessSettings(
-            superuser=self.server.superuser,
-            application_networks=postgres.application_networks,
-            lines=postgres.host_based_access,
-        )
-        return host_based_access.render_hba(settings, access)
-
-    def _static(self) -> StaticSettings:
-        configuration = self._configuration
-        return StaticSettings(
-            major=self._version.major,
-            cluster_name=configuration.instance.name,
-            listen_address=self.server.listen_address,
-            port=self.server.port,
-            socket_directory=self.server.socket_directory,
-            instances=len(configuration.members),
-            parameters=configuration.postgres.parameters,
-        )
-
-    def _source(self, host: str, port: int) -> SourceServer:
-        # Neither a clone nor a rewind may rest on a file of the directory that it replaces.
-        password = bootstrap.read_secret(self._configuration.secrets.replication_password)
-        passfile = self.server.state_directory / PGPASS
-        bootstrap.write_passfile(self.server, passfile, password=password)
-        return SourceServer(host=host, port=port, passfile=passfile)
+        return restart_order(self._seen.hot_standby, self._files.wanted_hot_standby())
 
     async def _refresh_report(self) -> None:
         self._report = await asyncio.to_thread(directory.inspect_directory, self.server)
@@ -634,24 +522,6 @@ def _prepare_start(server: LocalServer) -> None:
     directory.secure_directory(server)
     directory.require_startable(server)
     make_directory(server.socket_directory, mode=0o755, run_as=server.run_as)
-
-
-def _render(wanted: SynchronousSet) -> str:
-    if wanted.never_acknowledges:
-        return NOBODY_CAN_SATISFY
-    return render_synchronous_standby_names(wanted.k, wanted.members)
-
-
-def _parse(names: str) -> SynchronousSet | None:
-    if names == "":
-        return ALONE
-    if names == NOBODY_CAN_SATISFY:
-        return NOBODY
-    head, _, rest = names.partition(" (")
-    if not head.startswith("ANY ") or not rest.endswith(")"):
-        return None
-    members = frozenset(MemberId(name.strip().strip('"')) for name in rest[:-1].split(","))
-    return SynchronousSet(int(head.removeprefix("ANY ")), members)
 
 
 async def open_database(

@@ -1,0 +1,179 @@
+"""The files by which the agent tells Postgres what to be: settings, access rules, passwords of replication."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from instance_manager.config import Configuration
+from instance_manager.core.quorum import ALONE, NOBODY, SynchronousSet
+from instance_manager.core.types import Epoch, MemberId
+from instance_manager.postgres import bootstrap, directory, host_based_access, promotion
+from instance_manager.postgres.binaries import ServerVersion
+from instance_manager.postgres.clone import SourceServer
+from instance_manager.postgres.configuration import (
+    NOBODY_CAN_SATISFY,
+    POSTGRESQL_CONF,
+    REPLICATION_CONF,
+    ReplicationSettings,
+    StaticSettings,
+    changes_that_need_restart,
+    render_postgresql_conf,
+    render_replication_conf,
+    render_synchronous_standby_names,
+    replication_conninfo,
+)
+from instance_manager.postgres.control_data import HotStandbySettings, read_control_data
+from instance_manager.postgres.files import read_if_present, write_atomically
+from instance_manager.postgres.host_based_access import Access
+from instance_manager.postgres.hot_standby import hot_standby_settings_of, settings_for_standby
+from instance_manager.postgres.server import LocalServer
+
+log = logging.getLogger("instance_manager.agent.server_files")
+
+HBA_CONF = "pg_hba.conf"
+PASSFILE = "replication.pgpass"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upstream:
+    """Whom to follow, under which promise."""
+
+    holder: MemberId
+    host: str
+    port: int
+    member_id: MemberId
+    epoch: Epoch
+
+
+class ServerFiles:
+    """All of them, for one server. What is not `async` blocks on the disk: call it in a thread."""
+
+    def __init__(self, configuration: Configuration, server: LocalServer, version: ServerVersion) -> None:
+        self._configuration = configuration
+        self._server = server
+        self._version = version
+
+    async def write(self, names: str, access: Access, *, standby: bool, upstream: Upstream | None = None) -> None:
+        """Everything, before a start. `names` is the synchronous list; `upstream` is followed from the start."""
+        replication = ReplicationSettings(
+            synchronous_standby_names=names,
+            restore_command=await asyncio.to_thread(promotion.install_restore_command, self._server),
+        )
+        if standby:
+            control = await read_control_data(self._server)
+            replication = replace(
+                replication, hot_standby=settings_for_standby(self.wanted_hot_standby(), control.hot_standby)
+            )
+        if upstream is not None:
+            replication = replace(
+                replication, primary_conninfo=self.conninfo(upstream), primary_slot_name=upstream.member_id
+            )
+        await asyncio.to_thread(self._write_all, replication, access)
+
+    def replace_static(self, configuration: Configuration) -> tuple[str, ...]:
+        """Take over a changed configuration; the names of parameters that need a restart. Nothing is reloaded yet."""
+        before = (read_if_present(self._server.data_directory / POSTGRESQL_CONF) or b"").decode()
+        self._configuration = configuration
+        after = render_postgresql_conf(self._static())
+        directory.write_configuration_file(self._server, POSTGRESQL_CONF, after)
+        directory.strip_auto_conf_file(self._server)
+        return changes_that_need_restart(before, after) if before else ()
+
+    def write_access(self, access: Access) -> None:
+        path = self._server.data_directory / HBA_CONF
+        write_atomically(path, self._access_text(access).encode(), run_as=self._server.run_as)
+
+    def lets_clients_in(self) -> bool:
+        """Is the file the one of an open gate? What Postgres has loaded is another question."""
+        return read_if_present(self._server.data_directory / HBA_CONF) == self._access_text(Access.OPEN).encode()
+
+    def conninfo(self, upstream: Upstream) -> str:
+        return replication_conninfo(
+            host=upstream.host,
+            port=upstream.port,
+            user=host_based_access.REPLICATION_ROLE,
+            passfile=self._passfile,
+            application_name=upstream.member_id,
+        )
+
+    def source(self, host: str, port: int) -> SourceServer:
+        """A member to copy from, by a passfile that is written anew."""
+        self._write_passfile()
+        return SourceServer(host=host, port=port, passfile=self._passfile)
+
+    def role_options(self) -> bootstrap.RoleOptions:
+        secrets = self._configuration.secrets
+        return bootstrap.RoleOptions(
+            replication_password=bootstrap.read_secret(secrets.replication_password),
+            monitoring_password=bootstrap.read_secret(secrets.monitoring_password),
+            application_password=bootstrap.read_secret(secrets.application_password),
+            application_owner=self._configuration.postgres.application_owner,
+            application_database=self._configuration.postgres.application_database,
+        )
+
+    def wanted_hot_standby(self) -> HotStandbySettings:
+        parameters = self._configuration.postgres.parameters
+        return hot_standby_settings_of(parameters, instances=len(self._configuration.members))
+
+    @property
+    def _passfile(self) -> Path:
+        # Beside the data directory: neither a clone nor a rewind may rest on a file that it replaces.
+        return self._server.state_directory / PASSFILE
+
+    def _write_passfile(self) -> None:
+        password = bootstrap.read_secret(self._configuration.secrets.replication_password)
+        bootstrap.write_passfile(self._server, self._passfile, password=password)
+
+    def _write_all(self, replication: ReplicationSettings, access: Access) -> None:
+        server = self._server
+        directory.write_configuration_file(server, POSTGRESQL_CONF, render_postgresql_conf(self._static()))
+        directory.write_configuration_file(server, REPLICATION_CONF, render_replication_conf(replication))
+        self.write_access(access)
+        ident = host_based_access.render_ident(agent_os_user=server.agent_os_user, superuser=server.superuser)
+        directory.write_configuration_file(server, "pg_ident.conf", ident)
+        for warning in directory.strip_auto_conf_file(server):
+            log.warning("%s", warning)
+        self._write_passfile()
+
+    def _access_text(self, access: Access) -> str:
+        postgres = self._configuration.postgres
+        settings = host_based_access.AccessSettings(
+            superuser=self._server.superuser,
+            application_networks=postgres.application_networks,
+            lines=postgres.host_based_access,
+        )
+        return host_based_access.render_hba(settings, access)
+
+    def _static(self) -> StaticSettings:
+        return StaticSettings(
+            major=self._version.major,
+            cluster_name=self._configuration.instance.name,
+            listen_address=self._server.listen_address,
+            port=self._server.port,
+            socket_directory=self._server.socket_directory,
+            instances=len(self._configuration.members),
+            parameters=self._configuration.postgres.parameters,
+        )
+
+
+def render_set(wanted: SynchronousSet) -> str:
+    """The value of `synchronous_standby_names`."""
+    if wanted.never_acknowledges:
+        return NOBODY_CAN_SATISFY
+    return render_synchronous_standby_names(wanted.k, wanted.members)
+
+
+def parse_set(names: str) -> SynchronousSet | None:
+    """What `render_set` wrote; None for anything else."""
+    if names == "":
+        return ALONE
+    if names == NOBODY_CAN_SATISFY:
+        return NOBODY
+    head, _, rest = names.partition(" (")
+    if not head.startswith("ANY ") or not rest.endswith(")"):
+        return None
+    members = frozenset(MemberId(name.strip().strip('"')) for name in rest[:-1].split(","))
+    return SynchronousSet(int(head.removeprefix("ANY ")), members)
