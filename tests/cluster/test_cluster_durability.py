@@ -137,10 +137,6 @@ def test_asynchronous_a_primary_cut_off_from_the_store_goes_on_or_is_replaced(as
     assert len(_writable(cluster)) == 1
 
 
-@pytest.mark.xfail(
-    strict=False,
-    reason="known defect: an asynchronous primary keeps a diverged former primary in N, so it may not be rewound",
-)
 def test_r10_asynchronous_a_silent_holder_is_taken_over_by_time_and_never_two_are_writable(
     asynchronous_pair: LocalCluster,
 ) -> None:

@@ -67,9 +67,6 @@ def _assert_a_story(lines: list[str], old: str) -> None:
         found = later[0]
 
 
-@pytest.mark.xfail(
-    strict=False, reason="known defect: the decision to promote cancels the takeover before it has told what elected it"
-)
 def test_the_log_tells_by_whose_promises_the_lease_was_taken(lasting_cluster: LocalCluster) -> None:
     old = lasting_cluster.wait_primary()
     offsets = {name: log_end(lasting_cluster, name) for name in lasting_cluster.names}

@@ -197,9 +197,6 @@ def test_reload_applies_what_can_change_and_names_what_needs_a_restart(lasting_c
     lasting_cluster.wait(lambda: psql(target_of(lasting_cluster, name), "SHOW work_mem").out == "4MB", 10, "4MB")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="known defect: Database.reload_configuration compares pg_hba.conf with the new text"
-)
 def test_reload_lets_in_by_a_new_line_of_pg_hba_conf(lasting_cluster: LocalCluster) -> None:
     name = lasting_cluster.wait_primary()
     path = lasting_cluster.layout.config(name)
