@@ -178,9 +178,8 @@ class Agent:
             c.stop_yielding()
         elif record is not None and record.system_identifier is not None and not c.database.is_startable:
             c.start_yielding("its data directory cannot be started")
-        c.health.expect_sql(
-            running and c.link.postgres is not None and c.link.postgres.mode == "read_write" and c.opened_s is not None
-        )
+        # Not during recovery: a long one is no sign of bad health, as long as the process lives (cloudnative-pg#11024).
+        c.health.expect_sql(c.database.running_read_write and c.database.has_answered)
         if c.link.reload_asked:
             c.link.reload_asked = False
             task = asyncio.ensure_future(self.reload())

@@ -107,6 +107,7 @@ class Database:
         self._timeline = Timeline(0)
         self._following: tuple[MemberId, Epoch] | None = None
         self._started_s = float("-inf")
+        self._received_s = clock.now_s()
         self._slots_for: frozenset[MemberId] | None = None
         self._checkpoint: asyncio.Task[None] | None = None
         self._report = directory.inspect_directory(server)
@@ -125,6 +126,11 @@ class Database:
     @property
     def answers(self) -> bool:
         return self.running and self._answers
+
+    @property
+    def has_answered(self) -> bool:
+        """It has answered since it was started, whether or not it does now."""
+        return self.running and self._seen is not None
 
     @property
     def has_data(self) -> bool:
@@ -175,6 +181,12 @@ class Database:
         # While it receives, what it has flushed; what a vote tells is proven anew (P3).
         known = [lsn for lsn in (seen.receive_lsn, seen.replay_lsn) if lsn is not None]
         return WalEnd(max(self._timeline, seen.timeline), max(known)) if known else None
+
+    def not_receiving_for_s(self) -> float:
+        """How long a standby that is told to follow has received nothing; 0 for everybody else."""
+        if self._following is None or self._seen is None:
+            return 0.0
+        return max(0.0, self._clock.now_s() - self._received_s)
 
     def walsenders(self) -> tuple[Walsender, ...]:
         if self._seen is None or not self.answers:
@@ -236,6 +248,8 @@ class Database:
         message = f"{receiver.pid} {receiver.last_message}" if receiver is not None else None
         if message != self._message:
             self._message, self._message_changed_s = message, self._clock.now_s()
+        if seen.is_receiving or not seen.in_recovery or self._following is None:
+            self._received_s = self._clock.now_s()
         if receiver is not None and receiver.received_timeline is not None:
             self._timeline = max(self._timeline, receiver.received_timeline)
 

@@ -11,6 +11,7 @@ from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, format_lsn
 from instance_manager.status import ClusterStatus, InstanceStatus, Probes
 
+NOT_RECEIVING_ALARM_S = 10.0
 LOOP_STALL_S = 2.5
 """A loop that has not ticked for this time counts as dead; the supervisor kills after 3 s."""
 
@@ -53,10 +54,18 @@ class Reporting:
             lag_bytes=c.database.lag_bytes(record.position if record is not None else None),
             replay_lag_bytes=c.database.replay_lag_bytes(),
             operation=c.operation,
-            problem=c.health.unhealthy() or view.damage or ("its volume is full" if c.health.is_full else None),
+            problem=self._problem(view.damage),
             opened=c.gate_open,
             synchronous=str(c.synchronous) if c.role is Role.PRIMARY else None,
         )
+
+    def _problem(self, damage: str | None) -> str | None:
+        c = self._c
+        silent_s = c.database.not_receiving_for_s()
+        if silent_s > NOT_RECEIVING_ALARM_S:
+            # Replicas without a walreceiver have passed for healthy for 40 hours (cloudnative-pg#10419).
+            return f"told to follow, and has received nothing for {silent_s:.0f} s"
+        return c.health.unhealthy() or damage or ("its volume is full" if c.health.is_full else None)
 
     def digest(self, state: PeerState) -> str:
         """Of what a peer should hear of at once; positions and ages are not among it."""
