@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from cluster_harness import logs, running_cluster
-from cluster_tools import make_whole
+from cluster_tools import make_whole, story
 
 from instance_manager.demo.cluster import LocalCluster, NotInTime
 
@@ -49,7 +49,7 @@ def lasting_cluster(_lasting: _Lasting, request: pytest.FixtureRequest) -> Itera
         yield cluster
         failed = request.session.testsfailed > failed_before
         if failed:
-            print(logs(cluster))
+            print(story(cluster))
         make_whole(cluster)
     except NotInTime:
         print(logs(cluster))

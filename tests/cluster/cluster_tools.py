@@ -277,3 +277,22 @@ def make_whole(cluster: LocalCluster) -> str:
     ):
         status_client.control(cluster.layout.control_socket(cluster.names[0]), verb, dict(arguments), timeout_s=70)
     return cluster.wait_redundant(REDUNDANT_WITHIN_S)
+
+
+def story(cluster: LocalCluster, lines: int = 60) -> str:
+    """For a failure's report: what the managers said last, without Postgres's own lines, and what Postgres now runs with."""
+    parts = []
+    for name in cluster.names:
+        parts += [f"--- {name}", *(line[:300] for line in messages(cluster, name)[-lines:])]
+        with contextlib.suppress(OSError, AssertionError, subprocess.TimeoutExpired):
+            state = volume(cluster, name)
+            parts.append(f"promised epoch {state.promised_epoch} to {state.promised_to}")
+            parts.append(
+                superuser_sql(
+                    cluster,
+                    name,
+                    "SELECT pg_is_in_recovery(), name, setting FROM pg_settings WHERE name IN "
+                    "('primary_conninfo', 'primary_slot_name', 'dynamic_library_path', 'synchronous_standby_names')",
+                )
+            )
+    return "\n".join(parts)
