@@ -136,7 +136,7 @@ class MemoryCoordination:
     """Every record that somebody asked to be written."""
     applied: list[ClusterRecord] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
-    """Shared with other fakes where a test looks at the order of things."""
+    """Shared with other fakes where a test looks at the order of things; without renewals."""
     _versions: int = 0
     _late: set[asyncio.Task[None]] = field(default_factory=set)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -196,9 +196,15 @@ class MemoryCoordination:
             current = self.unreadable or (self.stored.version if self.stored is not None else None)
             if current != version:
                 raise Conflict(f"the version is {current}, not {version}")
+            before = self.stored.record if self.stored is not None else None
             self.put(record)
             self.applied.append(record)
-            self.events.append("record")
+            if (
+                before is None
+                or (before.renewals, before.epoch) == (record.renewals, record.epoch)
+                or record.renewals == 0
+            ):
+                self.events.append("record")
             return StoredRecord(record, self.stored.version if self.stored is not None else "")
 
         await self._fault(self.faults_of_writes, deadline_s, land)
@@ -250,6 +256,7 @@ class Keeping:
     changes: int = 0
 
     def __post_init__(self) -> None:
+        self.live_volume: Callable[[], VolumeState] = lambda: self.volume
         self.clock = VirtualClock()
         self.keeper = LeaseKeeper(
             self.store,
@@ -257,7 +264,7 @@ class Keeping:
             TIMINGS,
             cluster_uid="uid-1",
             facts=lambda: RenewalFacts(self.holder, self.refusal, self.position, self.opened),
-            volume=lambda: self.volume,
+            volume=lambda: self.live_volume(),
             grant=self.permits.append,
             on_change=self._on_change,
         )
