@@ -133,20 +133,26 @@ class Agent:
         """Tell the supervisor that this loop lives; notice when it was not scheduled."""
         c = self.context
         while True:
-            now_s = c.clock.now_s()
-            if now_s - self._last_tick_s > PAUSE_S:
-                log.warning("this process was not scheduled for %.1f s", now_s - self._last_tick_s)
-                c.health.was_paused()
-                c.peers.was_paused()
-            self._last_tick_s = self.reporting.loop_ticked_s = now_s
+            self._notice_pause()
             c.link.tick()
             await c.clock.sleep(TICK_S)
+
+    def _notice_pause(self) -> None:
+        """Before anything is judged by its age: a pause of this process is not the disk's, Postgres's or the peers'."""
+        c = self.context
+        now_s = c.clock.now_s()
+        if now_s - self._last_tick_s > PAUSE_S:
+            log.warning("this process was not scheduled for %.1f s", now_s - self._last_tick_s)
+            c.health.was_paused()
+            c.peers.was_paused()
+        self._last_tick_s = self.reporting.loop_ticked_s = now_s
 
     async def _loop(self) -> None:
         c = self.context
         await c.link.greeted()
         while not self._left.is_set():
             c.wake.clear()
+            self._notice_pause()
             self._follow_events()
             observation = self.observe()
             decision = decide(observation)
@@ -170,7 +176,8 @@ class Agent:
             if c.role in (Role.STANDBY, Role.CANDIDATE, Role.PRIMARY, Role.PROMOTING, Role.STOPPING):
                 c.take_role(Role.STOPPED, f"Postgres has ended ({how})")
         self._was_running = running
-        if c.role is Role.STARTING and c.link.postgres is not None and c.link.postgres.mode == "standby":
+        standby = c.link.postgres is not None and c.link.postgres.mode == "standby"
+        if c.role is Role.STARTING and standby and self._operation is None:
             c.take_role(Role.STANDBY, "the agent restarted over a running standby")
         record = c.keeper.record
         holds = record is not None and record.holder is not None and record.holder.member_id == c.volume.state.member_id

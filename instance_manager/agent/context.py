@@ -28,6 +28,10 @@ class OperationFailed(Exception):
     """A duty could not be done now; the text tells why. The next decision tries again or does something else."""
 
 
+REPEATS_WITHIN = 3
+"""A step that is tried again and again says so in a line or two: those are counted, not repeated."""
+
+
 class Journal:
     """The last decisions with their reasons and what became of them.
 
@@ -47,11 +51,10 @@ class Journal:
         self.note(act, reason)
 
     def note(self, what: str, reason: str, **inputs: object) -> None:
-        """A step, or how one failed. Equal ones in a row are counted, and logged once."""
-        if self._lines:
-            at_s, last, last_reason, count = self._lines[0]
+        """A step, or how one failed. One that only repeats what was just said is counted, and logged once."""
+        for index, (at_s, last, last_reason, count) in enumerate(list(self._lines)[:REPEATS_WITHIN]):
             if (last, _without_numbers(last_reason)) == (what, _without_numbers(reason)):
-                self._lines[0] = (at_s, last, reason, count + 1)
+                self._lines[index] = (at_s, last, reason, count + 1)
                 return
         self._lines.appendleft((self._clock.now_s(), what, reason, 1))
         log.info("%s: %s", what, reason, extra={"fields": {"decision": what, **inputs}})

@@ -108,6 +108,8 @@ class Database:
         self._following: tuple[MemberId, Epoch] | None = None
         self._started_s = float("-inf")
         self._received_s = clock.now_s()
+        self._proven: WalEnd | None = None
+        """The end of the last complete record, since nothing more can be received (`stop_following`)."""
         self._slots_for: frozenset[MemberId] | None = None
         self._checkpoint: asyncio.Task[None] | None = None
         self._report = directory.inspect_directory(server)
@@ -178,7 +180,9 @@ class Database:
             return None
         if not seen.in_recovery:
             return WalEnd(seen.timeline, seen.flush_lsn) if seen.flush_lsn is not None else None
-        # While it receives, what it has flushed; what a vote tells is proven anew (P3).
+        if self._proven is not None:
+            return self._proven
+        # What it has flushed may end amid a record (P11): good for a lag, not for a vote or a comparison.
         known = [lsn for lsn in (seen.receive_lsn, seen.replay_lsn) if lsn is not None]
         return WalEnd(max(self._timeline, seen.timeline), max(known)) if known else None
 
@@ -257,7 +261,7 @@ class Database:
         if self._seen is not None or self._seen_of_pid is not None:
             self._sql.close()
         self._seen, self._seen_of_pid, self._answers = None, None, False
-        self._message, self._timeline = None, Timeline(0)
+        self._message, self._timeline, self._proven = None, Timeline(0), None
         self._following = None
         self._slots_for = None
 
@@ -340,6 +344,7 @@ class Database:
             upstream.member_id,
             deadline_s=FOLLOW_DEADLINE_S,
         )
+        self._proven = None
         self._following = (upstream.holder, upstream.epoch)
         self.look_soon()
 
@@ -353,6 +358,7 @@ class Database:
         left_s = max(0.1, deadline_s - (self._clock.now_s() - began_s))
         end = await voting.position(self.server, chain, deadline_s=left_s)
         self._timeline = max(self._timeline, end.timeline)
+        self._proven = end
         self.look_soon()
         return end
 
@@ -363,6 +369,9 @@ class Database:
         await self._look()
         if not self._answers or self._seen is None or self._seen.walreceiver is not None:
             return None
+        if self._proven is not None:
+            return self._proven
+        # Not remembered: until it is told to stop, a walreceiver may come and go between two looks.
         return await voting.position(self.server, chain, deadline_s=2.0)
 
     async def promote(self, *, chain: TimelineChain, epoch: Epoch, deadline_s: float) -> None:

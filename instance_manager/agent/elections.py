@@ -50,7 +50,7 @@ class Elections:
     async def answer_pre_vote(self, request: VoteRequest) -> VoteAnswer:
         await self._c.keeper.read()
         verdict = judge_vote(request, self._voter(), final=False)
-        return self._answer(verdict, self._c.database.view().end)
+        return self._answer(verdict, await self._own_end())
 
     async def answer_promise(self, request: VoteRequest) -> VoteAnswer:
         """Persist the promise, stop the walreceiver, prove that it is stopped, and only then tell the position (P2)."""
@@ -89,6 +89,16 @@ class Elections:
         if not chain.contains(end):
             raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history: it has no rank (P4)")
         return end
+
+    async def _own_end(self) -> WalEnd | None:
+        """Of complete records, so that ends compare; an estimate while something is received still."""
+        chain = self._c.record.chain
+        if chain is None:
+            return None
+        try:
+            return await self._c.database.proven_end(chain) or self._c.database.view().end
+        except LocalPostgresError:
+            return self._c.database.view().end
 
     def _voter(self) -> VoterView:
         c = self._c
@@ -139,7 +149,7 @@ class Elections:
         await c.keeper.read()
         record = c.record
         grounds = record.grounds()
-        end = c.database.view().end
+        end = await self._own_end()
         if end is None:
             raise OperationFailed("the end of this log is not known")
         me = Candidate(member_id=c.member_id, end=end, priority=c.configuration.instance.priority)

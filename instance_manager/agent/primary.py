@@ -33,12 +33,14 @@ from instance_manager.core.quorum import (
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, member_name_of
+from instance_manager.postgres.synchronous import BarrierNotPassed
 
 log = logging.getLogger("instance_manager.agent.primary")
 
 SWITCHOVER_MAXIMUM_LAG_BYTES = 16 * 1024 * 1024
 CHECKPOINT_DEADLINE_S = 30.0
 BARRIER_DEADLINE_S = 5.0
+GATE_DEADLINE_S = 2.0
 
 
 class PrimaryDuties:
@@ -147,7 +149,11 @@ class PrimaryDuties:
         if not c.gate_open and not c.synchronous_confirmed:
             await self._set_synchronous_for_opening(record)
         if not c.gate_open:
-            await self._open_gate(record)
+            try:
+                await self._open_gate(record)
+            except BarrierNotPassed as error:
+                # Its voters may be away: then the quorum changes first, like that of any primary.
+                c.journal.note("not open yet", str(error))
         if record.switchover is not None and record.switchover.epoch != record.epoch:
             await c.keeper.write(without_switchover)
         await self._quorum_step(record)
@@ -172,7 +178,7 @@ class PrimaryDuties:
         if record.quorum > 0 and record.mode == "synchronous":
             if record.chain is None:
                 raise OperationFailed("the record knows no timeline")
-            await c.database.barrier(record.chain.current, deadline_s=BARRIER_DEADLINE_S)
+            await c.database.barrier(record.chain.current, deadline_s=GATE_DEADLINE_S)
         first = record.chain is not None and not record.chain.switches
         if first:
             await c.database.create_roles()

@@ -89,7 +89,7 @@ class Rejoining:
             raise OperationFailed("there is nobody to follow")
         if record.chain is None:
             raise OperationFailed("the cluster has no history yet")
-        end = c.database.view().end
+        end = await c.database.proven_end(record.chain) or c.database.view().end
         if end is None or not record.chain.contains(end):
             raise OperationFailed(f"this log ends at {end}: it cannot follow")
         async with c.voting:
@@ -110,8 +110,12 @@ class Rejoining:
         if record.chain is None:
             raise OperationFailed("the cluster has no history yet")
         if c.database.running:
-            end = c.database.view().end
-            if record.needs_vote_of(c.volume.state.member_id) and end is not None and not record.chain.contains(end):
+            # What it has received may end amid a record: only complete ones say whether it went past the history.
+            end = await c.database.proven_end(record.chain)
+            if end is not None and record.chain.contains(end) and record.holder is not None:
+                await self.follow()
+                return
+            if record.needs_vote_of(c.volume.state.member_id):
                 raise OperationFailed(f"{reason}; but it is still a voter: the primary drops it first (R6)")
             c.take_role(Role.STOPPING, reason)
             if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):

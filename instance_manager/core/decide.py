@@ -249,9 +249,9 @@ def decide(o: Observation) -> Decision:
     if not lease.read:
         return _without_record(o, "the Lease has not been read yet")
     if lease.damage is not None:
-        if o.holds_lease and o.postgres.running and o.permit_left_s > 0:
-            return Decision("serve", f"{lease.damage}; serving until the permit ends")
-        if o.volume.last_record is not None and o.volume.was_primary:
+        writable = o.postgres.running and o.postgres.mode == "read_write"
+        if o.volume.last_record is not None and o.volume.was_primary and (not writable or o.permit_left_s > 0):
+            # Serving goes on by the permit meanwhile.
             return Decision("repair", lease.damage)
         return _without_record(o, lease.damage)
     if record is None:
@@ -454,7 +454,7 @@ def _may_stand(o: Observation, record: ClusterRecord, suspects: str) -> Decision
     return Decision("stand", suspects)
 
 
-TURN_S = 0.4
+TURN_S = 0.7
 """How long one place in the ranking waits for the one before it: longer than an election takes when all is well."""
 
 

@@ -66,6 +66,8 @@ class VolumeState:
 
     def writing(self, last: ClusterRecord, intended: ClusterRecord | None) -> VolumeState:
         """A holder's state before a change of voters is written, and (without `intended`) after it is known to be."""
+        if self.last_record is not None and last.epoch < self.last_record.epoch:
+            raise ValueError(f"epoch {self.last_record.epoch} was written since, not {last.epoch}")
         return replace(self.saw_record(last), last_record=last, intended_record=intended)
 
     def contradicts(self, record: ClusterRecord) -> bool:

@@ -96,7 +96,7 @@ class LocalCluster:
     def create(cls, plan: ClusterPlan | None = None, *, launches: Mapping[str, Launch] | None = None) -> LocalCluster:
         """A new cluster in a temporary directory; by default three instances on free ports of loopback."""
         if plan is None:
-            plan = loopback_plan(instances=3, base_port=choose_base_port(6, None))
+            plan = loopback_plan(instances=3, base_port=choose_base_port(6, None, spread=True))
         directory = Path(tempfile.mkdtemp(prefix="instance-manager-", dir="/tmp"))
         try:
             cluster = cls(directory, plan, temporary=True, launches=launches)

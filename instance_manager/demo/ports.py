@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 
 FIRST_DEFAULT_PORT = 15432
@@ -20,8 +21,11 @@ def ports_in_use(ports: range, host: str = "127.0.0.1") -> tuple[int, ...]:
     return tuple(port for port in ports if not _is_free(host, port))
 
 
-def choose_base_port(count: int, wanted: int | None) -> int:
-    """The first port of `count` free ones in a row. PortsTaken: the wanted ones are not free, or none are."""
+def choose_base_port(count: int, wanted: int | None, *, spread: bool = False) -> int:
+    """The first port of `count` free ones in a row, from 15432 on; `spread`: from anywhere above.
+
+    PortsTaken: the wanted ones are not free, or none are.
+    """
     if wanted is not None:
         if not 1024 <= wanted <= 65536 - count:
             raise PortsTaken(f"--base-port must be between 1024 and {65536 - count}, not {wanted}")
@@ -31,8 +35,10 @@ def choose_base_port(count: int, wanted: int | None) -> int:
                 f"with {count} free ports from it on"
             )
         return wanted
+    # Two that choose at the same time must not choose the same: each begins its search elsewhere.
+    first = os.getpid() % _BLOCKS_TRIED if spread else 0
     for number in range(_BLOCKS_TRIED):
-        base = FIRST_DEFAULT_PORT + number * _BLOCK_STEP
+        base = FIRST_DEFAULT_PORT + (first + number) % _BLOCKS_TRIED * _BLOCK_STEP
         if not ports_in_use(range(base, base + count)):
             return base
     raise PortsTaken(f"no {count} free ports in a row found from {FIRST_DEFAULT_PORT} on; give --base-port")

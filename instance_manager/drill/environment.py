@@ -138,7 +138,9 @@ def open_environment(
     """A cluster of its own that is started and, whatever happens, ended and removed."""
     names = ("demo-1", "demo-2", "demo-3")
     with contextlib.ExitStack() as stack:
-        plan = loopback_plan(instances=len(names), base_port=choose_base_port(6, None), durability=durability)
+        plan = loopback_plan(
+            instances=len(names), base_port=choose_base_port(6, None, spread=True), durability=durability
+        )
         net: Network | None = None
         if Need.NETWORK in needs:
             net = Network(names)

@@ -25,7 +25,7 @@ def running_cluster(*, instances: int = 3, durability: Durability = "preferred")
     """Started, fully redundant, and ended with everything of it at the end of the block."""
     plan = loopback_plan(
         instances=instances,
-        base_port=choose_base_port(2 * instances, None),
+        base_port=choose_base_port(2 * instances, None, spread=True),
         durability=durability,
         parameters=FAST,
     )
