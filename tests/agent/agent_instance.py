@@ -121,6 +121,9 @@ class FakeDatabase:
         await self._do("stop following")
         return self.at
 
+    async def proven_end(self, chain: TimelineChain) -> WalEnd | None:
+        return self.at
+
     async def follow(self, upstream: Any) -> None:
         await self._do("follow")
 
