@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self, cast
 
 from agent_builders import end, peer_state, volume
@@ -105,6 +106,10 @@ class FakeDatabase:
 
     async def barrier(self, timeline: Timeline, *, deadline_s: float) -> None:
         await self._do("barrier")
+
+    async def initialise(self) -> Any:
+        await self._do("initdb")
+        return SimpleNamespace(system_identifier=7002, timeline=Timeline(1), checkpoint_lsn=Lsn(40))
 
     async def checkpoint(self, *, deadline_s: float) -> None:
         await self._do("checkpoint")

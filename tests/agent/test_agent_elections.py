@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_builders import OTHER, A, B, P, end, record, taken_by_a
+from agent_builders import HOLDER, OTHER, A, B, P, end, record, taken_by_a
 from agent_fakes import Fault, defect, settle, unknown
 from agent_instance import Instance
 
@@ -20,8 +20,8 @@ from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.codec import from_json
 from instance_manager.core.election import VoteAnswer
 from instance_manager.core.record import ClusterRecord
-from instance_manager.core.types import Epoch
-from instance_manager.core.voting import ExtensionRequest, VoteRequest
+from instance_manager.core.types import Epoch, Timeline
+from instance_manager.core.voting import ExtensionRequest, VolumeState, VoteRequest
 from instance_manager.postgres.server import LocalPostgresError
 
 
@@ -328,3 +328,24 @@ async def test_time_never_elects_in_a_synchronous_cluster(tmp_path: Path) -> Non
         with pytest.raises(OperationFailed, match="only promises elect"):
             await a.elections.take_by_time("p is silent")
         assert a.record.epoch == 5
+
+
+# Beginning a cluster.
+
+
+@defect
+async def test_section_3_a_slow_first_holder_does_not_initialise_the_record_of_another(tmp_path: Path) -> None:
+    """Frozen during initdb; another began again with the empty cluster; then this one's system identifier is written."""
+    empty = record(epoch=Epoch(1), holder=OTHER, system_identifier=None, chain=None, voters=frozenset(), quorum=0)
+    first = replace(empty, highest_timeline=Timeline(0), position=None, opened=False)
+    async with Voter(tmp_path, "a", first) as a:
+        other = replace(first, epoch=Epoch(2), holder=HOLDER)
+
+        async def begin_again() -> None:
+            a.store.put(other)
+
+        a.volume.state = VolumeState(member_id=A)
+        a.database.on["initdb"] = begin_again
+        with pytest.raises((WriteRefused, OperationFailed, ValueError)):
+            await a.rejoining.initialise()
+        assert a.record == other
