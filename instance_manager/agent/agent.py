@@ -185,6 +185,8 @@ class Agent:
             c.stop_yielding()
         elif record is not None and record.system_identifier is not None and not c.database.is_startable:
             c.start_yielding("its data directory cannot be started")
+        if c.database.running_read_write:
+            self.primary.look()
         # Not during recovery: a long one is no sign of bad health, as long as the process lives (cloudnative-pg#11024).
         c.health.expect_sql(c.database.running_read_write and c.database.has_answered)
         if c.link.reload_asked:
@@ -434,12 +436,13 @@ class Agent:
         ends = await self.primary.ask_ends(last)
         confirmations: dict[MemberId, Epoch | None] = {voter: answer.promised_epoch for voter, answer in ends.items()}
         await c.keeper.read()
+        version = c.keeper.damaged_version
         if c.keeper.view().damage is None:
             return
         repaired = repair(c.volume.state, holder, confirmations)
         if isinstance(repaired, str):
             raise OperationFailed(f"{reason}; not repaired: {repaired}")
-        stored = await c.keeper.repair(repaired)
+        stored = await c.keeper.repair(repaired, version)
         await c.volume.save(lambda state: state.writing(stored.record, None))
         c.journal.note("repair", f"{reason}; the Lease is at epoch {repaired.epoch} now")
 

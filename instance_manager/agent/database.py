@@ -372,7 +372,7 @@ class Database:
         if self._proven is not None:
             return self._proven
         # Not remembered: until it is told to stop, a walreceiver may come and go between two looks.
-        return await voting.position(self.server, chain, deadline_s=2.0)
+        return await voting.position(self.server, chain, deadline_s=1.0)
 
     async def promote(self, *, chain: TimelineChain, epoch: Epoch, deadline_s: float) -> None:
         """Become exactly the claimed timeline (P4); stopped again if it became anything else."""

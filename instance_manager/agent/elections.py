@@ -72,7 +72,10 @@ class Elections:
                 until_s = self._c.clock.now_s() + request.duration_s
                 await self._c.volume.save(
                     lambda state: replace(
-                        state, extension_epoch=request.epoch, extension_until_s=until_s, boot_id=self._c.boot_id
+                        state,
+                        extension_epoch=request.epoch,
+                        extension_until_s=max(until_s, state.extension_until_s),
+                        boot_id=self._c.boot_id,
                     )
                 )
         return verdict
@@ -82,6 +85,8 @@ class Elections:
         if chain is None:
             raise OperationFailed("the cluster has no history yet")
         async with self._c.voting:
+            if self._c.clock.now_s() < self._c.volume.state.extension_until_s:
+                raise OperationFailed("this member has just promised the primary not to promise (R11)")
             await self._c.volume.save(lambda state: state.promising(epoch, candidate))
             end = await self._c.database.stop_following(
                 chain, deadline_s=self._c.configuration.timings.promise_timeout_s

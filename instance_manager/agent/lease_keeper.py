@@ -48,6 +48,8 @@ class _Request:
     create: ClusterRecord | None
     answer: asyncio.Future[StoredRecord | None]
     abandoned: bool = False
+    version: str | None = None
+    """Of the damaged state that `create` replaces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,10 @@ class LeaseKeeper:
         self._read_ever = False
         self._unreadable: str | None = None
         self._damaged_version: str | None = None
+        self._interrupted = False
+        """Something that was no record was read since: the record's age begins anew."""
+        self._writing = False
+        """A write is on its way: what was read says nothing of what will be there (R1)."""
         self._read_sent_s = float("-inf")
         self._seen_since_s = 0.0
         """When the very same record was first seen without a gap between reads longer than a lease duration."""
@@ -121,7 +127,7 @@ class LeaseKeeper:
             read_age_s=now_s - self._read_sent_s,
             unchanged_for_s=self._read_sent_s - self._seen_since_s if self._read_ever else 0.0,
             damage=damage,
-            unknown_write=self.unknown_write,
+            unknown_write=self.unknown_write or self._writing,
         )
 
     def hint(self) -> None:
@@ -148,9 +154,17 @@ class LeaseKeeper:
         assert stored is not None  # noqa: S101 - a write answers with what it wrote
         return stored
 
-    async def repair(self, record: ClusterRecord) -> StoredRecord:
-        """Replace exactly what was judged damaged (R3); never tried again on anything newer."""
-        stored = await self._ask(_Request(None, None, record, asyncio.get_running_loop().create_future()))
+    @property
+    def damaged_version(self) -> str | None:
+        """The version of what was last read, to be taken when it is judged; None: nothing is stored."""
+        if self._damaged_version is not None:
+            return self._damaged_version
+        return self._stored.version if self._stored is not None else None
+
+    async def repair(self, record: ClusterRecord, version: str | None) -> StoredRecord:
+        """Replace exactly the version that was judged damaged (R3); never tried again on anything newer."""
+        answer: asyncio.Future[StoredRecord | None] = asyncio.get_running_loop().create_future()
+        stored = await self._ask(_Request(None, None, record, answer, version=version))
         assert stored is not None  # noqa: S101 - a write answers with what it wrote
         return stored
 
@@ -202,7 +216,12 @@ class LeaseKeeper:
     async def _beat(self) -> None:
         """Renew if this instance is the holder and healthy, else read."""
         facts = self._facts()
-        if self._stored is None or self._unreadable or self._stored.record.holder != facts.holder:
+        if (
+            self._stored is None
+            or self._unreadable
+            or facts.holder is None
+            or self._stored.record.holder != facts.holder
+        ):
             await self._read()
             facts = self._facts()
         if (
@@ -214,7 +233,7 @@ class LeaseKeeper:
         ):
             await self._write(_renewal(self._facts), None)
             self.renewals += 1
-        elif facts.refusal is not None:
+        elif facts.refusal is not None and self._stored is not None and self._stored.record.holder == facts.holder:
             await self._read()
 
     async def _ask(self, request: _Request) -> StoredRecord | None:
@@ -231,9 +250,9 @@ class LeaseKeeper:
             return
         try:
             if request.create is not None:
-                result: StoredRecord | None = await self._create(request.create)
+                result: StoredRecord | None = await self._create(request.create, request.version)
             elif request.change is not None:
-                result = await self._write(request.change, request.grounds)
+                result = await self._write(request.change, request.grounds, lambda: request.abandoned)
             else:
                 await self._read()
                 result = self._stored
@@ -252,7 +271,7 @@ class LeaseKeeper:
         try:
             stored = await self._coordination.read(deadline_s=self._timings.request_timeout_s)
         except RecordUnreadable as error:
-            self._read_ever, self._read_sent_s, self._unreadable = True, sent_s, str(error)
+            self._read_ever, self._unreadable, self._interrupted = True, str(error), True
             self._damaged_version = getattr(error, "version", None)
             return
         self._unreadable = self._damaged_version = None
@@ -268,18 +287,17 @@ class LeaseKeeper:
             and stored.version == self._stored.version
         )
         lease_duration_s = stored.record.lease_duration_s if stored is not None else self._timings.lease_duration_s
-        if not same or gap_s > lease_duration_s / 2:
+        if not same or self._interrupted or gap_s > lease_duration_s / 2:
             self._seen_since_s = sent_s
+        self._interrupted = False
         self._stored, self._read_sent_s, self._read_ever = stored, sent_s, True
 
-    async def _create(self, record: ClusterRecord) -> StoredRecord:
-        """Where nothing is stored, or over exactly the damaged state that was last read."""
+    async def _create(self, record: ClusterRecord, version: str | None) -> StoredRecord:
+        """Where nothing is stored, or over exactly the damaged `version`."""
         record = replace(record, write_id=secrets.token_hex(8), acquired_at=timestamp())
-        version = self._damaged_version
-        if version is None and self._stored is not None:
-            version = self._stored.version
         deadline_s = self._timings.request_timeout_s
         sent_s = self._clock.now_s()
+        self._writing = True
         try:
             if version is None:
                 stored = await self._coordination.create(record, deadline_s=deadline_s)
@@ -288,12 +306,18 @@ class LeaseKeeper:
         except OutcomeUnknown:
             self.unknown_write = True
             raise
+        finally:
+            self._writing = False
         self._succeeded(stored, sent_s)
         return stored
 
-    async def _write(self, change: Change, grounds: tuple[object, ...] | None) -> StoredRecord:
+    async def _write(
+        self, change: Change, grounds: tuple[object, ...] | None, abandoned: Callable[[], bool] = lambda: False
+    ) -> StoredRecord:
         """One conditional write; after a conflict read back and try again, a few times."""
         for _ in range(4):
+            if abandoned():
+                raise WriteRefused("whoever asked for it has gone on")
             if self._stored is None:
                 await self._read()
             if self._stored is None or self._unreadable is not None:
@@ -306,6 +330,7 @@ class LeaseKeeper:
             write_id = secrets.token_hex(8)
             wanted = replace(change(current.record), write_id=write_id)
             sent_s = self._clock.now_s()
+            self._writing = True
             try:
                 stored = await self._coordination.replace(
                     wanted, version=current.version, deadline_s=self._timings.request_timeout_s
@@ -316,6 +341,8 @@ class LeaseKeeper:
             except OutcomeUnknown:
                 self.unknown_write = True
                 raise
+            finally:
+                self._writing = False
             self._succeeded(stored, sent_s)
             return stored
         raise WriteRefused("the Lease changed under every try")

@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.lease_keeper import Change, WriteRefused
 from instance_manager.agent.peering import EndAnswer, EndRequest
 from instance_manager.agent.standby_watch import StandbyWatch
 from instance_manager.core.lease import (
@@ -30,7 +31,7 @@ from instance_manager.core.quorum import (
     synchronous_for,
     wanted_set,
 )
-from instance_manager.core.record import ClusterRecord
+from instance_manager.core.record import ClusterRecord, StoredRecord
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, member_name_of
 from instance_manager.postgres.synchronous import BarrierNotPassed
@@ -142,8 +143,10 @@ class PrimaryDuties:
         c = self._c
         self.look()
         record = c.record
-        if not c.database.answers or c.keeper.view().unknown_write:
-            # R1: a new agent's first act is a write of its own, before it touches Postgres.
+        view = c.keeper.view()
+        if not c.database.answers or view.unknown_write or view.damage is not None:
+            # R1: a new agent's first act is a write of its own, before it touches Postgres. R3: nothing is raised or
+            # lowered by a damaged record.
             return
         await c.database.prepare_slots(self._everybody())
         if not c.gate_open and not c.synchronous_confirmed:
@@ -155,7 +158,7 @@ class PrimaryDuties:
                 # Its voters may be away: then the quorum changes first, like that of any primary.
                 c.journal.note("not open yet", str(error))
         if record.switchover is not None and record.switchover.epoch != record.epoch:
-            await c.keeper.write(without_switchover)
+            await self._write(record, without_switchover)
         await self._quorum_step(record)
 
     async def _set_synchronous_for_opening(self, record: ClusterRecord) -> None:
@@ -166,6 +169,9 @@ class PrimaryDuties:
             if current is not None and invariant_holds(record.voters, record.quorum, current):
                 c.synchronous, c.gate_open = current, True
                 c.opened_s = c.clock.now_s() if c.opened_s is None else c.opened_s
+                if record.quorum == 0:
+                    # It may have restarted within the wait after a change of the mode (R8).
+                    self._mode_changed_s = c.clock.now_s()
                 c.take_role(Role.PRIMARY, "the agent restarted over a serving primary")
                 return
         opening = self._opening_set(record)
@@ -183,7 +189,7 @@ class PrimaryDuties:
         if first:
             await c.database.create_roles()
         # Recorded first: a record that says "never opened" may be given back (R13).
-        await c.keeper.write(lambda current: replace(current, opened=True), grounds=record.grounds())
+        await self._write(record, lambda current: replace(current, opened=True))
         await c.database.open_gate()
         c.gate_open = True
         c.take_role(Role.PRIMARY, "clients are let in")
@@ -197,7 +203,9 @@ class PrimaryDuties:
         asynchronous = c.configuration.cluster.durability == "asynchronous"
         wanted_mode = "asynchronous" if asynchronous else "synchronous"
         if record.mode != wanted_mode:
-            await c.keeper.write(lambda current: with_mode(current, "asynchronous" if asynchronous else "synchronous"))
+            # Before and after: an unknown outcome may be a change too.
+            self._mode_changed_s = c.clock.now_s()
+            await self._record(record, with_mode(record, "asynchronous" if asynchronous else "synchronous"))
             self._mode_changed_s = c.clock.now_s()
             return
         if asynchronous:
@@ -241,12 +249,31 @@ class PrimaryDuties:
             await self._record_voters(record, members, 0)
 
     async def _record_voters(self, record: ClusterRecord, voters: frozenset[MemberId], quorum: int) -> None:
-        """Write (N, q), with the intention on the volume before and the success after: a Lease that is restored or
-        edited is known by it, and repaired by what was really acted on (R3)."""
+        await self._record(record, with_voters(record, voters, quorum))
+
+    async def _record(self, record: ClusterRecord, wanted: ClusterRecord) -> None:
+        """Write (N, q) and mode, with the intention on the volume before and the success after: a Lease that is restored
+        or edited is known by it, and repaired by what was really acted on (R3)."""
         c = self._c
-        await c.volume.save(lambda state: state.writing(record, with_voters(record, voters, quorum)))
-        stored = await c.keeper.write(lambda current: with_voters(current, voters, quorum), grounds=record.grounds())
+        await c.volume.save(lambda state: state.writing(record, wanted))
+        stored = await c.keeper.write(
+            lambda current: replace(current, voters=wanted.voters, quorum=wanted.quorum, mode=wanted.mode),
+            grounds=record.grounds(),
+        )
         await c.volume.save(lambda state: state.writing(stored.record, None))
+
+    async def _write(self, record: ClusterRecord, change: Change) -> StoredRecord:
+        """A change by the holder of this epoch, and never on a successor's record, whatever happened meanwhile."""
+        mine = self._c.holder
+
+        def guarded(current: ClusterRecord) -> ClusterRecord:
+            if current.holder is None or current.holder != mine or current.epoch != record.epoch:
+                raise WriteRefused(f"the Lease is at epoch {current.epoch}, not this instance's of {record.epoch}")
+            if (current.voters, current.quorum, current.mode) != (record.voters, record.quorum, record.mode):
+                raise WriteRefused("the voters have changed meanwhile")
+            return change(current)
+
+        return await self._c.keeper.write(guarded)
 
     def _wanted(self, record: ClusterRecord) -> SynchronousSet:
         c = self._c
@@ -279,6 +306,9 @@ class PrimaryDuties:
         )
 
     def look(self) -> None:
+        """Often, whatever else is under way: a standby's silence is counted over the times between two looks."""
+        if not self._c.database.answers:
+            return
         self.watch.look(self._c.database.walsenders(), self._c.clock.now_s())
 
     async def reaffirm(self, reason: str) -> None:
@@ -338,7 +368,7 @@ class PrimaryDuties:
         if target is None:
             who = request.target or "any standby"
             c.journal.note("switchover refused", f"{who} does not stream or is too far behind")
-            await c.keeper.write(without_switchover)
+            await self._write(record, without_switchover)
             return
         await self._give_up(record, target, f"switchover to {target[0]}")
 
@@ -381,7 +411,7 @@ class PrimaryDuties:
         await c.link.revoke(record.epoch)
         # Persisted before: after this nobody may take the release for lost and repair the Lease (R3).
         await c.volume.save(lambda state: state.writing(record, _released(record, end, holding, named, c.member_id)))
-        await c.keeper.write(lambda current: _released(current, end, holding, named, c.member_id))
+        await self._write(record, lambda current: _released(current, end, holding, named, c.member_id))
         c.journal.note("release", f"the log ends at {end}; released to {named}")
         if target is not None:
             await c.peers.nudge((target[0],))

@@ -57,6 +57,7 @@ class Rejoining:
         c.operation = "initdb"
         record = c.record
         await c.volume.save(lambda state: state.saw_record(record))
+        grounds = c.record.grounds()
         control = await c.database.initialise()
         await c.keeper.write(
             lambda record: initialised(
@@ -64,7 +65,8 @@ class Rejoining:
                 system_identifier=str(control.system_identifier),
                 timeline=control.timeline,
                 position=control.checkpoint_lsn,
-            )
+            ),
+            grounds=grounds,
         )
         c.journal.note("initialised", f"system identifier {control.system_identifier}")
 

@@ -29,7 +29,7 @@ class Walsender:
 @dataclass(slots=True)
 class _Watched:
     heard: tuple[object, ...] = ()
-    heard_s: float = float("-inf")
+    unheard_s: float = 0.0
     streaming_since_s: float | None = None
     lost_since_s: float | None = None
     lost_times: int = 0
@@ -44,25 +44,22 @@ class StandbyWatch:
         self._looked_s = float("-inf")
 
     def look(self, walsenders: Iterable[Walsender], now_s: float) -> None:
-        """Take in what was just observed. After a gap between looks (a pause of our own) silence is counted anew."""
-        paused = now_s - self._looked_s > self._silent_after_s
+        """Take in what was just observed. Silence is counted over the times between two looks that were near each other:
+        what passed in a pause of our own is neither a standby's silence nor a sign of its life."""
+        gap_s = now_s - self._looked_s
+        watched_s = gap_s if gap_s <= self._silent_after_s else 0.0
         self._looked_s = now_s
-        seen: dict[MemberId, Walsender] = {}
-        for sender in walsenders:
-            seen[MemberId(sender.application_name)] = sender
+        seen = {MemberId(sender.application_name): sender for sender in walsenders}
         for member_id in seen:
             self._watched.setdefault(member_id, _Watched())
         for member_id, watched in self._watched.items():
-            now_sender = seen.get(member_id)
-            heard = (now_sender.reply_time, now_sender.flush_lsn) if now_sender is not None else ()
-            if heard != watched.heard or paused:
-                watched.heard, watched.heard_s = heard, now_s
-            streams = (
-                now_sender is not None
-                and now_sender.state == "streaming"
-                and now_s - watched.heard_s < self._silent_after_s
-            )
-            if streams:
+            sender = seen.get(member_id)
+            heard = (sender.reply_time, sender.flush_lsn) if sender is not None else ()
+            if heard != watched.heard:
+                watched.heard, watched.unheard_s = heard, 0.0
+            else:
+                watched.unheard_s += watched_s
+            if sender is not None and sender.state == "streaming" and watched.unheard_s < self._silent_after_s:
                 if watched.streaming_since_s is None:
                     watched.streaming_since_s = now_s
                 watched.lost_since_s = None
@@ -70,7 +67,7 @@ class StandbyWatch:
                     watched.lost_times = 0
             elif watched.lost_since_s is None:
                 # Silence began when it was last heard, not when it was found out.
-                watched.lost_since_s = now_s if now_sender is None else min(now_s, watched.heard_s)
+                watched.lost_since_s = now_s if sender is None else now_s - watched.unheard_s
                 if watched.streaming_since_s is not None:
                     watched.lost_times += 1
                     watched.last_lost_s = now_s

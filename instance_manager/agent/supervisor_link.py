@@ -91,7 +91,12 @@ class SupervisorLink:
 
     def extend(self, permit: Permit) -> None:
         """Extend the write permit. No answer is waited for: the deadlines are absolute."""
-        if self.permit is None or permit.epoch > self.permit.epoch or permit.hard_s > self.permit.hard_s:
+        known = self.permit
+        if (
+            known is None
+            or permit.epoch > known.epoch
+            or (permit.epoch == known.epoch and permit.hard_s > known.hard_s)
+        ):
             self.permit = permit
         self._send({"type": "permit", "epoch": permit.epoch, "soft": permit.soft_s, "hard": permit.hard_s})
 

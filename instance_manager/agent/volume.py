@@ -39,6 +39,8 @@ class Volume:
         self._turn = asyncio.Lock()
         self.state = VolumeState()
         self._persisted = False
+        self._late: asyncio.Future[None] | None = None
+        """A write that was given up and has not come back."""
 
     def load(self, *, now_s: float, lease_duration_s: float) -> None:
         """Read the memory; VolumeUnusable if it is there and cannot be understood: it is never replaced by a guess."""
@@ -76,11 +78,20 @@ class Volume:
                 or state.recorded_epoch < before.recorded_epoch
             ):
                 raise ValueError("an epoch that was seen or promised is never forgotten")
-            try:
-                async with asyncio.timeout(WRITE_DEADLINE_S):
-                    await asyncio.to_thread(self._write, to_json(state))
-            except (OSError, TimeoutError) as error:
-                raise VolumeUnusable(f"{self._file} cannot be written: {error or 'no answer of the disk'}") from error
+            if self._late is not None and not self._late.done():
+                raise VolumeUnusable(f"{self._file}: an earlier write has not come back from the disk yet")
+            writing = asyncio.ensure_future(asyncio.to_thread(self._write, to_json(state)))
+            # Not cancelled at the deadline: it may reach the disk still, and nothing is written beside it until then.
+            await asyncio.wait({writing}, timeout=WRITE_DEADLINE_S)
+            if not writing.done():
+                self._late = writing
+                writing.add_done_callback(_retrieve)
+                raise VolumeUnusable(f"{self._file} cannot be written: no answer of the disk")
+            error = writing.exception()
+            if isinstance(error, OSError):
+                raise VolumeUnusable(f"{self._file} cannot be written: {error}") from error
+            if error is not None:
+                raise error
             self.state, self._persisted = state, True
 
     def _write(self, content: bytes) -> None:
@@ -107,6 +118,11 @@ class Volume:
     def _identity(self) -> str:
         """The inode of the directory: a copied tree has another. The device's number would change with a reboot."""
         return f"{self._directory.stat().st_ino:x}"
+
+
+def _retrieve(writing: asyncio.Future[None]) -> None:
+    if not writing.cancelled():
+        writing.exception()
 
 
 def boot_id() -> str:

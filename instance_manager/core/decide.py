@@ -253,6 +253,8 @@ def decide(o: Observation) -> Decision:
         if o.volume.last_record is not None and o.volume.was_primary and (not writable or o.permit_left_s > 0):
             # Serving goes on by the permit meanwhile.
             return Decision("repair", lease.damage)
+        if o.holds_lease and writable and o.permit_left_s > 0:
+            return Decision("serve", f"{lease.damage}; serving until the permit ends")
         return _without_record(o, lease.damage)
     if record is None:
         return _found_cluster(o)

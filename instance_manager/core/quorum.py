@@ -127,9 +127,7 @@ def next_step(
             return RecordVoters(wider, 0, "lower q to 0 before commits stop waiting for standbys")
         if lower < quorum:
             return RecordVoters(wider, lower, f"lower q to {lower} before Postgres waits for fewer")
-        return RecordVoters(
-            wider, lower, f"add {_names(wider - voters) or 'nobody'} to the voters before Postgres counts them"
-        )
+        return RecordVoters(wider, lower, _reason_to_record(voters, wider))
     if synchronous != wanted or not confirmed:
         return SetSynchronous(wanted, "the voters are recorded: Postgres may wait for exactly them")
     if (voters, quorum) != (wanted.members, wanted.k):
@@ -200,6 +198,12 @@ def wanted_set(
     if not members and required and wanted_k > 0:
         return NOBODY
     return SynchronousSet(min(wanted_k, len(members)), frozenset(members) if wanted_k else frozenset())
+
+
+def _reason_to_record(voters: frozenset[MemberId], wider: frozenset[MemberId]) -> str:
+    if added := wider - voters:
+        return f"add {_names(added)} to the voters before Postgres counts them"
+    return f"q is 0: forget {_names(voters - wider)}, which is no voter any more"
 
 
 def _names(members: frozenset[MemberId]) -> str:

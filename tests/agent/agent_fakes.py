@@ -14,8 +14,6 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import pytest
-
 from instance_manager.agent.lease_keeper import LeaseKeeper, RenewalFacts
 from instance_manager.core.lease import Permit
 from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
@@ -26,7 +24,6 @@ from instance_manager.ports import Conflict, OutcomeUnknown, RecordUnreadable, S
 
 T = TypeVar("T")
 
-defect = pytest.mark.xfail(strict=True, reason="a known defect")
 """The test says what must hold and does not today; it fails as soon as it does, so that the mark is taken away."""
 
 TIMINGS = Timings()

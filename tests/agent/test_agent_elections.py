@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from agent_builders import HOLDER, OTHER, A, B, P, end, record, taken_by_a
-from agent_fakes import Fault, defect, settle, unknown
+from agent_fakes import Fault, settle, unknown
 from agent_instance import Instance
 
 from instance_manager.agent.context import OperationFailed
@@ -188,7 +188,6 @@ async def test_r11_an_extension_binds_on_disk_before_it_is_answered(tmp_path: Pa
         assert (await b.elections.answer_promise(request())).granted
 
 
-@defect
 async def test_r11_an_instance_that_has_just_bound_itself_does_not_promise_itself(tmp_path: Path) -> None:
     """Its candidacy is judged while its extension, judged before, is still on its way to the disk."""
     async with Voter(tmp_path, "a", record(voters=frozenset({A}))) as a:
@@ -333,7 +332,6 @@ async def test_time_never_elects_in_a_synchronous_cluster(tmp_path: Path) -> Non
 # Beginning a cluster.
 
 
-@defect
 async def test_section_3_a_slow_first_holder_does_not_initialise_the_record_of_another(tmp_path: Path) -> None:
     """Frozen during initdb; another began again with the empty cluster; then this one's system identifier is written."""
     empty = record(epoch=Epoch(1), holder=OTHER, system_identifier=None, chain=None, voters=frozenset(), quorum=0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from agent_builders import HOLDER, OTHER, P, end, held_by_a, record, volume
-from agent_fakes import BEGIN_S, TIMINGS, Fault, Keeping, MemoryCoordination, defect, settle, unavailable, unknown
+from agent_fakes import BEGIN_S, TIMINGS, Fault, Keeping, MemoryCoordination, settle, unavailable, unknown
 
 from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.core.record import ClusterRecord, Holder
@@ -188,7 +188,6 @@ async def test_r1_a_renewal_with_an_unknown_outcome_grants_nothing() -> None:
         assert permit.soft_s == pytest.approx(BEGIN_S + 0.25 + TIMINGS.soft_s)
 
 
-@defect
 async def test_r1_a_write_that_was_given_up_in_flight_is_unknown_until_it_is_answered() -> None:
     """Raising q is on its way when its caller is cancelled; the next decision still reads q = 0 and empties S."""
     found = store()
@@ -268,7 +267,6 @@ async def test_r1_a_request_that_was_given_up_before_its_turn_is_never_written()
         assert not any(attempt.paused for attempt in found.attempts)
 
 
-@defect
 async def test_r1_a_request_that_was_given_up_is_not_tried_again_after_a_conflict() -> None:
     found = store()
     async with keeping(found) as at:
@@ -337,7 +335,6 @@ async def test_a_hint_of_the_store_is_followed_at_once() -> None:
         assert at.keeper.record.epoch == 9
 
 
-@defect
 async def test_an_instance_that_is_no_member_reads_a_lease_that_nobody_holds_at_every_beat() -> None:
     """Nobody holds it and this instance has no directory: None equals None, and without a hint it never reads again."""
     found = store(record(holder=None))
@@ -382,7 +379,6 @@ async def test_r12_a_renewal_of_the_holder_begins_the_time_anew() -> None:
         assert at.keeper.view().unchanged_for_s == 0.0
 
 
-@defect
 async def test_r12_answers_that_cannot_be_read_do_not_count_as_reads_of_the_same_record() -> None:
     """Nobody can renew what is unreadable; when it is readable again its holder needs the time of one renewal."""
     found = store(held_by_a())
@@ -417,7 +413,8 @@ async def test_r3_an_unreadable_record_is_repaired_by_the_version_it_was_seen_wi
     async with keeping(found) as at:
         found.damage()
         await at.keeper.read()
-        stored = await at.keeper.repair(record(epoch=Epoch(6)))
+        judged = at.keeper.damaged_version
+        stored = await at.keeper.repair(record(epoch=Epoch(6)), judged)
         assert found.record.epoch == 6
         assert stored.record == found.record
         assert at.keeper.view().damage is None
@@ -428,13 +425,13 @@ async def test_r3_a_damage_that_somebody_else_has_repaired_meanwhile_stays_repai
     async with keeping(found) as at:
         found.damage()
         await at.keeper.read()
+        judged = at.keeper.damaged_version
         found.put(held_by_a(epoch=Epoch(8)))
         with pytest.raises(Conflict):
-            await at.keeper.repair(record(epoch=Epoch(6)))
+            await at.keeper.repair(record(epoch=Epoch(6)), judged)
         assert found.record.epoch == 8
 
 
-@defect
 async def test_r3_a_repair_never_replaces_a_newer_version_that_was_read_after_the_damage_was_judged() -> None:
     """Judged on the damage; a beat reads the operator's restored record before the request's turn comes."""
     found = store()
@@ -442,11 +439,12 @@ async def test_r3_a_repair_never_replaces_a_newer_version_that_was_read_after_th
         found.damage()
         await at.keeper.read()
         assert at.keeper.view().damage is not None
+        judged = at.keeper.damaged_version
         found.faults_of_reads.append(Fault(after_s=0.5, before=lambda: found.put(held_by_a(epoch=Epoch(8)))))
         reading = asyncio.create_task(at.keeper.read())
         await settle()
         with pytest.raises((Conflict, WriteRefused)):
-            await at.keeper.repair(record(epoch=Epoch(6)))
+            await at.keeper.repair(record(epoch=Epoch(6)), judged)
         await reading
         assert found.record.epoch == 8
 
@@ -480,7 +478,6 @@ async def test_who_was_slower_to_create_the_first_record_gets_a_conflict() -> No
         assert found.record.holder == OTHER
 
 
-@defect
 async def test_section_3_a_first_record_never_replaces_one_that_was_read_meanwhile() -> None:
     """Two instances begin a cluster: one creates the Lease while the other's own creation waits for its turn."""
     found = MemoryCoordination()
