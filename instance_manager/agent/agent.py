@@ -45,7 +45,19 @@ ENDS_ANY = frozenset({"kill", "stop", "leave"})
 """Decisions that end whatever else is under way."""
 TAKEOVERS = frozenset({"stand", "take_release", "take_by_time"})
 TO_THE_END = frozenset(
-    {"promote", "initialise", "rejoin", "resume", "switch_over", "hand_over", "kill", "stop", "fence"}
+    {
+        "promote",
+        "initialise",
+        "rejoin",
+        "resume",
+        "switch_over",
+        "hand_over",
+        "kill",
+        "stop",
+        "fence",
+        "repair",
+        "reaffirm",
+    }
 )
 """Operations that only those may end."""
 
