@@ -97,7 +97,9 @@ def test_r12_a_primary_reaffirms_itself_after_a_promise_that_nobody_took(lasting
     done(lasting_cluster, primary, "resume")
     assert lasting_cluster.wait_redundant(60) == primary
     assert psql(lasting_cluster.connection_string(), "SELECT 1").out == "1"
-    assert http_get(lasting_cluster, name, "/replica").status == 200
+    lasting_cluster.wait(
+        lambda: http_get(lasting_cluster, name, "/replica").status == 200, 20, f"{name} receives again"
+    )
 
 
 def _granted(cluster: LocalCluster, name: str, request: VoteRequest) -> VoteAnswer | None:
