@@ -30,7 +30,7 @@ for major in "$@"; do
     cp -r "$cache/$major" "$reachable/$major"
     chmod -R a+rX "$reachable/$major"
     echo "=== Postgres $major: $("$reachable/$major/bin/postgres" --version)"
-    POSTGRES_BIN_DIRECTORY="$reachable/$major/bin" "$python" -m pytest -q tests/postgres || failed+=("$major")
+    POSTGRES_BIN_DIRECTORY="$reachable/$major/bin" "$python" -m pytest -q -n 2 tests/postgres || failed+=("$major")
 done
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed on: ${failed[*]}" >&2

@@ -242,7 +242,6 @@ class Agent:
             if release is not None and self._released_since_s is not None
             else 0.0,
             yielding_for_s=now_s - c.yielding_since_s if c.yielding_since_s is not None else None,
-            wanted_mode=c.configuration.cluster.durability,
             stand_again_in_s=c.stand_again_s - now_s,
             reaffirm_again_in_s=c.reaffirm_again_s - now_s,
         )

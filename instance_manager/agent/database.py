@@ -106,7 +106,6 @@ class Database:
         self._message_changed_s = float("-inf")
         self._timeline = Timeline(0)
         self._following: tuple[MemberId, Epoch] | None = None
-        self._started_s = float("-inf")
         self._received_s = clock.now_s()
         self._proven: WalEnd | None = None
         """The end of the last complete record, since nothing more can be received (`stop_following`)."""
@@ -156,7 +155,6 @@ class Database:
 
     def view(self) -> PostgresView:
         process, seen = self._link.postgres, self._seen
-        exit_ = self._link.last_exit
         silent_for_s = float("inf")
         receiving = False
         if process is not None and seen is not None and seen.is_receiving:
@@ -170,7 +168,6 @@ class Database:
             end=self._end() if process is not None else None,
             receiving=receiving,
             silent_for_s=silent_for_s,
-            exited_for_s=self._clock.now_s() - exit_.at_s if process is None and exit_ is not None else None,
             following=self._following if process is not None else None,
         )
 
@@ -307,7 +304,6 @@ class Database:
         }
         await self._link.start(mode, epoch, argv, environment)
         self._forget()
-        self._started_s = self._clock.now_s()
         # Look often while it starts: each look is an event somebody waits for.
         for _ in range(100):
             await self._look()

@@ -50,8 +50,6 @@ class PostgresView:
     """A walreceiver streams."""
     silent_for_s: float
     """Since the walreceiver last heard from the primary; infinite without one."""
-    exited_for_s: float | None
-    """Since the postmaster ended by itself; None if it did not, or was started again."""
     following: tuple[MemberId, Epoch] | None
     """Whom the agent last told it to follow, and under which epoch."""
 
@@ -139,7 +137,6 @@ class Observation:
     """How long this release stamp has been seen."""
     yielding_for_s: float | None
     """How long this holder has asked to be replaced."""
-    wanted_mode: str
     stand_again_in_s: float
     """Back-off after a lost election (R12)."""
     reaffirm_again_in_s: float

@@ -77,7 +77,6 @@ class FakeDatabase:
             end=self.at,
             receiving=False,
             silent_for_s=float("inf"),
-            exited_for_s=None,
             following=None,
         )
 

@@ -177,7 +177,6 @@ def observation(me: str = "a", **changes: Any) -> Observation:
             end=end(200),
             receiving=not primary,
             silent_for_s=float("inf") if primary else 0.1,
-            exited_for_s=None,
             following=None if primary else (P, Epoch(5)),
         ),
         peers=peers,
@@ -190,7 +189,6 @@ def observation(me: str = "a", **changes: Any) -> Observation:
         proven_dead=False,
         released_for_s=0.0,
         yielding_for_s=None,
-        wanted_mode="synchronous",
         stand_again_in_s=0.0,
         reaffirm_again_in_s=0.0,
     )
