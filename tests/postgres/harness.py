@@ -55,6 +55,7 @@ _TEMPLATE_SETTINGS = {
     "wal_keep_size": "512MB",
     "wal_log_hints": "on",
     "wal_retrieve_retry_interval": "1s",
+    "wal_receiver_status_interval": "1s",
 }
 
 
