@@ -37,6 +37,8 @@ from instance_manager.wall_clock import timestamp
 
 log = logging.getLogger("instance_manager.agent.elections")
 
+PROMISED_PAUSE_S = 1.0
+
 
 class Elections:
     """Both sides of an election on this instance."""
@@ -62,6 +64,8 @@ class Elections:
             end = await self._promise(request.epoch, request.candidate)
         except (OperationFailed, LocalPostgresError) as error:
             return self._answer(Verdict(granted=False, reason=f"not yet: {error}"), None)
+        # Whoever has just promised gives that election the time to end before it stands itself (R12).
+        self._c.stand_again_s = max(self._c.stand_again_s, self._c.clock.now_s() + PROMISED_PAUSE_S)
         return self._answer(verdict, end)
 
     async def answer_extension(self, request: ExtensionRequest) -> Verdict:
@@ -180,6 +184,8 @@ class Elections:
         self, request: VoteRequest, record: ClusterRecord, grounds: tuple[object, ...], stand: Stand, reason: str
     ) -> ClusterRecord | None:
         c = self._c
+        if c.clock.now_s() < c.stand_again_s:
+            raise OperationFailed("another was promised meanwhile")
         c.journal.note("stand", f"epoch {stand.epoch}: {reason}")
         verdict = judge_vote(request, self._voter(), final=True)
         if not verdict.granted:

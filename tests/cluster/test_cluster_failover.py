@@ -74,7 +74,9 @@ def test_the_log_tells_by_whose_promises_the_lease_was_taken(lasting_cluster: Lo
     assert postmaster is not None
     processes.send([postmaster], signal.SIGKILL)
     new = wait_other_primary(lasting_cluster, old)
-    epoch = record(lasting_cluster).epoch
+    chain = record(lasting_cluster).chain
+    assert chain is not None
+    epoch = chain.switches[-1].epoch
     lines = messages(lasting_cluster, new, offset=offsets[new])
     assert any(line.startswith(f"take the Lease: epoch {epoch}, ") and "promises of " in line for line in lines)
 
