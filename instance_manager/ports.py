@@ -82,3 +82,35 @@ class PeerRejected(PeerUnreachable):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(f"rejected with {status}: {text}")
         self.status = status
+
+
+class PeerCaller(Protocol):
+    """Calls between agents: one question, one answer, one deadline; authenticated both ways by the cluster's token."""
+
+    async def call(self, name: str, call: str, body: bytes, *, deadline_s: float) -> bytes:
+        """The answer of the member `name`; PeerUnreachable by its subclass."""
+        ...
+
+
+class ObjectExists(Exception):
+    """A conditional create met an object of that name: nothing was written. Whether it is the same is the caller's question."""
+
+
+class ObjectStore(Protocol):
+    """Where the archive lies: objects are created once and never overwritten (DESIGN.md section 7).
+
+    Names are relative, with `/` between their parts. An error other than the stated ones says nothing of whether the
+    object is there: "absent" is only what the store itself said.
+    """
+
+    async def create(self, name: str, content: bytes, *, deadline_s: float) -> None:
+        """Durable when it returns; ObjectExists."""
+        ...
+
+    async def read(self, name: str, *, deadline_s: float) -> bytes | None:
+        """The whole object; None only when the store said that there is none."""
+        ...
+
+    def names(self, prefix: str) -> AsyncIterator[str]:
+        """Every name that begins with `prefix`, in order."""
+        ...

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -18,7 +18,7 @@ from instance_manager.codec import from_json, to_json
 from instance_manager.core.decide import PeerState, PeerView
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd
-from instance_manager.ports import Clock, PeerRefused, PeerSilent, PeerUnreachable
+from instance_manager.ports import Clock, PeerCaller, PeerRefused, PeerSilent, PeerUnreachable
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +28,6 @@ WATCH_S = 1.0
 """A peer answers `watch` after this time although nothing changed."""
 ANSWER_DEADLINE_S = 1.0
 """On top of it: a peer that takes longer is silent."""
-
-
-class PeerCaller(Protocol):
-    """The transport of the calls between agents; authenticated."""
-
-    async def call(self, name: str, call: str, body: bytes, *, deadline_s: float) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
