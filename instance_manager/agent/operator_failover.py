@@ -111,13 +111,15 @@ async def take_with_loss(context: Context, record: ClusterRecord, found: Survey)
         await c.clock.sleep(WAIT_POLL_S)
         if c.record.grounds() != record.grounds() or c.record.renewals != record.renewals:
             raise OperationFailed("the primary renewed the Lease meanwhile: it lives")
-    end = await c.database.stop_following(record.chain, deadline_s=c.configuration.timings.promise_timeout_s)
+    epoch = Epoch(max(record.epoch, c.volume.state.highest_epoch) + 1)
+    async with c.voting:
+        # A promise to itself: else the loop would follow the old primary again before the Lease is written.
+        await c.volume.save(lambda state: state.promising(epoch, holder.member_id))
+        end = await c.database.stop_following(record.chain, deadline_s=c.configuration.timings.promise_timeout_s)
     if not record.chain.contains(end):
         raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history")
-    epoch = Epoch(max(record.epoch, c.volume.state.highest_epoch) + 1)
     taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=frozenset(), quorum=0)
     excluded = record.excluded | frozenset(found.lost)
-    await c.volume.save(lambda state: state.seen(epoch))
     await c.keeper.write(lambda _: replace(taken, excluded=excluded), grounds=record.grounds())
     lost = ", ".join(member_name_of(member) for member in found.lost) or "nobody"
     c.journal.note("failover with loss", f"epoch {epoch}; given up: {lost}")
