@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import random
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -14,12 +15,13 @@ from pathlib import Path
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.context import Context, Journal
-from instance_manager.agent.database import open_database
+from instance_manager.agent.database import Database
 from instance_manager.agent.health import DiskProbe, Health
+from instance_manager.agent.installed_postgres import InstalledPostgres, local_server
 from instance_manager.agent.lease_keeper import LeaseKeeper
 from instance_manager.agent.peering import Peers
-from instance_manager.agent.supervisor_link import SupervisorError, SupervisorLink
-from instance_manager.agent.volume import Volume, VolumeUnusable, boot_id
+from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorError, SupervisorLink
+from instance_manager.agent.volume import Volume, VolumeDirectory, VolumeUnusable, boot_id
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
 from instance_manager.coordination.local import LocalCoordination
 from instance_manager.core.lease import Permit
@@ -28,6 +30,7 @@ from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
 from instance_manager.logs import logging_to
+from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
 
 log = logging.getLogger("instance_manager.agent")
@@ -64,9 +67,12 @@ class _Late:
 async def run(configuration: Configuration, configuration_file: Path) -> None:
     clock = BootTime()
     late = _Late()
-    link = SupervisorLink.from_environment(now_s=clock.now_s, on_event=late.supervisor_event)
-    database = await open_database(configuration, link, clock, on_change=late.wake)
-    volume = Volume(configuration.state_directory, database.server.run_as)
+    chance = random.SystemRandom()
+    link = SupervisorLink(SeqpacketSocket.from_environment(), now_s=clock.now_s, on_event=late.supervisor_event)
+    server = local_server(configuration)
+    postgres = InstalledPostgres(configuration, server, await server_version(server), lambda: link.signal("HUP"))
+    database = Database(configuration, postgres, link, clock, on_change=late.wake)
+    volume = Volume(VolumeDirectory(configuration.state_directory, server.run_as), boot_id=boot_id(), chance=chance)
     volume.load(now_s=clock.now_s(), lease_duration_s=configuration.timings.lease_duration_s)
     coordination = LocalCoordination(
         configuration.coordination.local.directory, configuration.coordination.local.locks_directory
@@ -97,6 +103,7 @@ async def run(configuration: Configuration, configuration_file: Path) -> None:
         volume=lambda: volume.state,
         grant=grant,
         on_change=late.wake,
+        chance=chance,
     )
     async with PeerClient(configuration.members, configuration.secrets.peer_token) as caller:
         peers = Peers(
@@ -121,6 +128,7 @@ async def run(configuration: Configuration, configuration_file: Path) -> None:
             journal=Journal(clock),
             started_s=clock.now_s(),
             boot_id=boot_id(),
+            chance=chance,
         )
         agent = late.agent = Agent(context)
         agent.reload_configuration = _reloader(agent, configuration_file)

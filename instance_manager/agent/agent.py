@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
@@ -315,7 +314,7 @@ class Agent:
             c.announce()
 
     async def _create_record(self, _: str) -> None:
-        await self.rejoining.create_record(secrets.token_hex(4))
+        await self.rejoining.create_record(f"{self.context.chance.getrandbits(32):08x}")
 
     async def _initialise(self, _: str) -> None:
         await self.rejoining.initialise()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -85,6 +86,8 @@ class Context:
     journal: Journal
     started_s: float
     boot_id: str
+    chance: random.Random
+    """Ids and randomised waits: the system's own randomness; in a simulation, the seed's."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     announced: asyncio.Event = field(default_factory=asyncio.Event)
     voting: asyncio.Lock = field(default_factory=asyncio.Lock)

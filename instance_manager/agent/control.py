@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from instance_manager.agent.context import Context, OperationFailed
@@ -85,7 +84,7 @@ class Control:
             return True, f"{target} is the primary already"
         if target is not None and (why_not := self._why_no_target(record, target)) is not None:
             return False, f"refused: {why_not}"
-        request_id = secrets.token_hex(8)
+        request_id = f"{c.chance.getrandbits(64):016x}"
         before, old = record.epoch, record.holder.name
         await c.keeper.write(lambda current: with_switchover(current, request_id=request_id, target=target))
         await c.peers.nudge((old,))

@@ -1,6 +1,7 @@
 """The local Postgres, as the duties of the agent use it: one view kept fresh, and verbs with deadlines.
 
-What Postgres really does, and how it is made to do what the protocol needs, is in `instance_manager/postgres/`.
+What Postgres really does, and how it is made to do what the protocol needs, is in `instance_manager/postgres/`, behind
+the port `LocalPostgres`.
 """
 
 from __future__ import annotations
@@ -8,55 +9,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import asyncpg
-
-from instance_manager.agent.server_files import ServerFiles, Upstream, parse_set, render_set
+from instance_manager.agent.postgres_port import LocalPostgres, Upstream
+from instance_manager.agent.server_files import parse_set
 from instance_manager.agent.standby_watch import Walsender
 from instance_manager.agent.supervisor_link import SupervisorLink
 from instance_manager.config import Configuration
 from instance_manager.core.decide import PostgresView
-from instance_manager.core.quorum import SynchronousSet
+from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.types import Epoch, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.ports import Clock
-from instance_manager.postgres import (
-    bootstrap,
-    directory,
-    observation,
-    promotion,
-    rewind,
-    slots,
-    sql,
-    voting,
-)
-from instance_manager.postgres.binaries import ServerVersion, find_bin_directory, server_version
-from instance_manager.postgres.clone import CloneProgress
-from instance_manager.postgres.clone import clone as clone_directory
-from instance_manager.postgres.configuration import (
-    NOBODY_CAN_SATISFY,
-)
-from instance_manager.postgres.control_data import ControlData, read_control_data
+from instance_manager.postgres import promotion, voting
+from instance_manager.postgres.configuration import NOBODY_CAN_SATISFY
+from instance_manager.postgres.control_data import ControlData
+from instance_manager.postgres.directory import DirectoryState
 from instance_manager.postgres.dynamic_settings import DynamicSettings
-from instance_manager.postgres.files import make_directory, remove_if_present
-from instance_manager.postgres.histories import history_of_chain
 from instance_manager.postgres.host_based_access import Access
-from instance_manager.postgres.hot_standby import (
-    RestartOrder,
-    restart_order,
-)
-from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
+from instance_manager.postgres.hot_standby import RestartOrder, restart_order
+from instance_manager.postgres.observation import PostgresObservation
+from instance_manager.postgres.server import LocalPostgresError
 from instance_manager.postgres.synchronous import SynchronousReplication
-from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing, end_of_stopped_directory
+from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing
 
 log = logging.getLogger("instance_manager.agent.database")
 
-START_DEADLINE_S = 5.0
+LOOK_DEADLINE_S = 2.0
 FOLLOW_DEADLINE_S = 5.0
 SYNCHRONOUS_DEADLINE_S = 5.0
-STOPPED_END_DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,24 +63,20 @@ class Database:
     def __init__(
         self,
         configuration: Configuration,
-        server: LocalServer,
-        version: ServerVersion,
+        postgres: LocalPostgres,
         link: SupervisorLink,
         clock: Clock,
         *,
         on_change: Callable[[], None],
     ) -> None:
         self._observe_interval_s = configuration.timings.observe_interval_s
-        self._files = ServerFiles(configuration, server, version)
-        self.server = server
-        self._version = version
+        self._postgres = postgres
         self._link = link
         self._clock = clock
         self._on_change = on_change
-        self._sql = sql.LocalSql(server)
-        self._settings = DynamicSettings(server, self._reload)
-        self._synchronous = SynchronousReplication(server, self._settings)
-        self._seen: observation.PostgresObservation | None = None
+        self._settings = DynamicSettings(postgres.running.settings_file)
+        self._synchronous = SynchronousReplication(postgres.running, self._settings)
+        self._seen: PostgresObservation | None = None
         self._seen_of_pid: int | None = None
         self._answers = False
         self._message: str | None = None
@@ -111,7 +88,7 @@ class Database:
         """The end of the last complete record, since nothing more can be received (`stop_following`)."""
         self._slots_for: frozenset[MemberId] | None = None
         self._checkpoint: asyncio.Task[None] | None = None
-        self._report = directory.inspect_directory(server)
+        self._report = postgres.inspect_at_start()
         self._wake = asyncio.Event()
 
     # The view.
@@ -136,18 +113,18 @@ class Database:
     @property
     def has_data(self) -> bool:
         return self._report.state in (
-            directory.DirectoryState.INITIALISED,
-            directory.DirectoryState.HALF_REWOUND,
-            directory.DirectoryState.FOREIGN,
+            DirectoryState.INITIALISED,
+            DirectoryState.HALF_REWOUND,
+            DirectoryState.FOREIGN,
         )
 
     @property
     def is_startable(self) -> bool:
-        return self._report.state is directory.DirectoryState.INITIALISED
+        return self._report.state is DirectoryState.INITIALISED
 
     @property
     def is_half_rewound(self) -> bool:
-        return self._report.state is directory.DirectoryState.HALF_REWOUND
+        return self._report.state is DirectoryState.HALF_REWOUND
 
     def start_advances(self) -> bool:
         """Postgres runs and has not answered yet: recovery, or not yet. Bounded by the startup probe's own patience."""
@@ -234,16 +211,16 @@ class Database:
                 self._seen_of_pid = process.pid
             try:
                 first = self._seen is None
-                self._take(await observation.observe(self._sql, deadline_s=2.0))
+                self._take(await self._postgres.observe(deadline_s=LOOK_DEADLINE_S))
                 if first and process.mode == "standby":
                     # Slots of the time when this was the primary would keep WAL for ever.
-                    await slots.reconcile(self._sql, ())
-            except (LocalPostgresError, asyncpg.PostgresError, OSError):
+                    await self._postgres.keep_slots(())
+            except (LocalPostgresError, OSError):
                 self._answers = False
         if before != (self._answers, self._seen.is_receiving if self._seen else None):
             self._on_change()
 
-    def _take(self, seen: observation.PostgresObservation) -> None:
+    def _take(self, seen: PostgresObservation) -> None:
         self._seen, self._answers = seen, True
         receiver = seen.walreceiver
         message = f"{receiver.pid} {receiver.last_message}" if receiver is not None else None
@@ -256,7 +233,7 @@ class Database:
 
     def _forget(self) -> None:
         if self._seen is not None or self._seen_of_pid is not None:
-            self._sql.close()
+            self._postgres.forget()
         self._seen, self._seen_of_pid, self._answers = None, None, False
         self._message, self._timeline, self._proven = None, Timeline(0), None
         self._following = None
@@ -264,45 +241,37 @@ class Database:
 
     async def answers_new_connection(self, deadline_s: float) -> None:
         """Proof of health: a stopped postmaster still serves old connections. Raises if there is no answer in time."""
-        async with sql.session(self.server, deadline_s=deadline_s) as fresh:
-            await fresh.fetchval("SELECT 1", deadline_s=deadline_s)
+        await self._postgres.answers_new_connection(deadline_s=deadline_s)
 
     # Starting and stopping.
 
     async def initialise(self) -> ControlData:
         await self._refresh_report()
-        if self._report.state is not directory.DirectoryState.INITIALISED:
-            await bootstrap.initialise(self.server, major=self._version.major)
+        if self._report.state is not DirectoryState.INITIALISED:
+            await self._postgres.initialise()
         await self._refresh_report()
-        return await read_control_data(self.server)
+        return await self._postgres.control_data()
 
     async def start_standby(self, upstream: Upstream | None = None) -> None:
         """Nobody can satisfy the list, clients may read, and nobody is followed (P1, R5).
 
         `upstream`: for a directory that is not consistent without it; its epoch is promised and persisted already.
         """
-        await asyncio.to_thread(directory.create_standby_signal, self.server)
-        await self._files.write(NOBODY_CAN_SATISFY, Access.OPEN, standby=True, upstream=upstream)
+        await self._postgres.set_standby_signal(True)
+        await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
         await self._start("standby", None)
         if upstream is not None:
             self._following = (upstream.holder, upstream.epoch)
 
     async def start_primary(self, epoch: Epoch, opening: SynchronousSet) -> None:
         """Only for the holder of the Lease with a permit; clients are kept out (P8)."""
-        await self._files.write(render_set(opening), Access.CLOSED, standby=False)
-        await asyncio.to_thread(directory.remove_standby_signal, self.server)
+        await self._postgres.write_files(opening, Access.CLOSED, standby=False)
+        await self._postgres.set_standby_signal(False)
         await self._start("read_write", epoch)
 
     async def _start(self, mode: str, epoch: Epoch | None) -> None:
-        await asyncio.to_thread(promotion.clear_claim, self.server)
-        await asyncio.to_thread(_prepare_start, self.server)
-        argv = [self.server.program("postgres"), "-D", str(self.server.data_directory)]
-        environment = {
-            "LC_ALL": "C",
-            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
-            "PGDATA": str(self.server.data_directory),
-        }
-        await self._link.start(mode, epoch, argv, environment)
+        command = await self._postgres.prepare_start()
+        await self._link.start(mode, epoch, command.argv, command.environment)
         self._forget()
         # Look often while it starts: each look is an event somebody waits for.
         for _ in range(100):
@@ -316,7 +285,7 @@ class Database:
         """Fast shutdown; False: it still runs after the deadline."""
         if not self.running:
             return True
-        self._sql.close()
+        self._postgres.forget()
         await self._link.signal("INT")
         stopped = await self._link.wait_stopped(deadline_s)
         if stopped:
@@ -325,7 +294,7 @@ class Database:
 
     async def kill(self) -> None:
         """Every process, at once; returns when none is left."""
-        self._sql.close()
+        self._postgres.forget()
         await self._link.kill()
         await self._link.wait_stopped(1.0)
         self._forget()
@@ -334,9 +303,9 @@ class Database:
 
     async def follow(self, upstream: Upstream) -> None:
         await voting.follow(
-            self.server,
+            self._postgres.running,
             self._settings,
-            self._files.conninfo(upstream),
+            self._postgres.primary_settings(upstream),
             upstream.member_id,
             deadline_s=FOLLOW_DEADLINE_S,
         )
@@ -350,9 +319,9 @@ class Database:
             raise NotAllowed("Postgres does not run as a standby here")
         self._following = None
         began_s = self._clock.now_s()
-        await voting.stop_following(self.server, self._settings, deadline_s=deadline_s)
+        await voting.stop_following(self._postgres.running, self._settings, deadline_s=deadline_s)
         left_s = max(0.1, deadline_s - (self._clock.now_s() - began_s))
-        end = await voting.position(self.server, chain, deadline_s=left_s)
+        end = await self._postgres.position(chain, deadline_s=left_s)
         self._timeline = max(self._timeline, end.timeline)
         self._proven = end
         self.look_soon()
@@ -368,22 +337,20 @@ class Database:
         if self._proven is not None:
             return self._proven
         # Not remembered: until it is told to stop, a walreceiver may come and go between two looks.
-        return await voting.position(self.server, chain, deadline_s=1.0)
+        return await self._postgres.position(chain, deadline_s=1.0)
 
     async def promote(self, *, chain: TimelineChain, epoch: Epoch, deadline_s: float) -> None:
         """Become exactly the claimed timeline (P4); stopped again if it became anything else."""
-        await asyncio.to_thread(self._files.write_access, Access.CLOSED)
+        await self._postgres.write_access(Access.CLOSED)
         await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
         try:
-            promoted = await promotion.promote(
-                self.server, chain, lambda: self._link.promote(epoch), deadline_s=deadline_s
+            self._timeline = await self._postgres.promote(
+                chain, lambda: self._link.promote(epoch), deadline_s=deadline_s
             )
         except (promotion.PromotedWrong, promotion.PromotionFailed) as error:
             if isinstance(error, promotion.PromotedWrong) or error.triggered:
                 await self.kill()
             raise
-        log.info("promoted to timeline %s in %.2f s", promoted.timeline, promoted.took_s)
-        self._timeline = promoted.timeline
         await self._look()
 
     # Serving.
@@ -392,7 +359,7 @@ class Database:
         """Tell Postgres, and see that no process of it runs on an older view (P1, P5)."""
         await self._synchronous.apply(wanted, deadline_s=SYNCHRONOUS_DEADLINE_S)
         # A walsender releases waiters when its standby replies, which without new WAL is once a second.
-        await self._sql.execute("SELECT pg_logical_emit_message(true, 'instance-manager', 'set')", deadline_s=2.0)
+        await self._postgres.emit_message(deadline_s=2.0)
 
     async def barrier(self, timeline: Timeline, *, deadline_s: float) -> None:
         """k members of the confirmed set have flushed all that the log holds now (P10); BarrierNotPassed."""
@@ -400,37 +367,37 @@ class Database:
 
     async def synchronous_set(self) -> SynchronousSet | None:
         """What the file tells Postgres now; None if it is not one of ours."""
-        names = (await self._settings.read()).get("synchronous_standby_names")
+        names = (await self._settings.file.read()).get("synchronous_standby_names")
         return parse_set(names) if names is not None else None
 
     async def open_gate(self) -> None:
-        await asyncio.to_thread(self._files.write_access, Access.OPEN)
+        await self._postgres.write_access(Access.OPEN)
         await self._reload()
 
     async def gate_is_open(self) -> bool:
-        return await asyncio.to_thread(self._files.lets_clients_in)
+        return await self._postgres.lets_clients_in()
 
     async def prepare_slots(self, members: frozenset[MemberId]) -> None:
         """A slot for each member, none for others. Cheap while nothing changed."""
         if members == self._slots_for:
             return
-        await slots.reconcile(self._sql, members)
+        await self._postgres.keep_slots(members)
         self._slots_for = members
 
     async def create_roles(self) -> None:
         """Roles and the application's database; idempotent."""
-        done = await bootstrap.create_roles(self._sql, self._files.role_options())
+        done = await self._postgres.create_roles()
         if done:
             log.info("created or mended: %s", ", ".join(done))
 
     async def checkpoint(self, *, deadline_s: float) -> None:
-        await promotion.checkpoint(self.server, deadline_s=deadline_s)
+        await self._postgres.checkpoint(deadline_s=deadline_s)
 
     def checkpoint_soon(self) -> None:
         """After a promotion, for pg_rewind of others; nobody waits for it."""
 
         async def run() -> None:
-            with contextlib.suppress(LocalPostgresError, asyncpg.PostgresError):
+            with contextlib.suppress(LocalPostgresError):
                 await self.checkpoint(deadline_s=300)
 
         self._checkpoint = asyncio.create_task(run())
@@ -440,31 +407,25 @@ class Database:
     async def stopped_facts(self, chain: TimelineChain | None) -> StoppedFacts:
         await self._refresh_report()
         report = self._report
-        exists = report.state in (directory.DirectoryState.INITIALISED, directory.DirectoryState.HALF_REWOUND)
-        foreign = report.reason if report.state is directory.DirectoryState.FOREIGN else None
-        if foreign is None and exists and report.major != self._version.major:
-            foreign = f"it is of Postgres {report.major}, the programs are {self._version.major}"
+        exists = report.state in (DirectoryState.INITIALISED, DirectoryState.HALF_REWOUND)
+        foreign = report.reason if report.state is DirectoryState.FOREIGN else None
+        if foreign is None and exists and report.major != self._postgres.major:
+            foreign = f"it is of Postgres {report.major}, the programs are {self._postgres.major}"
         facts = StoppedFacts(
             exists=exists,
-            half_rewound=report.state is directory.DirectoryState.HALF_REWOUND,
+            half_rewound=report.state is DirectoryState.HALF_REWOUND,
             foreign=foreign,
             system_identifier=None,
             end=None,
         )
         if not exists or foreign is not None:
             return facts
-        control = await read_control_data(self.server)
+        control = await self._postgres.control_data()
         facts = replace(facts, system_identifier=str(control.system_identifier))
         if chain is None or facts.half_rewound:
             return facts
         try:
-            end = await end_of_stopped_directory(
-                self.server,
-                control,
-                newest=chain.current,
-                history=history_of_chain(chain),
-                deadline_s=STOPPED_END_DEADLINE_S,
-            )
+            end = await self._postgres.end_of_stopped(control, chain)
         except WalMissing as error:
             return replace(facts, needs=error.needed)
         except PositionUnknown as error:
@@ -476,47 +437,34 @@ class Database:
         """Behind the shutdown checkpoint of a clean end on the claimed timeline (P12); None otherwise."""
         if chain is None:
             return None
-        control = await read_control_data(self.server)
-        end = await promotion.shutdown_end(self.server, control, chain, deadline_s=10)
-        if isinstance(end, promotion.NotHandedOver):
-            log.warning("no handover on this log: %s", end.reason)
+        control = await self._postgres.control_data()
+        end = await self._postgres.shutdown_end(control, chain)
+        if isinstance(end, str):
+            log.warning("no handover on this log: %s", end)
             return None
         return end
 
     async def clone(self, host: str, port: int, system_identifier: str, on_progress: Callable[[str], None]) -> None:
-        await asyncio.to_thread(directory.remove_leftovers, self.server)
-
-        def progress(done: CloneProgress) -> None:
-            percent = 100 * done.done_bytes // max(1, done.total_bytes)
-            on_progress(f"cloning from {host}:{port}: {percent} % of {done.total_bytes >> 20} MiB")
-
-        await clone_directory(
-            self.server,
-            self._files.source(host, port),
-            system_identifier=int(system_identifier),
-            on_progress=progress,
-        )
+        await self._postgres.clone(host, port, int(system_identifier), on_progress)
         await self._refresh_report()
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> None:
-        await self._files.write(NOBODY_CAN_SATISFY, Access.CLOSED, standby=False)
+        await self._postgres.write_files(NOBODY, Access.CLOSED, standby=False)
         try:
-            outcome = await rewind.rewind(self.server, self._files.source(host, port), timeline=timeline)
-            log.info("pg_rewind from %s:%s: %s", host, port, outcome.value)
+            log.info("pg_rewind from %s:%s: %s", host, port, await self._postgres.rewind(host, port, timeline))
         finally:
             await self._refresh_report()
 
     async def set_aside(self) -> None:
-        path = await asyncio.to_thread(directory.set_aside, self.server)
-        log.warning("the data directory was set aside as %s", path)
+        log.warning("the data directory was set aside as %s", await self._postgres.set_aside())
         await self._refresh_report()
 
     async def reload_configuration(self, configuration: Configuration) -> tuple[str, ...]:
         """Take over changed parameters and access rules; returns the names that need a restart."""
         is_open = await self.gate_is_open()
-        names = await asyncio.to_thread(self._files.replace_static, configuration)
+        names = await self._postgres.replace_static(configuration)
         if is_open:
-            await asyncio.to_thread(self._files.write_access, Access.OPEN)
+            await self._postgres.write_access(Access.OPEN)
         if self.running:
             await self._reload()
         return names
@@ -525,36 +473,10 @@ class Database:
         """Who must be restarted first for the configuration to take effect everywhere without stopping replay."""
         if self._seen is None:
             return RestartOrder.ANY
-        return restart_order(self._seen.hot_standby, self._files.wanted_hot_standby())
+        return restart_order(self._seen.hot_standby, self._postgres.wanted_hot_standby())
 
     async def _refresh_report(self) -> None:
-        self._report = await asyncio.to_thread(directory.inspect_directory, self.server)
+        self._report = await self._postgres.inspect()
 
     async def _reload(self) -> None:
-        await self._link.signal("HUP")
-
-
-def _prepare_start(server: LocalServer) -> None:
-    # The supervisor starts nothing while a process of Postgres is left, so whoever this file names is somebody else: in
-    # a container process numbers repeat, and Postgres would refuse to start.
-    remove_if_present(server.data_directory / "postmaster.pid")
-    directory.secure_directory(server)
-    directory.require_startable(server)
-    make_directory(server.socket_directory, mode=0o755, run_as=server.run_as)
-
-
-async def open_database(
-    configuration: Configuration, link: SupervisorLink, clock: Clock, *, on_change: Callable[[], None]
-) -> Database:
-    """Find the programs and ask their version. BinariesNotFound says what to install."""
-    bin_directory = find_bin_directory(explicit=configuration.postgres.bin_directory)
-    server = LocalServer(
-        data_directory=configuration.data_directory,
-        socket_directory=configuration.socket_directory,
-        state_directory=configuration.state_directory,
-        listen_address=configuration.listen_host,
-        port=configuration.me.postgres_port,
-        bin_directory=bin_directory,
-        run_as=RunAs.of_user(configuration.instance.run_as) if os.geteuid() == 0 else None,
-    )
-    return Database(configuration, server, await server_version(server), link, clock, on_change=on_change)
+        await self._settings.file.reload()

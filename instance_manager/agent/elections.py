@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Awaitable
 from dataclasses import replace
 
@@ -325,7 +324,7 @@ class Elections:
     def _stand_back(self, reason: str) -> None:
         # Randomised, so that two candidates do not meet again and again.
         self._lost = min(self._lost + 1, 4)
-        wait_s = random.uniform(0.1, 0.25) * 2**self._lost  # noqa: S311 - no secret
+        wait_s = self._c.chance.uniform(0.1, 0.25) * 2**self._lost
         self._c.stand_again_s = self._c.clock.now_s() + wait_s
         log.info("not elected, standing again in %.1f s at the earliest: %s", wait_s, reason)
 

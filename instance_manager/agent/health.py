@@ -6,14 +6,31 @@ nothing else (cloudnative-pg#10678, patroni#2380).
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Protocol
 
 from instance_manager.ports import Clock
+
+
+class DiskHealth(Protocol):
+    """What is known of the volumes of this instance."""
+
+    @property
+    def last_good_s(self) -> float:
+        """When a write and flush *began* that came back, CLOCK_BOOTTIME."""
+        ...
+
+    @property
+    def last_error(self) -> str | None: ...
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What an unprivileged program may still write on the fullest of them; None: not known yet."""
+        ...
 
 
 class DiskProbe:
@@ -69,7 +86,7 @@ class Health:
     def __init__(
         self,
         clock: Clock,
-        disk: DiskProbe,
+        disk: DiskHealth,
         ask_sql: Callable[[float], Awaitable[None]],
         *,
         timeout_s: float,
@@ -128,4 +145,4 @@ class Health:
                 else:
                     self._sql_good_s, self.sql_error = began_s, None
             with contextlib.suppress(TimeoutError):
-                await asyncio.sleep(max(0.05, self._interval_s - (self._clock.now_s() - began_s)))
+                await self._clock.sleep(max(0.05, self._interval_s - (self._clock.now_s() - began_s)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -78,7 +78,9 @@ class LeaseKeeper:
         volume: Callable[[], VolumeState],
         grant: Callable[[Permit], None],
         on_change: Callable[[], None],
+        chance: random.Random,
     ) -> None:
+        self._chance = chance
         self._coordination = coordination
         self._clock = clock
         self._timings = timings
@@ -294,7 +296,7 @@ class LeaseKeeper:
 
     async def _create(self, record: ClusterRecord, version: str | None) -> StoredRecord:
         """Where nothing is stored, or over exactly the damaged `version`."""
-        record = replace(record, write_id=secrets.token_hex(8), acquired_at=timestamp())
+        record = replace(record, write_id=self._write_id(), acquired_at=timestamp())
         deadline_s = self._timings.request_timeout_s
         sent_s = self._clock.now_s()
         self._writing = True
@@ -327,7 +329,7 @@ class LeaseKeeper:
                 raise WriteRefused(
                     f"the Lease has changed: epoch {current.record.epoch}, held by {_holder(current.record)}"
                 )
-            write_id = secrets.token_hex(8)
+            write_id = self._write_id()
             wanted = replace(change(current.record), write_id=write_id)
             sent_s = self._clock.now_s()
             self._writing = True
@@ -354,6 +356,9 @@ class LeaseKeeper:
         facts = self._facts()
         if facts.holder is not None and stored.record.holder == facts.holder and facts.refusal is None:
             self._grant(permit_of_renewal(stored.record.epoch, sent_s, self._timings))
+
+    def _write_id(self) -> str:
+        return f"{self._chance.getrandbits(64):016x}"
 
     def _note_error(self, error: CoordinationError) -> None:
         if self.last_error is None:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
-from instance_manager.agent.server_files import Upstream
+from instance_manager.agent.postgres_port import Upstream
 from instance_manager.config import MemberSection
 from instance_manager.core.lease import initial_first_write
 from instance_manager.core.record import ClusterRecord, initial_record, initialised

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from instance_manager.agent.postgres_port import Upstream
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import ALONE, NOBODY, SynchronousSet
-from instance_manager.core.types import Epoch, MemberId
+from instance_manager.core.types import MemberId
 from instance_manager.postgres import bootstrap, directory, host_based_access, promotion
 from instance_manager.postgres.binaries import ServerVersion
 from instance_manager.postgres.clone import SourceServer
@@ -37,17 +38,6 @@ HBA_CONF = "pg_hba.conf"
 PASSFILE = "replication.pgpass"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Upstream:
-    """Whom to follow, under which promise."""
-
-    holder: MemberId
-    host: str
-    port: int
-    member_id: MemberId
-    epoch: Epoch
-
-
 class ServerFiles:
     """All of them, for one server. What is not `async` blocks on the disk: call it in a thread."""
 
@@ -56,10 +46,12 @@ class ServerFiles:
         self._server = server
         self._version = version
 
-    async def write(self, names: str, access: Access, *, standby: bool, upstream: Upstream | None = None) -> None:
-        """Everything, before a start. `names` is the synchronous list; `upstream` is followed from the start."""
+    async def write(
+        self, synchronous: SynchronousSet, access: Access, *, standby: bool, upstream: Upstream | None = None
+    ) -> None:
+        """Everything, before a start. `upstream` is followed from the start."""
         replication = ReplicationSettings(
-            synchronous_standby_names=names,
+            synchronous_standby_names=render_set(synchronous),
             restore_command=await asyncio.to_thread(promotion.install_restore_command, self._server),
         )
         if standby:

@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from instance_manager.core.lease import Permit
 from instance_manager.core.types import Epoch
@@ -42,14 +42,42 @@ class PostgresExit:
     """When the agent heard of it, CLOCK_BOOTTIME."""
 
 
+class Datagrams(Protocol):
+    """Whole messages in order, both ways, between one agent and its supervisor."""
+
+    def send(self, datagram: bytes) -> None:
+        """Queued at once; OSError when the other end is gone or takes no more."""
+        ...
+
+    async def receive(self) -> bytes:
+        """The next one; empty when the other end is closed."""
+        ...
+
+
+class SeqpacketSocket:
+    """The real ones: the inherited end of a SOCK_SEQPACKET pair."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+
+    @classmethod
+    def from_environment(cls) -> SeqpacketSocket:
+        """KeyError or OSError when this process was not started by a supervisor."""
+        return cls(socket.socket(fileno=int(os.environ.pop(FD_VARIABLE))))
+
+    def send(self, datagram: bytes) -> None:
+        self._socket.send(datagram)
+
+    async def receive(self) -> bytes:
+        return await asyncio.get_running_loop().sock_recv(self._socket, _MESSAGE_MAX_BYTES)
+
+
 class SupervisorLink:
     """Requests with answers, events as state. `on_event` is called after every change of what is public here."""
 
-    def __init__(
-        self, connection: socket.socket, *, now_s: Callable[[], float], on_event: Callable[[str], None]
-    ) -> None:
-        connection.setblocking(False)
-        self._socket = connection
+    def __init__(self, datagrams: Datagrams, *, now_s: Callable[[], float], on_event: Callable[[str], None]) -> None:
+        self._datagrams = datagrams
         self._now_s = now_s
         self._on_event = on_event
         self._next_id = 0
@@ -67,16 +95,10 @@ class SupervisorLink:
         self.expected_exit = False
         """The agent itself asked for the next end of Postgres."""
 
-    @classmethod
-    def from_environment(cls, *, now_s: Callable[[], float], on_event: Callable[[str], None]) -> SupervisorLink:
-        """KeyError or OSError when this process was not started by a supervisor."""
-        return cls(socket.socket(fileno=int(os.environ.pop(FD_VARIABLE))), now_s=now_s, on_event=on_event)
-
     async def run(self) -> None:
         """Read until the supervisor is gone, then raise SupervisorError: an agent does not outlive its supervisor."""
-        loop = asyncio.get_running_loop()
         while True:
-            datagram = await loop.sock_recv(self._socket, _MESSAGE_MAX_BYTES)
+            datagram = await self._datagrams.receive()
             if not datagram:
                 raise SupervisorError("the supervisor closed the link")
             self._take(json.loads(datagram))
@@ -164,7 +186,7 @@ class SupervisorLink:
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
-            self._socket.send(json.dumps(message).encode())
+            self._datagrams.send(json.dumps(message).encode())
         except OSError as error:
             raise SupervisorError(f"cannot reach the supervisor: {error.strerror}") from error
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import random
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -29,13 +31,75 @@ class VolumeUnusable(Exception):
     """The volume's memory cannot be read or written: this member makes no promise and starts nothing."""
 
 
-class Volume:
-    """`state` is the last persisted one; it changes only once it is safely on disk."""
+class VolumeStorage(Protocol):
+    """Where the memory lies: one small file."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
+
+    def identity(self) -> str:
+        """Of this very volume: a copy of the file elsewhere has another."""
+        ...
+
+    def read(self) -> bytes | None:
+        """None: there is none yet. OSError."""
+        ...
+
+    async def write(self, content: bytes) -> None:
+        """Durable when it returns: the whole content, or what was there before. OSError: what was there before."""
+        ...
+
+
+class VolumeDirectory:
+    """The real one: a file in the instance's state directory, with a reserve of space beside it."""
 
     def __init__(self, directory: Path, run_as: RunAs | None) -> None:
         self._file = directory / "volume.json"
         self._directory = directory
         self._run_as = run_as
+
+    @property
+    def name(self) -> str:
+        return str(self._file)
+
+    def identity(self) -> str:
+        """The inode of the directory: a copied tree has another. The device's number would change with a reboot."""
+        return f"{self._directory.stat().st_ino:x}"
+
+    def read(self) -> bytes | None:
+        try:
+            return self._file.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    async def write(self, content: bytes) -> None:
+        await asyncio.to_thread(self._write, content)
+
+    def _write(self, content: bytes) -> None:
+        """On a full disk the reserve is given up: a voter whose disk is full must not block a failover."""
+        reserve = self._directory / ".reserve"
+        try:
+            write_atomically(self._file, content, mode=0o600, run_as=self._run_as)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not reserve.exists():
+                raise
+            reserve.unlink()
+            write_atomically(self._file, content, mode=0o600, run_as=self._run_as)
+        else:
+            if not reserve.exists():
+                with contextlib.suppress(OSError):
+                    write_atomically(reserve, secrets.token_bytes(RESERVE_BYTES), mode=0o600, run_as=self._run_as)
+
+
+class Volume:
+    """`state` is the last persisted one; it changes only once it is safely on disk."""
+
+    def __init__(self, storage: VolumeStorage, *, boot_id: str, chance: random.Random) -> None:
+        self._storage = storage
+        self._boot_id = boot_id
+        self._chance = chance
         self._turn = asyncio.Lock()
         self.state = VolumeState()
         self._persisted = False
@@ -44,22 +108,23 @@ class Volume:
 
     def load(self, *, now_s: float, lease_duration_s: float) -> None:
         """Read the memory; VolumeUnusable if it is there and cannot be understood: it is never replaced by a guess."""
-        identity = self._identity()
+        identity = self._storage.identity()
         try:
-            self.state = from_json(self._file.read_bytes(), VolumeState)
-        except FileNotFoundError:
-            self.state = VolumeState(volume_id=identity, boot_id=boot_id())
-            return
+            content = self._storage.read()
+            if content is None:
+                self.state = VolumeState(volume_id=identity, boot_id=self._boot_id)
+                return
+            self.state = from_json(content, VolumeState)
         except (OSError, msgspec.ValidationError, msgspec.DecodeError) as error:
             raise VolumeUnusable(
-                f"{self._file}: {error}; restore it, or remove the whole instance directory to clone anew"
+                f"{self._storage.name}: {error}; restore it, or remove the whole instance directory to clone anew"
             ) from error
         if self.state.volume_id != identity:
             # R6: a copy of the state on another volume is not this member; what it promised stays promised.
             self.state = replace(self.state, volume_id=identity, member_id=None)
-        if self.state.extension_until_s > 0 and self.state.boot_id != boot_id():
+        if self.state.extension_until_s > 0 and self.state.boot_id != self._boot_id:
             # Another boot counts from its own start: bound for the whole duration, from now (R11).
-            self.state = replace(self.state, extension_until_s=now_s + lease_duration_s, boot_id=boot_id())
+            self.state = replace(self.state, extension_until_s=now_s + lease_duration_s, boot_id=self._boot_id)
 
     async def save(self, change: Callable[[VolumeState], VolumeState]) -> None:
         """Persist the changed state (fsync of file and directory), then make it the state.
@@ -79,45 +144,26 @@ class Volume:
             ):
                 raise ValueError("an epoch that was seen or promised is never forgotten")
             if self._late is not None and not self._late.done():
-                raise VolumeUnusable(f"{self._file}: an earlier write has not come back from the disk yet")
-            writing = asyncio.ensure_future(asyncio.to_thread(self._write, to_json(state)))
+                raise VolumeUnusable(f"{self._storage.name}: an earlier write has not come back from the disk yet")
+            writing = asyncio.ensure_future(self._storage.write(to_json(state)))
             # Not cancelled at the deadline: it may reach the disk still, and nothing is written beside it until then.
             await asyncio.wait({writing}, timeout=WRITE_DEADLINE_S)
             if not writing.done():
                 self._late = writing
                 writing.add_done_callback(_retrieve)
-                raise VolumeUnusable(f"{self._file} cannot be written: no answer of the disk")
+                raise VolumeUnusable(f"{self._storage.name} cannot be written: no answer of the disk")
             error = writing.exception()
             if isinstance(error, OSError):
-                raise VolumeUnusable(f"{self._file} cannot be written: {error}") from error
+                raise VolumeUnusable(f"{self._storage.name} cannot be written: {error}") from error
             if error is not None:
                 raise error
             self.state, self._persisted = state, True
 
-    def _write(self, content: bytes) -> None:
-        """On a full disk the reserve is given up: a voter whose disk is full must not block a failover."""
-        reserve = self._directory / ".reserve"
-        try:
-            write_atomically(self._file, content, mode=0o600, run_as=self._run_as)
-        except OSError as error:
-            if error.errno != errno.ENOSPC or not reserve.exists():
-                raise
-            reserve.unlink()
-            write_atomically(self._file, content, mode=0o600, run_as=self._run_as)
-        else:
-            if not reserve.exists():
-                with contextlib.suppress(OSError):
-                    write_atomically(reserve, secrets.token_bytes(RESERVE_BYTES), mode=0o600, run_as=self._run_as)
-
     async def new_member(self, name: MemberName) -> MemberId:
         """A new id for a directory that was just made: initdb, clone or rewind (R6, P7)."""
-        member_id = make_member_id(name, secrets.token_hex(4))
+        member_id = make_member_id(name, f"{self._chance.getrandbits(32):08x}")
         await self.save(lambda state: replace(state, member_id=member_id, was_primary=False))
         return member_id
-
-    def _identity(self) -> str:
-        """The inode of the directory: a copied tree has another. The device's number would change with a reboot."""
-        return f"{self._directory.stat().st_ino:x}"
 
 
 def _retrieve(writing: asyncio.Future[None]) -> None:

@@ -18,7 +18,7 @@ import asyncpg
 from instance_manager.core.types import Timeline, TimelineChain, WalEnd, format_lsn
 from instance_manager.postgres import sql
 from instance_manager.postgres.control_data import ControlData
-from instance_manager.postgres.dynamic_settings import Deadline, Pause
+from instance_manager.postgres.deadlines import Deadline, Pause
 from instance_manager.postgres.files import remove_if_present, write_atomically
 from instance_manager.postgres.histories import (
     HistoryInvalid,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from instance_manager.core.types import MEMBER_ID_PATTERN, MemberId
-from instance_manager.postgres.dynamic_settings import Deadline
+from instance_manager.postgres.deadlines import Deadline
 from instance_manager.postgres.observation import Sql
 
 

@@ -29,17 +29,15 @@ from dataclasses import dataclass
 import asyncpg
 
 from instance_manager.core.quorum import SynchronousSet
-from instance_manager.core.types import MEMBER_ID_PATTERN, Lsn, MemberId, Timeline, format_lsn, parse_lsn
+from instance_manager.core.types import MEMBER_ID_PATTERN, Lsn, MemberId, Timeline, format_lsn
 from instance_manager.postgres import sql
 from instance_manager.postgres.configuration import NOBODY_CAN_SATISFY, render_synchronous_standby_names
-from instance_manager.postgres.dynamic_settings import Deadline, DynamicSettings, Pause
-from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError, LocalServer
+from instance_manager.postgres.deadlines import Deadline, Pause
+from instance_manager.postgres.dynamic_settings import DynamicSettings
+from instance_manager.postgres.running import Process, ReplicationSession, RunningServer, Sender
+from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError
 
 _SETTING = "synchronous_standby_names"
-_CANARY_NAME = "instance-manager: canary"
-
-Process = tuple[int, str]
-"""Pid and start time of a walsender: its identity."""
 
 
 class NotConfirmed(LocalPostgresError):
@@ -94,29 +92,6 @@ class BarrierNotPassed(LocalPostgresError):
         super().__init__(f"barrier not passed: {reason}")
         self.reason = reason
         self.state = state
-
-
-@dataclass(frozen=True, slots=True)
-class Sender:
-    """One row of pg_stat_replication."""
-
-    pid: int
-    backend_start: str
-    name: str
-    """In lower case: Postgres compares names so."""
-    state: str
-    sync_priority: int
-    sent_lsn: Lsn
-    flush_lsn: Lsn | None
-    slot: str | None
-
-    @property
-    def process(self) -> Process:
-        return self.pid, self.backend_start
-
-    def has_flushed(self, mark: Lsn) -> bool:
-        """`sent` as well: a fresh connection's flush may be its replay position (P10)."""
-        return self.sent_lsn >= mark and self.flush_lsn is not None and self.flush_lsn >= mark
 
 
 def judge_barrier(
@@ -191,7 +166,7 @@ class SynchronousReplication:
     postmaster, and takes everything else for unproven.
     """
 
-    def __init__(self, server: LocalServer, settings: DynamicSettings, *, require_slots: bool = True) -> None:
+    def __init__(self, server: RunningServer, settings: DynamicSettings, *, require_slots: bool = True) -> None:
         self._server = server
         self._settings = settings
         self._require_slots = require_slots
@@ -214,8 +189,8 @@ class SynchronousReplication:
         started_s = asyncio.get_running_loop().time()
         self._confirmed = None
         try:
-            async with sql.session(self._server, deadline_s=deadline.left_s) as watch:
-                start = await self._postmaster_start(watch, deadline)
+            async with self._server.replication(deadline) as watch:
+                start = await self._primary_since(watch, deadline)
                 if wanted.acknowledges_alone:
                     self._switched_on_for = None
                     self._lowest_k = 0
@@ -233,7 +208,7 @@ class SynchronousReplication:
                     raised = self._lowest_k < wanted.k
                     self._lowest_k = min(self._lowest_k, wanted.k)
                     await self._settings.change({_SETTING: names}, deadline_s=deadline.left_s)
-                    senders = await _senders(watch, deadline)
+                    senders = await watch.senders(deadline)
                     before = frozenset(each.process for each in senders)
                     await self._dropped_are_gone(watch, wanted, before, deadline, terminate_after_s)
                     listed = frozenset(each.process for each in senders if each.name in wanted.members)
@@ -261,13 +236,13 @@ class SynchronousReplication:
         started_s = loop.time()
         state: BarrierState | None = None
         try:
-            async with sql.session(self._server, deadline_s=deadline.left_s) as watch:
-                if await self._postmaster_start(watch, deadline) != confirmed.postmaster_start:
+            async with self._server.replication(deadline) as watch:
+                if await self._primary_since(watch, deadline) != confirmed.postmaster_start:
                     raise BarrierNotPassed("Postgres was started again since the list was confirmed")
                 mark = await _write_mark(watch, timeline, deadline)
                 pause = Pause(0.02)
                 while True:
-                    senders = await _senders(watch, deadline)
+                    senders = await watch.senders(deadline)
                     state = judge_barrier(
                         senders,
                         members=confirmed.synchronous.members,
@@ -281,7 +256,7 @@ class SynchronousReplication:
                     if deadline.passed:
                         raise BarrierNotPassed(str(state), state)
                     if loop.time() - started_s >= terminate_after_s:
-                        await _terminate(watch, {*state.suspects, *_older_twins(senders, state)}, deadline)
+                        await watch.terminate_senders({*state.suspects, *_older_twins(senders, state)}, deadline)
                     await pause(deadline)
         except (DeadlinePassed, sql.SqlUnavailable, NotConfirmed, asyncpg.PostgresError) as error:
             raise BarrierNotPassed(str(error), state) from error
@@ -291,53 +266,18 @@ class SynchronousReplication:
         self._confirmed = Confirmed(confirmed.synchronous, confirmed.postmaster_start, frozenset(), confirmed.took_s)
         return BarrierPassed(state, timeline, loop.time() - started_s)
 
-    async def _switch_on(self, watch: sql.Session, deadline: Deadline) -> None:
+    async def _switch_on(self, watch: ReplicationSession, deadline: Deadline) -> None:
         """Return once a commit was seen to wait: the checkpointer has switched waiting on (P1)."""
         await self._settings.change({_SETTING: NOBODY_CAN_SATISFY}, deadline_s=deadline.left_s)
         pause = Pause()
-        while not await self._canary_waits(watch, deadline):
+        while not await watch.canary_waits(deadline):
             if deadline.passed:
                 raise NotConfirmed(f"commits do not wait yet after {deadline.whole_s:g} s: the checkpointer is busy")
             await pause(deadline)
 
-    async def _canary_waits(self, watch: sql.Session, deadline: Deadline) -> bool:
-        """One commit of our own: True, it was seen waiting for standbys (and was ended); False, it came back."""
-        async with sql.session(self._server, deadline_s=deadline.left_s, statement_timeout_s=3600) as canary:
-            await canary.execute(
-                f"SET application_name = '{_CANARY_NAME}'; SET synchronous_commit = on", deadline_s=deadline.left_s
-            )
-            pid = canary.connection.get_server_pid()
-            commit = asyncio.ensure_future(
-                canary.execute(
-                    "SELECT pg_logical_emit_message(true, 'instance-manager', 'canary')", deadline_s=deadline.left_s + 5
-                )
-            )
-            seen = False
-            pause = Pause(0.01)
-            try:
-                while not commit.done() and not seen and not deadline.passed:
-                    seen = bool(
-                        await watch.fetchval(
-                            "SELECT count(*) > 0 FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'SyncRep'",
-                            pid,
-                            deadline_s=deadline.left_s,
-                        )
-                    )
-                    if not seen:
-                        await pause(deadline)
-            finally:
-                if not commit.done():
-                    canary.terminate()
-                    await asyncio.wait({commit}, timeout=1)
-                    if watch.is_open:
-                        await watch.execute(f"SELECT pg_terminate_backend({pid})", deadline_s=1.0)
-                if commit.done() and not commit.cancelled():
-                    commit.exception()
-            return seen
-
     async def _dropped_are_gone(
         self,
-        watch: sql.Session,
+        watch: ReplicationSession,
         wanted: SynchronousSet,
         before: frozenset[Process],
         deadline: Deadline,
@@ -348,66 +288,27 @@ class SynchronousReplication:
         pause = Pause(0.02)
         lingering: tuple[int, ...] = ()
         try:
-            while lingering := judge_dropped(await _senders(watch, deadline), members=wanted.members, before=before):
+            while lingering := judge_dropped(await watch.senders(deadline), members=wanted.members, before=before):
                 if deadline.passed:
                     raise NotConfirmed("walsenders of dropped names live", lingering)
                 if loop.time() - started_s >= terminate_after_s:
-                    await _terminate(watch, set(lingering), deadline)
+                    await watch.terminate_senders(lingering, deadline)
                 await pause(deadline)
         except (DeadlinePassed, sql.SqlUnavailable, asyncpg.PostgresError) as error:
             raise NotConfirmed(f"walsenders of dropped names: {error}", lingering) from error
 
-    async def _postmaster_start(self, watch: sql.Session, deadline: Deadline) -> str:
-        row = await watch.fetchrow(
-            "SELECT pg_is_in_recovery() AS recovery, pg_postmaster_start_time()::text AS start",
-            deadline_s=deadline.left_s,
-        )
-        if row is None or row["recovery"]:
+    async def _primary_since(self, watch: ReplicationSession, deadline: Deadline) -> str:
+        start = await watch.primary_since(deadline)
+        if start is None:
             raise NotConfirmed("this server is in recovery: its list is the one that nobody can satisfy")
-        return str(row["start"])
+        return start
 
 
-async def _write_mark(watch: sql.Session, timeline: Timeline, deadline: Deadline) -> Lsn:
-    """A position behind everything that the log held, which flush positions do reach (P10).
-
-    The session commits with `synchronous_commit = local`, so the record is flushed here when this returns. An insert
-    position would not do: at a page's start it counts a header that nobody has written.
-    """
-    await watch.execute(
-        "SET synchronous_commit = local; SELECT pg_logical_emit_message(true, 'instance-manager', 'barrier')",
-        deadline_s=deadline.left_s,
-    )
-    row = await watch.fetchrow(
-        "SELECT pg_current_wal_flush_lsn()::text AS mark, "
-        "('x' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8))::bit(32)::int AS timeline",
-        deadline_s=deadline.left_s,
-    )
-    assert row is not None  # noqa: S101
-    if row["timeline"] != timeline:
-        raise BarrierNotPassed(f"Postgres writes timeline {row['timeline']}, not the claimed {timeline}")
-    return parse_lsn(row["mark"])
-
-
-async def _senders(watch: sql.Session, deadline: Deadline) -> list[Sender]:
-    rows = await watch.fetch(
-        "SELECT w.pid, w.backend_start::text AS start, w.application_name, w.state, w.sync_priority, "
-        "w.sent_lsn::text AS sent, w.flush_lsn::text AS flush, s.slot_name FROM pg_stat_replication w "
-        "LEFT JOIN pg_get_replication_slots() s ON s.active_pid = w.pid",
-        deadline_s=deadline.left_s,
-    )
-    return [
-        Sender(
-            pid=row["pid"],
-            backend_start=row["start"],
-            name=row["application_name"].lower(),
-            state=row["state"] or "",
-            sync_priority=row["sync_priority"] or 0,
-            sent_lsn=Lsn(0) if row["sent"] is None else parse_lsn(row["sent"]),
-            flush_lsn=None if row["flush"] is None else parse_lsn(row["flush"]),
-            slot=row["slot_name"],
-        )
-        for row in rows
-    ]
+async def _write_mark(watch: ReplicationSession, timeline: Timeline, deadline: Deadline) -> Lsn:
+    own, mark = await watch.write_mark(deadline)
+    if own != timeline:
+        raise BarrierNotPassed(f"Postgres writes timeline {own}, not the claimed {timeline}")
+    return mark
 
 
 def _older_twins(senders: Iterable[Sender], state: BarrierState) -> set[int]:
@@ -417,13 +318,3 @@ def _older_twins(senders: Iterable[Sender], state: BarrierState) -> set[int]:
         twins = sorted((each for each in senders if each.name == name), key=lambda each: each.backend_start)
         found |= {each.pid for each in twins[:-1]}
     return found
-
-
-async def _terminate(watch: sql.Session, pids: set[int], deadline: Deadline) -> None:
-    """SIGTERM to walsenders; whether they are gone is seen by the caller."""
-    if pids:
-        await watch.fetch(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_replication WHERE pid = ANY($1::int[])",
-            sorted(pids),
-            deadline_s=deadline.left_s,
-        )

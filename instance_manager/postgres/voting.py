@@ -30,21 +30,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import asyncpg
 
 from instance_manager.core.types import Lsn, MemberId, Timeline, TimelineChain, WalEnd, format_lsn, parse_lsn
 from instance_manager.postgres import sql
-from instance_manager.postgres.dynamic_settings import Deadline, DynamicSettings, Pause, SettingNotSeen
-from instance_manager.postgres.files import fsync_file, make_directory, write_atomically
+from instance_manager.postgres.deadlines import Deadline, Pause
+from instance_manager.postgres.dynamic_settings import DynamicSettings, SettingNotSeen
+from instance_manager.postgres.files import fsync_file
 from instance_manager.postgres.histories import history_file_name, history_of_chain, read_history
 from instance_manager.postgres.observation import IdentifyFailed, identify_system
+from instance_manager.postgres.running import NoProcesses, RunningServer
 from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError, LocalServer
 from instance_manager.postgres.wal_dump import PositionUnknown, end_of_wal, segment_file_name
 
@@ -58,8 +56,6 @@ __all__ = [
     "stop_following",
 ]
 
-BLOCK_DIRECTORY = "no-walreceiver"
-_LIBRARY = "libpqwalreceiver"
 _DEFAULT_LIBRARY_PATH = "$libdir"
 _LAST_LOOK_S = 0.05
 _RESUME_S = 1.0
@@ -94,7 +90,7 @@ class Stopped:
     """Walreceivers that were ended for it."""
 
 
-async def stop_following(server: LocalServer, settings: DynamicSettings, *, deadline_s: float) -> Stopped:
+async def stop_following(server: RunningServer, settings: DynamicSettings, *, deadline_s: float) -> Stopped:
     """Stop receiving, and prove it (P2). To be called after the promise is persisted. May be repeated.
 
     NotStopped: not proven in time; what was begun stays (the settings are emptied), and nothing may be promised.
@@ -103,7 +99,7 @@ async def stop_following(server: LocalServer, settings: DynamicSettings, *, dead
     try:
         async with _turn(settings, deadline):
             return await _stop(server, settings, deadline)
-    except (SettingNotSeen, DeadlinePassed, sql.SqlUnavailable, asyncpg.PostgresError, OSError) as error:
+    except (SettingNotSeen, DeadlinePassed, NoProcesses, sql.SqlUnavailable, asyncpg.PostgresError, OSError) as error:
         raise NotStopped(str(error)) from error
 
 
@@ -136,7 +132,7 @@ async def position(server: LocalServer, chain: TimelineChain, *, deadline_s: flo
 
 
 async def follow(
-    server: LocalServer, settings: DynamicSettings, conninfo: str, slot: MemberId | None, *, deadline_s: float
+    server: RunningServer, settings: DynamicSettings, conninfo: str, slot: MemberId | None, *, deadline_s: float
 ) -> None:
     """Follow this primary and no other, through this slot. To be called after its epoch is persisted as promised (R5).
 
@@ -148,16 +144,17 @@ async def follow(
     wanted = {"primary_conninfo": conninfo, "primary_slot_name": slot or ""}
     try:
         async with _turn(settings, deadline):
-            current = await settings.read()
-            if all(current.get(name) == value for name, value in wanted.items()) and not _is_blocked(server, current):
+            current = await settings.file.read()
+            block = await server.block_directory()
+            if all(current.get(name) == value for name, value in wanted.items()) and not _is_blocked(block, current):
                 await settings.confirm(wanted, deadline)
                 return
             await _stop(server, settings, deadline)
             await _startup_has_looked(server, deadline)
-            underlying = await _underlying_library_path(server, settings, deadline)
+            underlying = await _underlying_library_path(block, settings, deadline)
             path = None if underlying == _DEFAULT_LIBRARY_PATH else underlying
             await settings.change({**wanted, "dynamic_library_path": path}, deadline_s=deadline.left_s)
-    except (LocalPostgresError, asyncpg.PostgresError, OSError) as error:
+    except (LocalPostgresError, NoProcesses, asyncpg.PostgresError, OSError) as error:
         raise NotFollowing(str(error)) from error
 
 
@@ -174,9 +171,9 @@ async def _turn(settings: DynamicSettings, deadline: Deadline) -> AsyncIterator[
         settings.following.release()
 
 
-async def _stop(server: LocalServer, settings: DynamicSettings, deadline: Deadline) -> Stopped:
-    block = await asyncio.to_thread(_make_block, server)
-    underlying = await _underlying_library_path(server, settings, deadline)
+async def _stop(server: RunningServer, settings: DynamicSettings, deadline: Deadline) -> Stopped:
+    block = await server.block_directory()
+    underlying = await _underlying_library_path(block, settings, deadline)
     await settings.change(
         {"primary_conninfo": "", "primary_slot_name": "", "dynamic_library_path": f"{block}:{underlying}"},
         deadline_s=deadline.left_s,
@@ -184,58 +181,28 @@ async def _stop(server: LocalServer, settings: DynamicSettings, deadline: Deadli
     return await _end_walreceivers(server, deadline)
 
 
-def _block_directory(server: LocalServer) -> Path:
-    return server.state_directory / BLOCK_DIRECTORY
+def _is_blocked(block: str, settings: Mapping[str, str]) -> bool:
+    return settings.get("dynamic_library_path", "").startswith(f"{block}:")
 
 
-def _make_block(server: LocalServer) -> Path:
-    directory = _block_directory(server)
-    if ":" in str(directory) or not directory.is_absolute():
-        raise OSError(f"{directory} cannot be in dynamic_library_path")
-    make_directory(directory, mode=0o755, run_as=server.run_as)
-    for name in (_LIBRARY, f"{_LIBRARY}.so"):
-        if not (directory / name).exists():
-            write_atomically(directory / name, b"", mode=0o644, run_as=server.run_as)
-    return directory
-
-
-def _is_blocked(server: LocalServer, settings: dict[str, str]) -> bool:
-    return settings.get("dynamic_library_path", "").startswith(f"{_block_directory(server)}:")
-
-
-async def _underlying_library_path(server: LocalServer, settings: DynamicSettings, deadline: Deadline) -> str:
-    seen = await settings.seen_by_new_connection(["dynamic_library_path"], deadline)
+async def _underlying_library_path(block: str, settings: DynamicSettings, deadline: Deadline) -> str:
+    seen = await settings.file.shown(["dynamic_library_path"], deadline)
     value = seen["dynamic_library_path"] or ""
-    return value.removeprefix(f"{_block_directory(server)}:") or _DEFAULT_LIBRARY_PATH
+    return value.removeprefix(f"{block}:") or _DEFAULT_LIBRARY_PATH
 
 
-ChildKind = Literal["walreceiver", "other", "unclassified"]
-
-
-async def _end_walreceivers(server: LocalServer, deadline: Deadline) -> Stopped:
+async def _end_walreceivers(server: RunningServer, deadline: Deadline) -> Stopped:
     ended: set[int] = set()
     pause = Pause(0.02)
-    async with sql.session(server, deadline_s=deadline.left_s) as fresh:
-        row = await fresh.fetchrow(
-            "SELECT pg_backend_pid() AS pid, current_setting('cluster_name') AS cluster", deadline_s=deadline.left_s
-        )
-        assert row is not None  # noqa: S101
-        # Our own backend's parent is the postmaster, whatever any pid file says.
-        postmaster = _parent_of(row["pid"])
-        if postmaster is None:
-            raise NotStopped(f"no process {row['pid']} in /proc: another PID namespace")
-        prefix = f"postgres: {row['cluster']}: " if row["cluster"] else "postgres: "
+    async with server.processes(deadline) as processes:
         while True:
-            children = await asyncio.to_thread(_children_of, postmaster)
-            rows = await fresh.fetch("SELECT pid, backend_type FROM pg_stat_activity", deadline_s=deadline.left_s)
-            known = {each["pid"]: each["backend_type"] for each in rows}
-            kinds = {pid: _kind_of(title, known.get(pid), prefix) for pid, title in children.items()}
+            kinds = await processes.children(deadline)
             receivers = tuple(pid for pid, kind in kinds.items() if kind == "walreceiver")
             unclassified = tuple(pid for pid, kind in kinds.items() if kind == "unclassified")
             if not receivers and not unclassified:
-                return Stopped(postmaster, tuple(sorted(ended)))
+                return Stopped(processes.postmaster, tuple(sorted(ended)))
             for pid in receivers:
-                if pid not in ended and _terminate(pid, postmaster):
+                if pid not in ended and processes.terminate(pid):
                     ended.add(pid)
             # The last look is not left to a query that has no time any more: this failure names who lives.
             if deadline.left_s < _LAST_LOOK_S:
@@ -247,72 +214,25 @@ async def _end_walreceivers(server: LocalServer, deadline: Deadline) -> Stopped:
             await pause(deadline)
 
 
-def _kind_of(title: str, backend_type: str | None, prefix: str) -> ChildKind:
-    if backend_type is not None:
-        return "walreceiver" if backend_type == "walreceiver" else "other"
-    if not title.startswith(prefix):
-        # Forked a moment ago: it has the postmaster's command line still. (An empty title: it is ending, a zombie.)
-        return "unclassified" if title else "other"
-    return "walreceiver" if title.removeprefix(prefix).startswith("walreceiver") else "other"
-
-
-def _children_of(postmaster: int) -> dict[int, str]:
-    """Pid and title of each child: one that lives throughout the listing of /proc is in it."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _parent_of(int(entry.name)) == postmaster:
-            with contextlib.suppress(OSError):
-                content = (entry / "cmdline").read_bytes()
-                found[int(entry.name)] = content.replace(b"\0", b" ").decode(errors="replace").strip()
-    return found
-
-
-def _parent_of(pid: int) -> int | None:
-    try:
-        content = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(content.rpartition(")")[2].split()[1])
-
-
-def _terminate(pid: int, postmaster: int) -> bool:
-    """SIGTERM through a pidfd, so that a reused number is never hit. pg_terminate_backend refuses a walreceiver."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return False
-    try:
-        if _parent_of(pid) != postmaster:
-            return False
-        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-    except ProcessLookupError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-async def _startup_has_looked(server: LocalServer, deadline: Deadline) -> None:
+async def _startup_has_looked(server: RunningServer, deadline: Deadline) -> None:
     """Return once the startup process has loaded the settings that are loaded now; see the head of the module.
 
     Replay goes on in any case: paused, it would never ask for a walreceiver. A pause that was there before is lost.
     """
     try:
-        async with sql.session(server, deadline_s=deadline.left_s) as fresh:
+        async with server.processes(deadline) as processes:
             for _ in range(2):
-                await fresh.execute("SELECT pg_wal_replay_resume()", deadline_s=deadline.left_s)
-                await fresh.execute("SELECT pg_wal_replay_pause()", deadline_s=deadline.left_s)
+                await processes.resume_replay(deadline)
+                await processes.pause_replay(deadline)
                 pause = Pause(0.02)
-                while True:
-                    state = await fresh.fetchval("SELECT pg_get_wal_replay_pause_state()", deadline_s=deadline.left_s)
-                    if state == "paused":
-                        break
+                while not await processes.replay_is_paused(deadline):
                     if deadline.passed:
                         raise NotFollowing(f"the startup process is busy: no pause within {deadline.whole_s:g} s")
                     await pause(deadline)
     finally:
-        async with sql.session(server, deadline_s=_RESUME_S) as another:
-            await another.execute("SELECT pg_wal_replay_resume()", deadline_s=_RESUME_S)
+        last = Deadline(_RESUME_S)
+        async with server.processes(last) as another:
+            await another.resume_replay(last)
 
 
 async def _replay_position(server: LocalServer, deadline: Deadline) -> tuple[WalEnd, int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import selectors
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -264,6 +265,7 @@ class Keeping:
             volume=lambda: self.live_volume(),
             grant=self.permits.append,
             on_change=self._on_change,
+            chance=random.Random(1),
         )
 
     def _on_change(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from instance_manager.agent.health import Health
 from instance_manager.agent.peering import EndAnswer, Peers, WatchAnswer
 from instance_manager.agent.standby_watch import Walsender
 from instance_manager.agent.supervisor_link import SupervisorLink
-from instance_manager.agent.volume import Volume
+from instance_manager.agent.volume import Volume, VolumeDirectory
 from instance_manager.codec import to_json
 from instance_manager.config import (
     ClusterSection,
@@ -179,7 +180,7 @@ def _fields(answer: EndAnswer) -> dict[str, Any]:
     return {name: getattr(answer, name) for name in EndAnswer.__dataclass_fields__}
 
 
-class LoudVolume(Volume):
+class LoudDirectory(VolumeDirectory):
     """Tells when something has reached the disk."""
 
     events: list[str]
@@ -200,8 +201,9 @@ class Instance:
         self.holder = Holder(member_id=self.member_id, incarnation=f"{name}-life-1")
         self.database = FakeDatabase(self.events, primary=name == "p")
         self.caller = FakeCaller()
-        self.volume = LoudVolume(directory, None)
-        self.volume.events = self.events
+        storage = LoudDirectory(directory, None)
+        storage.events = self.events
+        self.volume = Volume(storage, boot_id="boot-1", chance=random.Random(1))
         self.volume.state = volume(self.member_id)
         self.keeping = Keeping(self.store, self.holder)
         self.keeping.live_volume = lambda: self.volume.state
@@ -230,6 +232,7 @@ class Instance:
             journal=Journal(self.clock),
             started_s=self.clock.now_s(),
             boot_id="boot-1",
+            chance=random.Random(1),
         )
         if name == "p":
             self.context.role = Role.PRIMARY

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import random
 import shutil
 import threading
 from dataclasses import replace
@@ -14,15 +15,15 @@ import pytest
 from agent_builders import A, B, P
 
 from instance_manager.agent import volume as volume_module
-from instance_manager.agent.volume import Volume, VolumeUnusable
+from instance_manager.agent.volume import Volume, VolumeDirectory, VolumeUnusable
 from instance_manager.codec import from_json
 from instance_manager.core.types import Epoch, MemberName
 from instance_manager.core.voting import VolumeState
 from instance_manager.postgres.files import write_atomically
 
 
-def loaded(directory: Path, *, now_s: float = 1000.0) -> Volume:
-    made = Volume(directory, None)
+def loaded(directory: Path, *, now_s: float = 1000.0, boot_id: str = "boot-1") -> Volume:
+    made = Volume(VolumeDirectory(directory, None), boot_id=boot_id, chance=random.Random())
     made.load(now_s=now_s, lease_duration_s=10.0)
     return made
 
@@ -129,22 +130,15 @@ async def test_r6_every_new_directory_is_a_new_member(tmp_path: Path) -> None:
     assert on_disk(tmp_path).promised_epoch == 7
 
 
-async def test_r11_after_a_reboot_an_extension_binds_for_the_whole_duration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(volume_module, "boot_id", lambda: "boot-1")
+async def test_r11_after_a_reboot_an_extension_binds_for_the_whole_duration(tmp_path: Path) -> None:
     volume = loaded(tmp_path)
     await volume.save(lambda state: replace(state, extension_epoch=Epoch(5), extension_until_s=900_000.0))
-    monkeypatch.setattr(volume_module, "boot_id", lambda: "boot-2")
-    found = loaded(tmp_path, now_s=12.0).state
+    found = loaded(tmp_path, now_s=12.0, boot_id="boot-2").state
     assert found.extension_until_s == 22.0
     assert found.boot_id == "boot-2"
 
 
-async def test_r11_within_one_boot_an_extension_ends_when_it_was_said_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(volume_module, "boot_id", lambda: "boot-1")
+async def test_r11_within_one_boot_an_extension_ends_when_it_was_said_to(tmp_path: Path) -> None:
     volume = loaded(tmp_path)
     await volume.save(lambda state: replace(state, extension_until_s=1008.0))
     assert loaded(tmp_path, now_s=1001.0).state.extension_until_s == 1008.0

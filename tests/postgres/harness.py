@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import asyncpg
 
 from instance_manager.core.types import Lsn, parse_lsn
+from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.server import LocalServer, RunAs
 
 BIN_DIRECTORY = Path(os.environ.get("POSTGRES_BIN_DIRECTORY", "/usr/lib/postgresql/15/bin"))
@@ -243,6 +244,11 @@ class PostgresProcess:
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
+
+    @property
+    def running(self) -> SqlServer:
+        """The port through which the rules look at this server."""
+        return SqlServer(self.server, self.reload)
 
     async def reload(self) -> None:
         """The port `reload` of the modules under test: SIGHUP to the postmaster."""

@@ -33,7 +33,7 @@ async def test_p12_a_shutdown_completes_without_a_standby_whose_connection_died(
     assert isinstance(end, WalEnd), end
     a.set_dynamic(primary_conninfo="")
     await a.start()
-    await stop_following(a.server, DynamicSettings(a.server, a.reload), deadline_s=5)
+    await stop_following(a.running, DynamicSettings(a.running.settings_file), deadline_s=5)
     assert await position(a.server, FIRST, deadline_s=5) < end
 
 
@@ -44,7 +44,7 @@ async def test_p12_a_standby_that_streamed_to_the_end_holds_the_very_end_that_pg
     await primary.stop()
     control = await read_control_data(primary.server)
     end = await shutdown_end(primary.server, control, FIRST, deadline_s=5)
-    await stop_following(a.server, DynamicSettings(a.server, a.reload), deadline_s=5)
+    await stop_following(a.running, DynamicSettings(a.running.settings_file), deadline_s=5)
     assert await position(a.server, FIRST, deadline_s=5) == end
     other = TimelineChain(Timeline(3))
     assert isinstance(await shutdown_end(primary.server, control, other, deadline_s=5), NotHandedOver)

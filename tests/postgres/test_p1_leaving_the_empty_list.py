@@ -16,7 +16,7 @@ A = MemberId("a_0000000a")
 
 
 def replication_of(server: PostgresProcess) -> SynchronousReplication:
-    return SynchronousReplication(server.server, DynamicSettings(server.server, server.reload), require_slots=False)
+    return SynchronousReplication(server.running, DynamicSettings(server.running.settings_file), require_slots=False)
 
 
 async def test_p1_with_a_stopped_checkpointer_commits_pass_although_the_view_says_quorum(cluster: Cluster) -> None:

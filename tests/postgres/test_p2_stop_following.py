@@ -24,7 +24,7 @@ A = MemberId("a_0000000a")
 
 
 def settings_of(server: PostgresProcess) -> DynamicSettings:
-    return DynamicSettings(server.server, server.reload)
+    return DynamicSettings(server.running.settings_file)
 
 
 @contextlib.asynccontextmanager
@@ -85,7 +85,7 @@ async def test_p2_stop_following_ends_the_acknowledgements_of_a_standby_in_confl
     await require(primary)
     async with replay_in_conflict(primary, standby):
         started_s = time.monotonic()
-        stopped = await stop_following(standby.server, settings_of(standby), deadline_s=3)
+        stopped = await stop_following(standby.running, settings_of(standby), deadline_s=3)
         print(f"stop_following, busy: {(time.monotonic() - started_s) * 1000:.0f} ms")
         assert len(stopped.ended) == 1
         assert not await primary.commit_is_acknowledged(within_s=0.5)
@@ -99,18 +99,18 @@ async def test_p2_stop_following_ends_the_acknowledgements_of_idle_and_paused_st
     primary, standby = await cluster.primary_with_standbys(A)
     await require(primary)
     started_s = time.monotonic()
-    await stop_following(standby.server, settings_of(standby), deadline_s=3)
+    await stop_following(standby.running, settings_of(standby), deadline_s=3)
     print(f"stop_following, idle: {(time.monotonic() - started_s) * 1000:.0f} ms")
     assert not await primary.commit_is_acknowledged(within_s=0.3)
     started_s = time.monotonic()
-    await follow(standby.server, settings_of(standby), conninfo(primary, A), None, deadline_s=3)
+    await follow(standby.running, settings_of(standby), conninfo(primary, A), None, deadline_s=3)
     print(f"follow: {(time.monotonic() - started_s) * 1000:.0f} ms")
     assert await primary.commit_is_acknowledged(within_s=5)
     await standby.execute("SELECT pg_wal_replay_pause()")
-    await stop_following(standby.server, settings_of(standby), deadline_s=3)
+    await stop_following(standby.running, settings_of(standby), deadline_s=3)
     assert not await primary.commit_is_acknowledged(within_s=0.3)
     # A paused startup process asks for no walreceiver: to follow ends the pause.
-    await follow(standby.server, settings_of(standby), conninfo(primary, A), None, deadline_s=3)
+    await follow(standby.running, settings_of(standby), conninfo(primary, A), None, deadline_s=3)
     await cluster.wait_streaming(primary, A)
 
 
@@ -120,32 +120,32 @@ async def test_p2_a_walreceiver_that_does_not_end_makes_no_vote(cluster: Cluster
     walreceiver = standby.child_pid("walreceiver")
     with frozen(walreceiver):
         with pytest.raises(NotStopped) as failure:
-            await stop_following(standby.server, settings_of(standby), deadline_s=0.5)
+            await stop_following(standby.running, settings_of(standby), deadline_s=0.5)
         assert failure.value.walreceivers == (walreceiver,)
-    await stop_following(standby.server, settings_of(standby), deadline_s=3)
+    await stop_following(standby.running, settings_of(standby), deadline_s=3)
     assert not await primary.commit_is_acknowledged(within_s=0.3)
 
 
 async def test_p2_a_stopped_postmaster_makes_no_vote(cluster: Cluster) -> None:
     _, standby = await cluster.primary_with_standbys(A)
     with frozen(standby.pid), pytest.raises(NotStopped):
-        await stop_following(standby.server, settings_of(standby), deadline_s=0.5)
+        await stop_following(standby.running, settings_of(standby), deadline_s=0.5)
 
 
 async def test_p2_a_setting_that_is_overridden_makes_no_vote(cluster: Cluster) -> None:
     primary, standby = await cluster.primary_with_standbys(A)
     await standby.execute(f"ALTER SYSTEM SET primary_conninfo = '{conninfo(primary, A)}'")
     with pytest.raises(NotStopped, match="primary_conninfo"):
-        await stop_following(standby.server, settings_of(standby), deadline_s=0.5)
+        await stop_following(standby.running, settings_of(standby), deadline_s=0.5)
 
 
 async def test_p2_no_walreceiver_can_start_behind_the_block_even_if_it_is_asked_for(cluster: Cluster) -> None:
     """As a startup process would that has not looked at SIGHUP yet: it asks with the address of the old primary."""
     primary, standby = await cluster.primary_with_standbys(A)
     await require(primary)
-    await stop_following(standby.server, settings_of(standby), deadline_s=3)
+    await stop_following(standby.running, settings_of(standby), deadline_s=3)
     before = len(standby.log_text())
-    standby.dynamic = await settings_of(standby).read()
+    standby.dynamic = await settings_of(standby).file.read()
     standby.set_dynamic(primary_conninfo=conninfo(primary, A))
     await standby.reload()
 
@@ -242,10 +242,10 @@ async def test_p2_that_the_startup_process_is_seen_busy_and_no_walreceiver_runs_
 async def test_p2_a_standby_busy_with_pg_wal_votes_and_never_connects_to_the_old_primary(cluster: Cluster) -> None:
     busy = await busy_from_pg_wal(cluster)
     standby, address = busy.standby, conninfo(busy.primary, A)
-    await stop_following(standby.server, settings_of(standby), deadline_s=3)
+    await stop_following(standby.running, settings_of(standby), deadline_s=3)
     # While it is busy it does not follow again either: it may still have the old address.
     with pytest.raises(NotFollowing):
-        await follow(standby.server, settings_of(standby), address, None, deadline_s=0.5)
+        await follow(standby.running, settings_of(standby), address, None, deadline_s=0.5)
     busy.reader.terminate()
 
     async def tried() -> bool:
@@ -257,7 +257,7 @@ async def test_p2_a_standby_busy_with_pg_wal_votes_and_never_connects_to_the_old
     assert not await busy.primary.commit_is_acknowledged(within_s=0.5)
     busy.locker.terminate()
     standby.configure(recovery_min_apply_delay="0")
-    await follow(standby.server, settings_of(standby), address, None, deadline_s=5)
+    await follow(standby.running, settings_of(standby), address, None, deadline_s=5)
     assert await busy.primary.commit_is_acknowledged(within_s=5)
 
 
@@ -265,17 +265,17 @@ async def test_p2_following_again_waits_until_the_startup_process_has_let_go_of_
     cluster: Cluster,
 ) -> None:
     primary, standby = await cluster.primary_with_standbys(A)
-    await stop_following(standby.server, settings_of(standby), deadline_s=3)
+    await stop_following(standby.running, settings_of(standby), deadline_s=3)
     startup = standby.child_pid("startup")
     freeze(startup)
     with pytest.raises(NotFollowing):
-        await follow(standby.server, settings_of(standby), conninfo(primary, A), None, deadline_s=0.5)
-    assert "no-walreceiver" in (await settings_of(standby).read())["dynamic_library_path"]
+        await follow(standby.running, settings_of(standby), conninfo(primary, A), None, deadline_s=0.5)
+    assert "no-walreceiver" in (await settings_of(standby).file.read())["dynamic_library_path"]
     thaw(startup)
-    await follow(standby.server, settings_of(standby), conninfo(primary, A), None, deadline_s=5)
+    await follow(standby.running, settings_of(standby), conninfo(primary, A), None, deadline_s=5)
     await cluster.wait_streaming(primary, A)
     # Asked again, it does nothing: the walreceiver stays.
     walreceiver = standby.child_pid("walreceiver")
-    await follow(standby.server, settings_of(standby), conninfo(primary, A), None, deadline_s=5)
+    await follow(standby.running, settings_of(standby), conninfo(primary, A), None, deadline_s=5)
     os.kill(walreceiver, 0)
     assert standby.child_pid("walreceiver") == walreceiver

@@ -24,7 +24,7 @@ def chain_to(timeline: int, switch_lsn: Lsn) -> TimelineChain:
 
 
 async def stop(server: PostgresProcess) -> None:
-    await stop_following(server.server, DynamicSettings(server.server, server.reload), deadline_s=5)
+    await stop_following(server.running, DynamicSettings(server.running.settings_file), deadline_s=5)
 
 
 async def written(primary: PostgresProcess) -> Lsn:
@@ -74,7 +74,7 @@ async def test_p11_the_position_names_the_timeline_that_pg_control_does_not_know
     chain = chain_to(9, fork)
     await promote(a.server, chain, a.relay, deadline_s=10)
     primary.kill()
-    await follow(b.server, DynamicSettings(b.server, b.reload), conninfo(a, B), None, deadline_s=5)
+    await follow(b.running, DynamicSettings(b.running.settings_file), conninfo(a, B), None, deadline_s=5)
     await cluster.wait_streaming(a, B)
     await a.execute("CREATE TABLE t AS SELECT generate_series(1, 100) AS id")
     await cluster.wait_streaming(a, B)

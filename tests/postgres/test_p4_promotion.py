@@ -37,7 +37,7 @@ async def ready(cluster: Cluster, *names: str) -> list[PostgresProcess]:
 
 async def claimed(standby: PostgresProcess, chain: TimelineChain, timeline: int) -> TimelineChain:
     """Vote, and claim `timeline` from the end of this log."""
-    await stop_following(standby.server, DynamicSettings(standby.server, standby.reload), deadline_s=5)
+    await stop_following(standby.running, DynamicSettings(standby.running.settings_file), deadline_s=5)
     end = await position(standby.server, chain, deadline_s=5)
     epoch = Epoch(len(chain.switches) + 2)
     return chain.forked(TimelineSwitch(Timeline(timeline), end.timeline, end.lsn, epoch))
@@ -75,7 +75,7 @@ async def test_p4_a_standby_cannot_follow_across_a_skipped_number_without_its_hi
     primary.kill()
     await promote(a.server, chain, a.relay, deadline_s=10)
     (a.data / "pg_wal" / "00000002.history").unlink()
-    await follow(b.server, DynamicSettings(b.server, b.reload), conninfo(a, B), None, deadline_s=5)
+    await follow(b.running, DynamicSettings(b.running.settings_file), conninfo(a, B), None, deadline_s=5)
 
     async def refused() -> bool:
         return "could not receive timeline history file" in b.log_text()
@@ -98,7 +98,7 @@ async def test_p4_the_history_keeps_all_ancestors_and_a_sibling_follows_across(c
     promoted = await promote(a.server, chain, a.relay, deadline_s=10)
     print(f"promote, 1 to 3: {promoted.took_s * 1000:.0f} ms")
     primary.kill()
-    await follow(b.server, DynamicSettings(b.server, b.reload), conninfo(a, B), None, deadline_s=5)
+    await follow(b.running, DynamicSettings(b.running.settings_file), conninfo(a, B), None, deadline_s=5)
     await cluster.wait_streaming(a, B)
     await a.execute("CREATE TABLE t AS SELECT generate_series(1, 100) AS id")
     await cluster.wait_streaming(a, B)

@@ -13,10 +13,10 @@ from harness import Cluster, PostgresProcess, frozen, thaw, wait_until
 from instance_manager.core.quorum import SynchronousSet
 from instance_manager.core.types import Lsn, MemberId, Timeline
 from instance_manager.postgres.dynamic_settings import DynamicSettings
+from instance_manager.postgres.running import Sender
 from instance_manager.postgres.synchronous import (
     BarrierNotPassed,
     NotConfirmed,
-    Sender,
     SynchronousReplication,
     judge_barrier,
     judge_dropped,
@@ -29,8 +29,8 @@ ONE = Timeline(1)
 
 
 def replication_of(server: PostgresProcess, *, require_slots: bool = True) -> SynchronousReplication:
-    settings = DynamicSettings(server.server, server.reload)
-    return SynchronousReplication(server.server, settings, require_slots=require_slots)
+    settings = DynamicSettings(server.running.settings_file)
+    return SynchronousReplication(server.running, settings, require_slots=require_slots)
 
 
 def chosen(k: int, *members: MemberId) -> SynchronousSet:

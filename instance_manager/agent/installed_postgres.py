@@ -1,0 +1,192 @@
+"""The real `LocalPostgres`: the modules of `instance_manager/postgres/` put together for one instance."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Collection
+
+import asyncpg
+
+from instance_manager.agent.postgres_port import StartCommand, Upstream
+from instance_manager.agent.server_files import ServerFiles
+from instance_manager.config import Configuration
+from instance_manager.core.quorum import SynchronousSet
+from instance_manager.core.types import MemberId, Timeline, TimelineChain, WalEnd
+from instance_manager.postgres import bootstrap, directory, observation, promotion, rewind, slots, sql, voting
+from instance_manager.postgres.binaries import ServerVersion, find_bin_directory
+from instance_manager.postgres.clone import CloneProgress
+from instance_manager.postgres.clone import clone as clone_directory
+from instance_manager.postgres.control_data import ControlData, HotStandbySettings, read_control_data
+from instance_manager.postgres.files import make_directory, remove_if_present
+from instance_manager.postgres.histories import history_of_chain
+from instance_manager.postgres.host_based_access import Access
+from instance_manager.postgres.running import SqlServer
+from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
+from instance_manager.postgres.wal_dump import end_of_stopped_directory
+
+STOPPED_END_DEADLINE_S = 60.0
+SHUTDOWN_END_DEADLINE_S = 10.0
+
+
+class SqlFailed(LocalPostgresError):
+    """Postgres answered with an error; the text is its own."""
+
+
+class InstalledPostgres:
+    def __init__(
+        self,
+        configuration: Configuration,
+        server: LocalServer,
+        version: ServerVersion,
+        reload: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._server = server
+        self._files = ServerFiles(configuration, server, version)
+        self._sql = sql.LocalSql(server)
+        self.major = version.major
+        self.running = SqlServer(server, reload)
+
+    # The running server.
+
+    async def observe(self, *, deadline_s: float) -> observation.PostgresObservation:
+        try:
+            return await observation.observe(self._sql, deadline_s=deadline_s)
+        except asyncpg.PostgresError as error:
+            raise SqlFailed(str(error)) from error
+
+    def forget(self) -> None:
+        self._sql.close()
+
+    async def answers_new_connection(self, *, deadline_s: float) -> None:
+        async with sql.session(self._server, deadline_s=deadline_s) as fresh:
+            await fresh.fetchval("SELECT 1", deadline_s=deadline_s)
+
+    async def keep_slots(self, members: Collection[MemberId]) -> None:
+        try:
+            await slots.reconcile(self._sql, members)
+        except asyncpg.PostgresError as error:
+            raise SqlFailed(str(error)) from error
+
+    async def emit_message(self, *, deadline_s: float) -> None:
+        await self._sql.execute(
+            "SELECT pg_logical_emit_message(true, 'instance-manager', 'set')", deadline_s=deadline_s
+        )
+
+    async def create_roles(self) -> tuple[str, ...]:
+        return await bootstrap.create_roles(self._sql, self._files.role_options())
+
+    async def checkpoint(self, *, deadline_s: float) -> None:
+        await promotion.checkpoint(self._server, deadline_s=deadline_s)
+
+    async def position(self, chain: TimelineChain, *, deadline_s: float) -> WalEnd:
+        return await voting.position(self._server, chain, deadline_s=deadline_s)
+
+    async def promote(
+        self, chain: TimelineChain, relay: Callable[[], Awaitable[None]], *, deadline_s: float
+    ) -> Timeline:
+        promoted = await promotion.promote(self._server, chain, relay, deadline_s=deadline_s)
+        return promoted.timeline
+
+    # Files.
+
+    async def inspect(self) -> directory.DirectoryReport:
+        return await asyncio.to_thread(self.inspect_at_start)
+
+    def inspect_at_start(self) -> directory.DirectoryReport:
+        return directory.inspect_directory(self._server)
+
+    async def control_data(self) -> ControlData:
+        return await read_control_data(self._server)
+
+    async def write_files(
+        self, synchronous: SynchronousSet, access: Access, *, standby: bool, upstream: Upstream | None = None
+    ) -> None:
+        await self._files.write(synchronous, access, standby=standby, upstream=upstream)
+
+    async def write_access(self, access: Access) -> None:
+        await asyncio.to_thread(self._files.write_access, access)
+
+    async def lets_clients_in(self) -> bool:
+        return await asyncio.to_thread(self._files.lets_clients_in)
+
+    async def set_standby_signal(self, standby: bool) -> None:
+        change = directory.create_standby_signal if standby else directory.remove_standby_signal
+        await asyncio.to_thread(change, self._server)
+
+    async def prepare_start(self) -> StartCommand:
+        await asyncio.to_thread(_prepare_start, self._server)
+        environment = {
+            "LC_ALL": "C",
+            "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
+            "PGDATA": str(self._server.data_directory),
+        }
+        return StartCommand((self._server.program("postgres"), "-D", str(self._server.data_directory)), environment)
+
+    def primary_settings(self, upstream: Upstream) -> str:
+        return self._files.conninfo(upstream)
+
+    async def replace_static(self, configuration: Configuration) -> tuple[str, ...]:
+        return await asyncio.to_thread(self._files.replace_static, configuration)
+
+    def wanted_hot_standby(self) -> HotStandbySettings:
+        return self._files.wanted_hot_standby()
+
+    # Stopped directories.
+
+    async def initialise(self) -> None:
+        await bootstrap.initialise(self._server, major=self.major)
+
+    async def end_of_stopped(self, control: ControlData, chain: TimelineChain) -> WalEnd:
+        return await end_of_stopped_directory(
+            self._server,
+            control,
+            newest=chain.current,
+            history=history_of_chain(chain),
+            deadline_s=STOPPED_END_DEADLINE_S,
+        )
+
+    async def shutdown_end(self, control: ControlData, chain: TimelineChain) -> WalEnd | str:
+        end = await promotion.shutdown_end(self._server, control, chain, deadline_s=SHUTDOWN_END_DEADLINE_S)
+        return end.reason if isinstance(end, promotion.NotHandedOver) else end
+
+    async def clone(self, host: str, port: int, system_identifier: int, on_progress: Callable[[str], None]) -> None:
+        await asyncio.to_thread(directory.remove_leftovers, self._server)
+
+        def progress(done: CloneProgress) -> None:
+            percent = 100 * done.done_bytes // max(1, done.total_bytes)
+            on_progress(f"cloning from {host}:{port}: {percent} % of {done.total_bytes >> 20} MiB")
+
+        await clone_directory(
+            self._server, self._files.source(host, port), system_identifier=system_identifier, on_progress=progress
+        )
+
+    async def rewind(self, host: str, port: int, timeline: Timeline) -> str:
+        outcome = await rewind.rewind(self._server, self._files.source(host, port), timeline=timeline)
+        return outcome.value
+
+    async def set_aside(self) -> str:
+        return str(await asyncio.to_thread(directory.set_aside, self._server))
+
+
+def _prepare_start(server: LocalServer) -> None:
+    promotion.clear_claim(server)
+    # The supervisor starts nothing while a process of Postgres is left, so whoever this file names is somebody else: in
+    # a container process numbers repeat, and Postgres would refuse to start.
+    remove_if_present(server.data_directory / "postmaster.pid")
+    directory.secure_directory(server)
+    directory.require_startable(server)
+    make_directory(server.socket_directory, mode=0o755, run_as=server.run_as)
+
+
+def local_server(configuration: Configuration) -> LocalServer:
+    """Where this instance's Postgres lives. BinariesNotFound says what to install."""
+    return LocalServer(
+        data_directory=configuration.data_directory,
+        socket_directory=configuration.socket_directory,
+        state_directory=configuration.state_directory,
+        listen_address=configuration.listen_host,
+        port=configuration.me.postgres_port,
+        bin_directory=find_bin_directory(explicit=configuration.postgres.bin_directory),
+        run_as=RunAs.of_user(configuration.instance.run_as) if os.geteuid() == 0 else None,
+    )
