@@ -14,18 +14,13 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from instance_manager.agent.agent import Agent
-from instance_manager.agent.context import Context, Journal
-from instance_manager.agent.database import Database
-from instance_manager.agent.health import DiskProbe, Health
+from instance_manager.agent.assembly import HEALTH_INTERVAL_S, Ports, assemble
+from instance_manager.agent.health import DiskProbe
 from instance_manager.agent.installed_postgres import InstalledPostgres, local_server
-from instance_manager.agent.lease_keeper import LeaseKeeper
-from instance_manager.agent.peering import Peers
-from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorError, SupervisorLink
-from instance_manager.agent.volume import Volume, VolumeDirectory, VolumeUnusable, boot_id
+from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorError
+from instance_manager.agent.volume import VolumeDirectory, VolumeUnusable, boot_id
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
 from instance_manager.coordination.local import LocalCoordination
-from instance_manager.core.lease import Permit
-from instance_manager.core.types import Epoch, MemberName
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
@@ -34,8 +29,6 @@ from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
 
 log = logging.getLogger("instance_manager.agent")
-
-HEALTH_INTERVAL_S = 1.0
 
 
 class BootTime:
@@ -48,89 +41,28 @@ class BootTime:
         await asyncio.sleep(seconds)
 
 
-class _Late:
-    """Callbacks between parts that are made before the agent that ties them together."""
-
-    def __init__(self) -> None:
-        self.agent: Agent | None = None
-
-    def wake(self, _: str = "") -> None:
-        if self.agent is not None:
-            self.agent.context.wake.set()
-
-    def supervisor_event(self, event: str) -> None:
-        if self.agent is not None:
-            self.agent.context.database.look_soon()
-        self.wake(event)
-
-
 async def run(configuration: Configuration, configuration_file: Path) -> None:
     clock = BootTime()
-    late = _Late()
-    chance = random.SystemRandom()
-    link = SupervisorLink(SeqpacketSocket.from_environment(), now_s=clock.now_s, on_event=late.supervisor_event)
     server = local_server(configuration)
-    postgres = InstalledPostgres(configuration, server, await server_version(server), lambda: link.signal("HUP"))
-    database = Database(configuration, postgres, link, clock, on_change=late.wake)
-    volume = Volume(VolumeDirectory(configuration.state_directory, server.run_as), boot_id=boot_id(), chance=chance)
-    volume.load(now_s=clock.now_s(), lease_duration_s=configuration.timings.lease_duration_s)
-    coordination = LocalCoordination(
-        configuration.coordination.local.directory, configuration.coordination.local.locks_directory
-    )
+    version = await server_version(server)
     disk = DiskProbe((configuration.state_directory,), clock, HEALTH_INTERVAL_S)
-    health = Health(
-        clock,
-        disk,
-        database.answers_new_connection,
-        timeout_s=configuration.timings.health_timeout_s,
-        interval_s=HEALTH_INTERVAL_S,
-        minimum_free_bytes=configuration.instance.minimum_free_bytes,
-    )
-
-    def with_agent() -> Agent:
-        assert late.agent is not None  # noqa: S101 - nothing runs before the agent is made
-        return late.agent
-
-    def grant(permit: Permit) -> None:
-        link.extend(permit)
-
-    keeper = LeaseKeeper(
-        coordination,
-        clock,
-        configuration.timings,
-        cluster_uid=configuration.cluster.uid,
-        facts=lambda: with_agent().renewal_facts(),
-        volume=lambda: volume.state,
-        grant=grant,
-        on_change=late.wake,
-        chance=chance,
-    )
     async with PeerClient(configuration.members, configuration.secrets.peer_token) as caller:
-        peers = Peers(
-            caller,
-            tuple(MemberName(member.name) for member in configuration.peers),
-            clock,
-            interval_s=configuration.timings.peer_interval_s,
-            record_epoch=lambda: keeper.record.epoch if keeper.record is not None else Epoch(0),
-            on_change=late.wake,
-            on_later_epoch=keeper.hint,
+        agent = assemble(
+            configuration,
+            Ports(
+                clock=clock,
+                chance=random.SystemRandom(),
+                boot_id=boot_id(),
+                datagrams=SeqpacketSocket.from_environment(),
+                storage=VolumeDirectory(configuration.state_directory, server.run_as),
+                disk=disk,
+                coordination=LocalCoordination(
+                    configuration.coordination.local.directory, configuration.coordination.local.locks_directory
+                ),
+                caller=caller,
+                make_postgres=lambda reload: InstalledPostgres(configuration, server, version, reload),
+            ),
         )
-        context = Context(
-            configuration=configuration,
-            clock=clock,
-            coordination=coordination,
-            link=link,
-            volume=volume,
-            keeper=keeper,
-            peers=peers,
-            database=database,
-            health=health,
-            journal=Journal(clock),
-            started_s=clock.now_s(),
-            boot_id=boot_id(),
-            chance=chance,
-        )
-        agent = late.agent = Agent(context)
         agent.reload_configuration = _reloader(agent, configuration_file)
         disk.start()
         async with serve(agent, configuration):
