@@ -161,13 +161,13 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         # Held here, because a task that only its own cycle holds would be ended by the garbage collector, some time.
         self._tasks.append(task)
         if len(self._tasks) > self._live_tasks_max:
-            self._tasks = [task for task in self._tasks if not task.done()]
-            self._live_tasks_max = 64 + 2 * len(self._tasks)
+            self._live_tasks_max = 64 + 2 * len(self.live_tasks())
         return task
 
     def live_tasks(self) -> list[asyncio.Task[Any]]:
         """In the order of their creation."""
-        return [task for task in self._tasks if not task.done()]
+        self._tasks = [task for task in self._tasks if not task.done()]
+        return list(self._tasks)
 
     # Threads.
 

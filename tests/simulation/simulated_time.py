@@ -362,7 +362,7 @@ class Process:
         self.paused = False
         self.held = host.suspended
         """Nothing of it may run now: it is dead, paused, or its host is suspended."""
-        self.on_exit: list[Callable[[], None]] = []
+        self.on_exit: list[Callable[[], object]] = []
         """What others notice when it is killed: run once, as the world, in order."""
         self.on_failure: Callable[[BaseException], None] = self.world.stop
         """Called with the error that escaped a spawned task or a callback."""
