@@ -1,77 +1,99 @@
-"""The judgement: pure functions over what the clients saw and what the final primary holds.
+"""The judgement: pure functions over what clients saw, in a real run or in a simulated one.
 
-- *Lost*: acknowledged, and not on the final primary.
-- *Duplicated*: on the final primary more than once.
+- *Lost*: acknowledged, and not in the closing read: the last one of the whole table on the primary, begun when all writes
+  had ended.
 - *By a former primary*: begun after a row on a later timeline had been acknowledged, and itself acknowledged on an
   earlier one. A takeover claims a new timeline (P4), so this is what a fenced primary can never do.
-- *Stale read*: a read that a former primary, still taking itself for the primary, answered after the first row of its
-  successor was acknowledged. Its age is the time since that acknowledgement: so long has what it shows been out of date.
+- *Stale read*: a look at a former primary, still taking itself for the primary, that it answered after the first row of
+  its successor was acknowledged. Its age is the time since that acknowledgement: so long has what it shows been out of
+  date. It is allowed, and measured.
+- What every read must show is in `reads.py`. docs/histories.md has all rules, their reasons and their limits.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
-from instance_manager.drill.history import Outcome, Sample, Seen, Write
+from instance_manager.drill.findings import Contradiction, Findings, Rule, describe
+from instance_manager.drill.history import Outcome, Read, Row, Sample, Seen, Write
+from instance_manager.drill.reads import MalformedHistory, all_superseded, attempts_of, contradicting_reads, is_present
+from instance_manager.drill.runs import Run, as_runs
 
-Row = tuple[int, int]
-"""(client, number)."""
+__all__ = ["Asynchronous", "Findings", "MalformedHistory", "Row", "describe", "judge", "longest_outage"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
-    attempts: int
-    acknowledged: int
-    unknown: int
-    cancelled_waits: int
-    lost: tuple[Write, ...]
-    duplicated: tuple[Row, ...]
-    by_former_primary: tuple[Write, ...]
-    longest_outage_s: float
-    """Between two acknowledgements next to each other, over all clients, where the gap touches the window."""
-    outage_began_s: float | None
-    longest_stale_read_s: float
-    last_stale_read_s: float | None
-    """When the last one was answered, CLOCK_BOOTTIME."""
-    timelines: tuple[int, ...]
-    """On which rows were acknowledged, in order of their first."""
+class Asynchronous:
+    """What a cluster without synchronous replication may lose: it is judged by this instead of "nothing"."""
 
-    @property
-    def breaks_the_promise(self) -> bool:
-        return bool(self.lost or self.duplicated or self.by_former_primary)
+    lost_rows_limit: int
+    """At each takeover, of the rows acknowledged on one timeline."""
+    last_known_s: Mapping[int, float] = field(default_factory=dict)
+    """For a timeline, when the position was taken by which its successor judged its lag: only rows acknowledged before
+    count. Of a timeline that is not here all count."""
+    overlap_limit_s: float = 0.0
+    """So long may a former primary acknowledge new rows beside its successor."""
 
 
 def judge(
     writes: Sequence[Write],
-    samples: Sequence[Sample],
-    final_rows: Mapping[Row, int],
+    samples: Sequence[Sample] = (),
+    reads: Sequence[Read] = (),
     *,
-    from_s: float,
-    to_s: float,
+    from_s: float = float("-inf"),
+    to_s: float = float("inf"),
+    asynchronous: Asynchronous | None = None,
 ) -> Findings:
-    """`final_rows`: how often each row is on the final primary. The window bounds the search for the outage only."""
+    """In any order of the operations. The window bounds the search for the outage only. MalformedHistory."""
+    attempts = attempts_of(writes)
     acknowledged = sorted(
         (write for write in writes if write.outcome is Outcome.ACKNOWLEDGED), key=lambda write: write.end_s
     )
-    outage_s, began_s = longest_outage([write.end_s for write in acknowledged], from_s, to_s)
+    outage_s, began_s = _outage_in_window(acknowledged, from_s, to_s)
     first_ends_s = first_acknowledgements(acknowledged)
-    stale = stale_reads(samples, first_ends_s)
+    superseded_s = all_superseded((sample.timeline for sample in samples if sample.timeline is not None), first_ends_s)
+    succeeded_s = all_superseded((), _first_seen(reads, first_ends_s))
+    closing = closing_read(writes, reads, succeeded_s)
+    lost = lost_rows(acknowledged, closing)
+    former = tuple(
+        write for write in acknowledged if write.timeline is not None and write.begin_s > superseded_s[write.timeline]
+    )
+    overlap_s = max((write.end_s - superseded_s[write.timeline or 0] for write in former), default=0.0)
+    stale = stale_reads(samples, superseded_s)
+    contradictions = contradicting_reads(
+        attempts,
+        reads,
+        succeeded_s,
+        closing=closing,
+        asynchronous=asynchronous is not None,
+    )
+    if asynchronous is None:
+        contradictions += [*_losses(lost, closing), *_former_primaries(former, acknowledged)]
+    else:
+        contradictions += _beyond_limits(asynchronous, lost, closing, former, acknowledged, superseded_s)
     return Findings(
         attempts=len(writes),
         acknowledged=len(acknowledged),
         unknown=sum(write.outcome is Outcome.UNKNOWN for write in writes),
         cancelled_waits=sum(write.outcome is Outcome.CANCELLED_WAIT for write in writes),
-        lost=tuple(write for write in acknowledged if (write.client, write.number) not in final_rows),
-        duplicated=tuple(sorted(row for row, count in final_rows.items() if count > 1)),
-        by_former_primary=former_primary_writes(acknowledged, first_ends_s),
+        reads=sum(read.seen is not Seen.NONE for read in reads),
+        closed=closing is not None,
+        lost=lost,
+        duplicated=tuple(
+            sorted({(span.client, number) for read in reads for span in read.spans for number in span.twice})
+        ),
+        by_former_primary=former,
         longest_outage_s=outage_s,
         outage_began_s=began_s,
         longest_stale_read_s=max((age_s for _, age_s in stale), default=0.0),
         last_stale_read_s=max((sample.end_s for sample, _ in stale), default=None),
+        longest_overlap_s=overlap_s,
         timelines=tuple(sorted(first_ends_s, key=lambda timeline: first_ends_s[timeline])),
+        contradictions=tuple(contradictions),
     )
 
 
@@ -99,30 +121,106 @@ def first_acknowledgements(acknowledged: Iterable[Write]) -> dict[int, float]:
     return found
 
 
-def former_primary_writes(acknowledged: Iterable[Write], first_ends_s: Mapping[int, float]) -> tuple[Write, ...]:
-    """Rows begun after a later timeline had acknowledged, and acknowledged all the same."""
-    superseded_s = _superseded(first_ends_s)
+def closing_read(writes: Iterable[Write], reads: Iterable[Read], superseded_s: Mapping[int, float]) -> Read | None:
+    """The last whole read of the present primary, if it began when all writes had ended."""
+    ended_s = max((write.end_s for write in writes), default=float("-inf"))
+    possible = (read for read in reads if read.whole and read.begin_s >= ended_s and is_present(read, superseded_s))
+    return max(possible, key=lambda read: read.begin_s, default=None)
+
+
+def lost_rows(acknowledged: Sequence[Write], closing: Read | None) -> tuple[Write, ...]:
+    """Acknowledged, and not in the closing read; nothing is known without one."""
+    if closing is None:
+        return ()
+    lows = {span.client: [low for low, _ in span.runs] for span in closing.spans}
+    highs = {span.client: [high for _, high in span.runs] for span in closing.spans}
+
+    def there(write: Write) -> bool:
+        index = bisect_left(highs.get(write.client, ()), write.number)
+        return index < len(highs.get(write.client, ())) and lows[write.client][index] <= write.number
+
+    return tuple(write for write in acknowledged if not there(write))
+
+
+def stale_reads(samples: Iterable[Sample], superseded_s: Mapping[int, float]) -> tuple[tuple[Sample, float], ...]:
+    """Each stale read with its age."""
     return tuple(
-        write
-        for write in acknowledged
-        if write.timeline is not None and write.begin_s > superseded_s.get(write.timeline, float("inf"))
+        (sample, sample.end_s - superseded_s[sample.timeline])
+        for sample in samples
+        # Begun after: a read that overlaps the takeover may rightly show either state.
+        if sample.seen is Seen.PRIMARY
+        and sample.timeline is not None
+        and sample.begin_s > superseded_s[sample.timeline]
     )
 
 
-def stale_reads(samples: Iterable[Sample], first_ends_s: Mapping[int, float]) -> tuple[tuple[Sample, float], ...]:
-    """Each stale read with its age."""
+def _outage_in_window(acknowledged: Sequence[Write], from_s: float, to_s: float) -> tuple[float, float | None]:
+    """Without a window: from the first acknowledgement to the last."""
+    ends_s = [write.end_s for write in acknowledged]
+    if from_s == float("-inf"):
+        from_s = ends_s[0] if ends_s else 0.0
+    if to_s == float("inf"):
+        to_s = ends_s[-1] if ends_s else from_s
+    return longest_outage(ends_s, from_s, to_s)
+
+
+def _first_seen(reads: Iterable[Read], first_ends_s: Mapping[int, float]) -> dict[int, float]:
+    """For each timeline, when a client first saw its primary: by an acknowledgement or by a read."""
+    found = dict(first_ends_s)
+    for read in reads:
+        if read.seen is Seen.PRIMARY and read.timeline is not None:
+            found[read.timeline] = min(read.end_s, found.get(read.timeline, read.end_s))
+    return found
+
+
+def _losses(lost: Iterable[Write], closing: Read | None, rule: Rule = Rule.LOST) -> list[Contradiction]:
+    """One for each client."""
+    by_client: dict[int, list[Write]] = defaultdict(list)
+    for write in lost:
+        by_client[write.client].append(write)
+    return [
+        Contradiction(rule, client, _runs(found), (found[0], *(() if closing is None else (closing,))))
+        for client, found in sorted(by_client.items())
+    ]
+
+
+def _former_primaries(
+    former: Sequence[Write], acknowledged: Sequence[Write], rule: Rule = Rule.BY_FORMER_PRIMARY
+) -> list[Contradiction]:
+    """One for each client and timeline, beside the first row that was acknowledged on a later one."""
+    found: dict[tuple[int, int], list[Write]] = defaultdict(list)
+    for write in former:
+        found[write.client, write.timeline or 0].append(write)
+    return [
+        Contradiction(
+            rule,
+            client,
+            _runs(writes),
+            (next(each for each in acknowledged if (each.timeline or 0) > timeline), writes[0]),
+        )
+        for (client, timeline), writes in sorted(found.items())
+    ]
+
+
+def _beyond_limits(
+    limits: Asynchronous,
+    lost: Iterable[Write],
+    closing: Read | None,
+    former: Sequence[Write],
+    acknowledged: Sequence[Write],
+    superseded_s: Mapping[int, float],
+) -> list[Contradiction]:
+    by_timeline: dict[int | None, list[Write]] = defaultdict(list)
+    for write in lost:
+        if write.timeline is None or write.end_s < limits.last_known_s.get(write.timeline, float("inf")):
+            by_timeline[write.timeline].append(write)
     found = []
-    for sample in samples:
-        if sample.seen is Seen.PRIMARY and sample.timeline is not None:
-            later_s = [end_s for timeline, end_s in first_ends_s.items() if timeline > sample.timeline]
-            # Begun after: a read that overlaps the takeover may rightly show either state.
-            if later_s and sample.begin_s > min(later_s):
-                found.append((sample, sample.end_s - min(later_s)))
-    return tuple(found)
+    for writes in by_timeline.values():
+        if len(writes) > limits.lost_rows_limit:
+            found += _losses(writes, closing, Rule.LOSS_BEYOND_LIMIT)
+    late = [write for write in former if write.end_s - superseded_s[write.timeline or 0] > limits.overlap_limit_s]
+    return found + _former_primaries(late, acknowledged, Rule.OVERLAP_BEYOND_LIMIT)
 
 
-def _superseded(first_ends_s: Mapping[int, float]) -> dict[int, float]:
-    return {
-        timeline: min((end_s for later, end_s in first_ends_s.items() if later > timeline), default=float("inf"))
-        for timeline in first_ends_s
-    }
+def _runs(writes: Iterable[Write]) -> tuple[Run, ...]:
+    return as_runs(write.number for write in writes)

@@ -1,7 +1,7 @@
 """`instance-manager drill`: prove on this machine what the cluster promises.
 
-Exit codes: 0 nothing was lost; 1 a row was lost, or a former primary acknowledged one; 2 wrong use; 3 a case could not
-finish; 4 with --strict: a target was missed.
+Exit codes: 0 nothing was lost; 1 what clients saw contradicts the promise: a row was lost, or another rule of
+docs/histories.md is broken; 2 wrong use; 3 a case could not finish; 4 with --strict: a target was missed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 
+import msgspec
+
 from instance_manager.demo.cluster import NotInTime
 from instance_manager.demo.plan import DirectoryUnusable
 from instance_manager.demo.ports import PortsTaken
 from instance_manager.demo.prerequisites import missing_prerequisite
 from instance_manager.demo_locator import DemoLocatorError, read_running_demo
 from instance_manager.drill.cases import CASES, Case
+from instance_manager.drill.checker import MalformedHistory, judge
 from instance_manager.drill.disk import DiskFailed
 from instance_manager.drill.environment import (
     Environment,
@@ -30,8 +33,18 @@ from instance_manager.drill.environment import (
     open_environment,
     why_unavailable,
 )
+from instance_manager.drill.history import HistoryReader
 from instance_manager.drill.network import NetworkFailed
-from instance_manager.drill.report import LEGEND, CaseReport, CaseRun, as_json, exit_code, table
+from instance_manager.drill.report import (
+    LEGEND,
+    CaseReport,
+    CaseRun,
+    as_json,
+    exit_code,
+    findings_as_json,
+    judged_text,
+    table,
+)
 from instance_manager.drill.runner import Options, run_case
 
 DEFAULT_RANDOM_S = 1800.0
@@ -52,10 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="exit with 4 when a target was missed")
     parser.add_argument("--durability", choices=("preferred", "required"), default="preferred")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy history and logs of runs that went wrong there")
+    parser.add_argument("--judge", type=Path, metavar="FILE", help="run nothing; judge this recorded history again")
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Run the chosen cases; returns the exit code."""
+    if namespace.judge is not None:
+        return _judge_recorded(namespace.judge, as_json=namespace.json)
     names = [case.name for case in CASES]
     wrong = [name for name in namespace.case or () if name not in names]
     if wrong or namespace.repeat < 1 or (namespace.seconds is not None and namespace.seconds <= 0):
@@ -148,6 +164,20 @@ def _run_group(
                 runs.append(run_case(case, environment, options, _say))
             reports[case.name] = CaseReport(case=case, runs=tuple(runs))
             _say(f"{case.name}: {reports[case.name].verdict}")
+
+
+def _judge_recorded(path: Path, *, as_json: bool) -> int:
+    history = HistoryReader(path)
+    try:
+        path.stat()
+        history.read_on()
+        findings = judge(history.writes, history.samples, history.reads)
+    except OSError as error:
+        return _complain(f"{path}: {error.strerror}", _WRONG_USE)
+    except (msgspec.DecodeError, MalformedHistory) as error:
+        return _complain(f"{path}: no history: {error}", _WRONG_USE)
+    print(json.dumps(findings_as_json(findings), indent=2) if as_json else judged_text(findings))
+    return int(findings.breaks_the_promise)
 
 
 def _print_list(cases: Sequence[Case]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from instance_manager.drill.cases import Case, outage_limit_s
-from instance_manager.drill.checker import Findings
+from instance_manager.drill.checker import Findings, describe
 
 LEGEND = """\
 outage      longest gap between two acknowledged writes, over all clients; median of the runs (worst)
@@ -58,6 +58,10 @@ class CaseReport:
         return any(findings.breaks_the_promise for findings in self.judged)
 
     @property
+    def broken_rules(self) -> tuple[str, ...]:
+        return tuple(sorted({each.rule.value for findings in self.judged for each in findings.contradictions}))
+
+    @property
     def could_not_finish(self) -> bool:
         return any(run.failure is not None for run in self.runs)
 
@@ -70,7 +74,7 @@ class CaseReport:
         if self.unavailable is not None:
             return f"not run: {self.unavailable}"
         if self.breaks_the_promise:
-            return "BROKEN PROMISE"
+            return f"BROKEN PROMISE: {', '.join(self.broken_rules)}"
         if failures := [run.failure for run in self.runs if run.failure is not None]:
             return f"not finished: {failures[0]}"
         if missed := self.missed:
@@ -127,7 +131,7 @@ def as_json(reports: Sequence[CaseReport], *, seed: int) -> dict[str, object]:
                 "verdict": report.verdict,
                 "median_outage_s": report.median_outage_s,
                 "runs": [
-                    {**asdict(run), "findings": None if run.findings is None else _findings_as_json(run.findings)}
+                    {**asdict(run), "findings": None if run.findings is None else findings_as_json(run.findings)}
                     for run in report.runs
                 ],
             }
@@ -137,7 +141,7 @@ def as_json(reports: Sequence[CaseReport], *, seed: int) -> dict[str, object]:
 
 
 def exit_code(reports: Sequence[CaseReport], *, strict: bool) -> int:
-    """0 good; 1 a row was lost or acknowledged by a former primary; 3 a case could not finish; 4 a target was missed."""
+    """0 good; 1 what clients saw contradicts the promise; 3 a case could not finish; 4 a target was missed."""
     if any(report.breaks_the_promise for report in reports):
         return 1
     if any(report.could_not_finish for report in reports):
@@ -168,7 +172,20 @@ def _row(report: CaseReport) -> tuple[str, ...]:
     )
 
 
-def _findings_as_json(findings: Findings) -> dict[str, object]:
+def judged_text(findings: Findings) -> str:
+    """Of one history: what was judged, and what was found."""
+    lines = [
+        f"{findings.attempts} writes: {findings.acknowledged} acknowledged, {findings.unknown} without an answer, "
+        f"{findings.cancelled_waits} with a cancelled wait; {findings.reads} reads of contents",
+        f"longest outage {findings.longest_outage_s:.2f} s, oldest stale read {findings.longest_stale_read_s:.1f} s",
+    ]
+    if not findings.closed:
+        lines.append("no closing read: whether rows were lost in the end is not known")
+    lines.append(describe(findings.contradictions) or "no contradiction")
+    return "\n".join(lines)
+
+
+def findings_as_json(findings: Findings) -> dict[str, object]:
     return {
         "attempts": findings.attempts,
         "acknowledged": findings.acknowledged,
@@ -180,4 +197,15 @@ def _findings_as_json(findings: Findings) -> dict[str, object]:
         "longest_outage_s": round(findings.longest_outage_s, 4),
         "longest_stale_read_s": round(findings.longest_stale_read_s, 4),
         "timelines": list(findings.timelines),
+        "reads": findings.reads,
+        "closed": findings.closed,
+        "contradictions": [
+            {
+                "rule": each.rule.value,
+                "client": each.client,
+                "rows": [list(run) for run in each.runs],
+                "text": each.describe().splitlines(),
+            }
+            for each in findings.contradictions
+        ],
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 from instance_manager.demo.cluster import NotInTime
 from instance_manager.demo.processes import now_s
 from instance_manager.drill.cases import Case
-from instance_manager.drill.checker import Row, judge
+from instance_manager.drill.checker import describe, judge
 from instance_manager.drill.disk import DiskFailed
 from instance_manager.drill.environment import ClientsFailed, Environment
 from instance_manager.drill.faults import CannotInject
+from instance_manager.drill.history import HistoryWriter, Read, Seen, whole_read
 from instance_manager.drill.network import NetworkFailed
 from instance_manager.drill.report import CaseRun
 from instance_manager.drill.stage import CaseFailed, Stage
@@ -113,18 +113,21 @@ def _run(case: Case, environment: Environment, options: Options, history: Path, 
         time.sleep(_AFTER_S)
         to_s = now_s()
     stage.history.read_on()
-    rows, standby_problems = _final_rows(stage)
+    closing, standby_problems = _closing_read(stage)
+    _record(closing, history)
     findings = judge(
         stage.history.writes,
         stage.history.samples,
-        rows,
+        [*stage.history.reads, closing],
         from_s=stage.began_s if stage.began_s is not None else to_s,
         to_s=to_s,
     )
     tell(
         f"outage {findings.longest_outage_s:.2f} s, {findings.acknowledged} acknowledged, {len(findings.lost)} lost, "
-        f"{len(findings.by_former_primary)} by a former primary"
+        f"{len(findings.by_former_primary)} by a former primary, {findings.reads} reads of contents"
     )
+    if findings.contradictions:
+        tell(describe(findings.contradictions))
     return CaseRun(
         case=case.name,
         findings=findings,
@@ -135,10 +138,12 @@ def _run(case: Case, environment: Environment, options: Options, history: Path, 
     )
 
 
-def _final_rows(stage: Stage) -> tuple[Counter[Row], tuple[str, ...]]:
+def _closing_read(stage: Stage) -> tuple[Read, tuple[str, ...]]:
     """What the primary holds, and which standbys do not come to hold the same. The clients have ended."""
     primary = stage.cluster.wait_primary(_REDUNDANT_S)
+    begin_s = now_s()
     rows = stage.environment.rows_of(primary)
+    closing = whole_read(primary, begin_s, now_s(), Seen.PRIMARY, None, rows.elements())
     waiting = {name for name in stage.cluster.names if name != primary}
     ends_s = now_s() + _STANDBYS_EQUAL_S
     while True:
@@ -147,8 +152,16 @@ def _final_rows(stage: Stage) -> tuple[Counter[Row], tuple[str, ...]]:
                 if stage.environment.rows_of(name) == rows:
                     waiting.discard(name)
         if not waiting or now_s() >= ends_s:
-            return rows, tuple(f"{name} does not hold the same rows as {primary}" for name in sorted(waiting))
+            return closing, tuple(f"{name} does not hold the same rows as {primary}" for name in sorted(waiting))
         time.sleep(0.5)
+
+
+def _record(closing: Read, history: Path) -> None:
+    """So that the file alone can be judged again."""
+    with history.open("ab") as file:
+        writer = HistoryWriter(file)
+        writer.add(closing)
+        writer.flush()
 
 
 def _keep(environment: Environment, history: Path, keep: Path, name: str) -> Path:

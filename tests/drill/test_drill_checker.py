@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from instance_manager.drill.checker import Findings, Row, judge, longest_outage
-from instance_manager.drill.history import Outcome, Sample, Seen, Write
+from instance_manager.drill.history import Outcome, Sample, Seen, Write, whole_read
 
 
 def write(
@@ -14,13 +16,16 @@ def write(
     outcome: Outcome = Outcome.ACKNOWLEDGED,
     member: str = "demo-1",
     timeline: int | None = 1,
+    client: int = 1,
 ) -> Write:
-    return Write(1, number, member, begin_s, begin_s + took_s, outcome, timeline)
+    return Write(client, number, member, begin_s, begin_s + took_s, outcome, timeline)
 
 
 def judged(writes: list[Write], rows: dict[Row, int] | None = None, samples: list[Sample] | None = None) -> Findings:
-    present = {(each.client, each.number): 1 for each in writes} if rows is None else rows
-    return judge(writes, samples or [], present, from_s=0.0, to_s=20.0)
+    """With a closing read of these rows, each as often as stated; by default of all that was tried, once."""
+    present = Counter({(each.client, each.number): 1 for each in writes} if rows is None else rows)
+    closing = whole_read("demo-1", 30.0, 30.1, Seen.PRIMARY, None, present.elements())
+    return judge(writes, samples or [], [closing], from_s=0.0, to_s=20.0)
 
 
 def test_an_acknowledged_row_that_the_final_primary_lacks_is_lost() -> None:
@@ -31,9 +36,11 @@ def test_an_acknowledged_row_that_the_final_primary_lacks_is_lost() -> None:
 
 def test_a_row_without_an_acknowledgement_may_be_there_or_not() -> None:
     writes = [write(1, 1.0)]
-    writes += [write(n, 2.0, outcome=each) for n, each in enumerate(Outcome, 2) if each is not Outcome.ACKNOWLEDGED]
+    writes += [
+        write(n, float(n), outcome=each) for n, each in enumerate(Outcome, 2) if each is not Outcome.ACKNOWLEDGED
+    ]
     assert not judged(writes, {(1, 1): 1}).breaks_the_promise
-    assert not judged(writes, {(1, 1): 1, (1, 2): 1, (1, 3): 1, (1, 4): 1}).breaks_the_promise
+    assert not judged(writes, {(1, each.number): 1 for each in writes}).breaks_the_promise
 
 
 def test_success_with_a_cancelled_wait_is_no_acknowledgement() -> None:
@@ -59,7 +66,7 @@ def test_a_former_primary_that_acknowledges_after_the_takeover_is_caught_even_if
 
 
 def test_a_row_begun_before_the_takeover_may_be_acknowledged_after_it() -> None:
-    writes = [write(1, 4.0, took_s=3.0), write(2, 5.0, member="demo-2", timeline=2)]
+    writes = [write(1, 4.0, took_s=3.0), write(1, 5.0, client=2, member="demo-2", timeline=2)]
     assert not judged(writes).breaks_the_promise
 
 
