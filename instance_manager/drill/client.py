@@ -21,7 +21,7 @@ import msgspec
 
 from instance_manager.drill.history import HistoryWriter
 from instance_manager.drill.sampler import Sampler
-from instance_manager.drill.sql import TABLE, MemberAddress, connect, is_primary
+from instance_manager.drill.sql import MAKE_TABLE, TABLE, MemberAddress, connect, is_primary
 from instance_manager.drill.write_probe import WriteProbe
 
 FLUSH_INTERVAL_S = 0.1
@@ -68,11 +68,7 @@ async def prepare(members: tuple[MemberAddress, ...]) -> None:
                     connection = await connect(member, timeout_s=2.0)
                     try:
                         if await is_primary(connection):
-                            await connection.execute(
-                                f"DROP TABLE IF EXISTS {TABLE}; CREATE TABLE {TABLE} (id bigserial PRIMARY KEY, "
-                                "client int NOT NULL, number bigint NOT NULL, begun_s float8 NOT NULL)",
-                                timeout=10,
-                            )
+                            await connection.execute(MAKE_TABLE, timeout=10)
                             return
                     finally:
                         connection.terminate()
@@ -98,7 +94,7 @@ async def run(members: tuple[MemberAddress, ...], output: Path, clients: int, in
     with output.open("ab") as file:
         history = HistoryWriter(file)
         probe = WriteProbe(members, history, clients=clients, interval_s=interval_s)
-        sampler = Sampler(members, history)
+        sampler = Sampler(members, history, clients=clients)
 
         async def flush() -> None:
             while not stop.is_set():

@@ -92,11 +92,16 @@ class Session:
             self.connection = None
 
     async def answer(self, query: str, *arguments: object, deadline_s: float) -> Any:
-        """The first row. TimeoutError: no answer, the session is dropped. Else asyncpg's errors and OSError."""
+        """The only row. TimeoutError: no answer, the session is dropped. Else asyncpg's errors and OSError."""
+        (row,) = await self.rows(query, *arguments, deadline_s=deadline_s)
+        return row
+
+    async def rows(self, query: str, *arguments: object, deadline_s: float) -> Sequence[Any]:
+        """All rows; errors as above."""
         connection = self.connection
         if connection is None or connection.is_closed():
             raise asyncpg.InterfaceError("not connected")
-        task = asyncio.ensure_future(connection.fetchrow(query, *arguments))
+        task = asyncio.ensure_future(connection.fetch(query, *arguments))
         try:
             done, _ = await asyncio.wait({task}, timeout=deadline_s)
         except asyncio.CancelledError:

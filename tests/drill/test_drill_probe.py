@@ -17,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from instance_manager.demo.processes import now_s
-from instance_manager.drill.checker import judge
+from instance_manager.drill.checker import describe, judge
 from instance_manager.drill.client import prepare, rows_of, run
-from instance_manager.drill.history import HistoryReader, Outcome, Seen
-from instance_manager.drill.sql import MemberAddress, connect
+from instance_manager.drill.findings import Rule
+from instance_manager.drill.history import HistoryReader, Outcome, Seen, Span, whole_read
+from instance_manager.drill.sampler import NEWEST, STRETCH, Windows
+from instance_manager.drill.sql import CONTENTS, TABLE, MemberAddress, connect, span_of
 from instance_manager.postgres.binaries import find_bin_directory
 
 
@@ -143,8 +145,14 @@ async def test_rows_survive_a_crash_of_the_server_and_the_probe_goes_on(server: 
         server.start()
         before = count(reader, Outcome.ACKNOWLEDGED)
         await until(reader, lambda: count(reader, Outcome.ACKNOWLEDGED) > before + 20)
-    findings = judge(reader.writes, reader.samples, await rows_of(server.address), from_s=began_s, to_s=now_s())
-    assert not findings.breaks_the_promise
+        again_s = now_s()
+        await until(reader, lambda: any(read.begin_s > again_s for read in reader.reads))
+    to_s = now_s()
+    rows = await rows_of(server.address)
+    closing = whole_read("plain", to_s, now_s(), Seen.PRIMARY, None, rows.elements())
+    findings = judge(reader.writes, reader.samples, [*reader.reads, closing], from_s=began_s, to_s=to_s)
+    assert describe(findings.contradictions) == ""
+    assert findings.closed
     assert 1.0 <= findings.longest_outage_s < 10.0
     assert findings.timelines == (1,)
     assert {Seen.PRIMARY, Seen.NONE} <= {sample.seen for sample in reader.samples}
@@ -175,6 +183,63 @@ async def test_a_read_only_server_is_a_certain_failure(server: Plain, tmp_path: 
         await server.execute("SELECT pg_reload_conf()")
         await until(reader, lambda: count(reader, Outcome.FAILED) > 5)
     assert count(reader, Outcome.UNKNOWN) == 0
+
+
+async def test_a_row_that_is_taken_away_for_a_while_is_missing_in_a_read(server: Plain, tmp_path: Path) -> None:
+    """The probe's own reads notice what the closing read alone could not."""
+    await _prepared(server)
+    async with probing(server, tmp_path / "history") as reader:
+        victim = reader.writes[0]
+        condition = f"client = {victim.client} AND number = {victim.number}"
+        connection = await connect(server.address, timeout_s=2)
+        try:
+            row = await connection.fetchrow(f"DELETE FROM {TABLE} WHERE {condition} RETURNING *")  # noqa: S608
+            assert row is not None
+            at_s = now_s()
+            await until(reader, lambda: any(read.begin_s > at_s for read in reader.reads))
+            await connection.execute(f"INSERT INTO {TABLE} VALUES ($1, $2, $3, $4)", *row)  # noqa: S608
+        finally:
+            connection.terminate()
+    rows = await rows_of(server.address)
+    closing = whole_read("plain", now_s(), now_s(), Seen.PRIMARY, None, rows.elements())
+    findings = judge(reader.writes, reader.samples, [*reader.reads, closing])
+    assert findings.lost == ()
+    assert [(each.rule, each.client, each.runs) for each in findings.contradictions] == [
+        (Rule.MISSING, victim.client, ((victim.number, victim.number),))
+    ]
+
+
+async def test_a_read_tells_exactly_which_rows_are_there(server: Plain) -> None:
+    await _prepared(server)
+    connection = await connect(server.address, timeout_s=2)
+    try:
+        numbers = [0, 1, 2, 4, 4, 5, 9, 2**40]
+        await connection.executemany(
+            f"INSERT INTO {TABLE} (client, number, begun_s) VALUES (1, $1, 0)",  # noqa: S608
+            [(number,) for number in numbers],
+        )
+        found = await connection.fetch(CONTENTS, [1, 1, 2], [0, 5, 0], [4, None, None])
+    finally:
+        connection.terminate()
+    assert [span_of(row) for row in found] == [
+        Span(1, 0, 4, ((0, 2), (4, 4)), (4,)),
+        Span(1, 5, None, ((5, 5), (9, 9), (2**40, 2**40))),
+        Span(2, 0, None, ()),
+    ]
+
+
+def test_reads_stay_bounded_and_still_come_to_ask_for_every_number() -> None:
+    windows = Windows(clients=1)
+    newest, asked = 10_000, set()
+    windows.learn([Span(0, 0, None, ((1, newest),))])
+    for _ in range(newest // STRETCH):
+        spans = windows.following()
+        for _, first, last in spans:
+            end = newest if last is None else last
+            assert end - first < max(NEWEST, STRETCH)
+            asked |= set(range(first, end + 1))
+        assert len(spans) == 2
+    assert asked == set(range(newest + 1))
 
 
 def _free_port() -> int:
