@@ -95,6 +95,7 @@ class Network:
 
     def power_on(self, host: str) -> None:
         self._off.pop(host, None)
+        self._retransmit()
 
     def is_blocked(self, source: str, target: str, channel: str) -> bool:
         if self._blocked and (source, target, channel) in self._blocked:

@@ -152,11 +152,11 @@ class SimulatedStore:
         self._interfere("restored", StoredRecord(record, self._next_version()))
         return True
 
-    def edit(self, **changes: Any) -> bool:
-        """Change fields of the record by hand; False: there is none."""
+    def edit(self, record: ClusterRecord | None = None, /, **changes: Any) -> bool:
+        """Put `record` in the place of the record, or change fields of it, by hand; False: there is none."""
         if self.record is None:
             return False
-        self._interfere("edited", StoredRecord(replace(self.record, **changes), self._next_version()))
+        self._interfere("edited", StoredRecord(replace(record or self.record, **changes), self._next_version()))
         return True
 
     def _interfere(self, what: str, content: Content) -> None:

@@ -310,6 +310,15 @@ class Host:
             self._update_processes()
         self.world.call_later(true_seconds, self._wake)
 
+    def reboot(self) -> None:
+        """The machine loses power and starts again at once: nothing of before runs, and its clocks begin anew."""
+        for process in self.processes:
+            process.kill()
+        self._awake_at_s = self.world.now_s
+        self._wake()
+        self._reckon()
+        self._monotonic_s = self._boottime_s = self.world.random.uniform(5.0, 60.0)
+
     def _wake(self) -> None:
         if not self.suspended or self.world.now_s < self._awake_at_s:
             return

@@ -149,6 +149,16 @@ def test_a_blocked_stream_delivers_in_order_after_the_heal(pair: Pair) -> None:
     assert pair.counters["network: stream stalled by a partition"] == 1
 
 
+def test_a_stream_to_a_machine_that_was_off_goes_on_when_it_is_back(pair: Pair) -> None:
+    came: list[float] = []
+    pair.network.power_off("b")
+    pair.network.stream("a", "b", "replication").send(lambda: came.append(pair.world.now_s))
+    pair.world.call_later(5.0, pair.network.power_on, "b")
+    pair.world.run(10.0)
+    assert len(came) == 1
+    assert came[0] > 5.0
+
+
 def test_a_loss_holds_up_a_stream_and_loses_nothing(pair: Pair) -> None:
     pair.network.faults.loss = 0.2
     came: list[int] = []

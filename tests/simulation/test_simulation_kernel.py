@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from simulated_time import Host, HostClock, Livelock, Process, World
 
+from instance_manager.ports import Clock
+
 SLACK_S = 1e-4
 
 
@@ -159,6 +161,21 @@ def test_a_second_suspension_makes_the_first_longer(world: World) -> None:
     assert host.monotonic_s() == _about(7.0)
 
 
+@pytest.mark.parametrize("suspended", [False, True])
+def test_after_a_reboot_the_clocks_begin_anew_and_nothing_of_before_runs(world: World, suspended: bool) -> None:
+    host = Host(world, "a", boot_s=5000.0)
+    Process(host, "agent").call_later(5.0, pytest.fail)
+    if suspended:
+        host.suspend(100.0)
+    world.call_later(1.0, host.reboot)
+    world.run(2.0)
+    assert 6.0 <= host.monotonic_s() == host.boottime_s() <= 61.0
+    fired: list[float] = []
+    Process(host, "agent").call_later(1.0, lambda: fired.append(world.now_s))
+    world.run(200.0)
+    assert fired == [_about(3.0)]
+
+
 def test_a_step_of_the_wall_clock_moves_nothing_else(world: World) -> None:
     host = Host(world, "a", boot_s=0.0)
     before_s = host.wall_s()
@@ -171,7 +188,7 @@ def test_a_step_of_the_wall_clock_moves_nothing_else(world: World) -> None:
 def test_the_clock_port_reads_boottime_and_sleeps_by_monotonic(world: World) -> None:
     host = Host(world, "a", boot_s=100.0)
     process = Process(host, "agent")
-    clock = HostClock(process)
+    clock: Clock = HostClock(process)
     woke: list[float] = []
 
     async def sleeper() -> None:
