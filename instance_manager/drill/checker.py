@@ -59,10 +59,8 @@ def judge(
     succeeded_s = all_superseded((), _first_seen(reads, first_ends_s))
     closing = closing_read(writes, reads, succeeded_s)
     lost = lost_rows(acknowledged, closing)
-    former = tuple(
-        write for write in acknowledged if write.timeline is not None and write.begin_s > superseded_s[write.timeline]
-    )
-    overlap_s = max((write.end_s - superseded_s[write.timeline or 0] for write in former), default=0.0)
+    former = tuple(write for write in acknowledged if write.begin_s > _superseded_s(write, superseded_s))
+    overlap_s = max((write.end_s - _superseded_s(write, superseded_s) for write in former), default=0.0)
     stale = stale_reads(samples, superseded_s)
     contradictions = contradicting_reads(
         attempts,
@@ -190,16 +188,20 @@ def _former_primaries(
     """One for each client and timeline, beside the first row that was acknowledged on a later one."""
     found: dict[tuple[int, int], list[Write]] = defaultdict(list)
     for write in former:
-        found[write.client, write.timeline or 0].append(write)
+        if write.timeline is not None:
+            found[write.client, write.timeline].append(write)
     return [
-        Contradiction(
-            rule,
-            client,
-            _runs(writes),
-            (next(each for each in acknowledged if (each.timeline or 0) > timeline), writes[0]),
-        )
+        Contradiction(rule, client, _runs(writes), (_first_later(acknowledged, timeline), writes[0]))
         for (client, timeline), writes in sorted(found.items())
     ]
+
+
+def _first_later(acknowledged: Iterable[Write], timeline: int) -> Write:
+    return next(write for write in acknowledged if write.timeline is not None and write.timeline > timeline)
+
+
+def _superseded_s(write: Write, superseded_s: Mapping[int, float]) -> float:
+    return float("inf") if write.timeline is None else superseded_s[write.timeline]
 
 
 def _beyond_limits(
@@ -218,7 +220,7 @@ def _beyond_limits(
     for writes in by_timeline.values():
         if len(writes) > limits.lost_rows_limit:
             found += _losses(writes, closing, Rule.LOSS_BEYOND_LIMIT)
-    late = [write for write in former if write.end_s - superseded_s[write.timeline or 0] > limits.overlap_limit_s]
+    late = [write for write in former if write.end_s - _superseded_s(write, superseded_s) > limits.overlap_limit_s]
     return found + _former_primaries(late, acknowledged, Rule.OVERLAP_BEYOND_LIMIT)
 
 

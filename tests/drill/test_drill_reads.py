@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 
@@ -267,6 +269,16 @@ def test_an_asynchronous_cluster_is_judged_by_how_long_two_write() -> None:
     assert broken(judged(writes, asynchronous=Asynchronous(lost_rows_limit=9))) == [
         (Rule.OVERLAP_BEYOND_LIMIT, ((3, 3),))
     ]
+
+
+def test_the_judge_needs_nothing_else_of_the_drill() -> None:
+    """The simulation imports it: no sessions, no processes, no cases."""
+    program = "import sys, instance_manager.drill.checker; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    ours = {name for name in done.stdout.split() if name.startswith("instance_manager.")}
+    pure = {"checker", "findings", "history", "reads", "runs"}
+    assert ours == {"instance_manager.drill", *(f"instance_manager.drill.{name}" for name in pure)}
+    assert "asyncpg" not in done.stdout.split()
 
 
 # The history itself, and how a finding reads.
