@@ -235,7 +235,6 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         tasks, self._tasks = self._tasks, []
         for task in tasks:
             if not task.done():
-                task._log_destroy_pending = False  # type: ignore[attr-defined]
                 _close_coroutine(task.get_coro())
         self.complaints.clear()
 

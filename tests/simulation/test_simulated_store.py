@@ -308,6 +308,7 @@ def test_a_stale_read_answers_with_an_earlier_state(held: Place) -> None:
 
 def _hints(place: Place) -> list[float]:
     came: list[float] = []
+    place.at_b = StoreClient(place.store, place.b)
 
     async def listen(changes: AsyncIterator[None]) -> None:
         async for _ in changes:

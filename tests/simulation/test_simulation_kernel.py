@@ -71,8 +71,9 @@ def test_a_cancelled_timer_does_not_run_and_is_tidied_away(world: World) -> None
     world.run(2000.0)
 
 
-def test_a_process_timer_never_fires_early(world: World) -> None:
-    host = Host(world, "a", rate=1.00437, boot_s=98_765.4321)
+@pytest.mark.parametrize("boot_s", [0.1, 98_765.4321])
+def test_a_process_timer_never_fires_early(world: World, boot_s: float) -> None:
+    host = Host(world, "a", rate=1.00437, boot_s=boot_s)
     process = Process(host, "agent")
     early: list[float] = []
 
@@ -148,6 +149,15 @@ def test_while_suspended_boottime_goes_on_and_monotonic_with_its_timers_stands_s
     world.run(50.0)
     assert (host.monotonic_s(), host.boottime_s()) == (_about(120.0), _about(150.0))
     assert fired == [_about(-35.0), _about(40.0)]
+
+
+def test_a_process_that_is_started_on_a_suspended_host_begins_after_it(world: World) -> None:
+    host = Host(world, "a")
+    host.suspend(5.0)
+    began: list[float] = []
+    Process(host, "agent").call_soon(lambda: began.append(world.now_s))
+    world.run(10.0)
+    assert began == [5.0]
 
 
 def test_a_second_suspension_makes_the_first_longer(world: World) -> None:
@@ -433,11 +443,17 @@ def test_context_variables_follow_the_task(world: World, process: Process) -> No
         await asyncio.create_task(child())
         await asyncio.to_thread(lambda: seen.append(variable.get()))
 
+    async def other() -> None:
+        seen.append(variable.get())
+
+    variable.set("whoever started the process")
     process.spawn(main())
     world.run(1.0)
     process.call_soon(lambda: seen.append(variable.get()))
+    process.call_later(0.1, lambda: seen.append(variable.get()))
+    process.spawn(other())
     world.run(2.0)
-    assert seen == ["main", "main", "unset"]
+    assert seen == ["main", "main", "unset", "unset", "unset"]
 
 
 def test_a_thread_takes_its_latency_and_its_error_comes_back(world: World, process: Process) -> None:
@@ -603,8 +619,11 @@ def _small_world(seed: int) -> None:
         try:
             await asyncio.sleep(100.0)
         finally:
-            await asyncio.sleep(0)
-            pytest.fail(f"never reached with {len(ballast)} bytes")
+            try:
+                await asyncio.sleep(0)
+                pytest.fail(f"never reached with {len(ballast)} bytes")
+            finally:
+                await asyncio.sleep(0)
 
     async def main() -> None:
         async with asyncio.TaskGroup() as tasks:
