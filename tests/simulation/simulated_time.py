@@ -215,7 +215,11 @@ class World:
             process.loop.create_task(generator.aclose())
 
     def close(self) -> None:
-        """End all processes and drop everything. Not one callback, and no `on_exit`, runs any more."""
+        """End all processes and drop everything. Not one callback, and no `on_exit`, runs any more.
+
+        Python closes a coroutine only by running its `finally` blocks. Here they do, and meet a world in which nothing
+        is carried out; but what they change in memory is changed, so look at results before.
+        """
         assert not self.running, "a world is closed from outside"
         if self.closed:
             return

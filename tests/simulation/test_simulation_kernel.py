@@ -667,9 +667,9 @@ def test_the_kernel_is_fast(capsys: pytest.CaptureFixture[str]) -> None:
 
     for name in "abc":
         Process(Host(world, name), name).spawn(sleep_again_and_again())
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     world.run(20.0)
-    took_s = time.perf_counter() - began_s
+    took_s = time.process_time() - began_s
     events = world.events
     world.close()
     with capsys.disabled():
