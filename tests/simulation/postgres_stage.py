@@ -63,9 +63,12 @@ class StagedInstance:
 
     def write(self, **settings: str) -> None:
         """Straight into the file, and SIGHUP: by no rule of ours."""
+        self.write_quietly(**settings)
+        self.running.signal("HUP")
+
+    def write_quietly(self, **settings: str) -> None:
         assert self.volume.data is not None
         self.volume.data.settings = {**(self.volume.data.settings or {}), **settings}
-        self.running.signal("HUP")
 
     def upstream(self, primary: StagedInstance) -> Upstream:
         return Upstream(

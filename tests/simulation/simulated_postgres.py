@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from simulated_recovery import OUR_RESTORE_COMMAND
 from simulated_rejoin import clone, rewind
 from simulated_running import ASKS_AGAIN_S, Access, Instance, SimulatedRunning
 from simulated_server import PostgresServer
@@ -235,7 +236,7 @@ class SimulatedPostgres:
             "synchronous_standby_names": render_set(synchronous),
             "primary_conninfo": "",
             "primary_slot_name": "",
-            "restore_command": "restore_command.sh",
+            "restore_command": OUR_RESTORE_COMMAND,
         }
         if upstream is not None:
             settings["primary_conninfo"] = self.primary_settings(upstream)
@@ -264,7 +265,7 @@ class SimulatedPostgres:
             raise DirectoryRefused(f"the data directory is {report.state.value}: {report.reason}")
         if self._access.data().settings is None:
             raise DirectoryRefused("the data directory's configuration is not ours yet")
-        return StartCommand(("postgres", "-D", str(_PLACE)), {})
+        return StartCommand(("/postgres", "-D", str(_PLACE)), {})
 
     def _clear_claim(self) -> None:
         """`promotion.clear_claim`: empty histories above the newest real one go too."""

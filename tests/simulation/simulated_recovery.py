@@ -3,8 +3,7 @@
 It looks at SIGHUP between two records only: not while a query conflicts, and not between the last record that it finds in
 pg_wal and its asking for a walreceiver (P2). Replay is reckoned when somebody looks, so that it costs no events.
 
-Left out: restore_command for segments (always absent), recovery targets, restartpoints other than at replayed
-checkpoints.
+Left out: recovery targets, restartpoints other than at replayed checkpoints; an archive is looked into at SIGHUP only.
 """
 
 from __future__ import annotations
@@ -27,11 +26,13 @@ from instance_manager.core.types import Lsn, Timeline
 
 if TYPE_CHECKING:
     from simulated_server import PostgresServer
+    from simulated_streaming import WalReceiver
 
 RETRIEVE_RETRY_S = 0.2
 PAUSED_LOOKS_FOR_PROMOTION_S = 1.0
 CONFIRM_PAUSE_S = (0.0, 0.003)
-CONFLICT = "IPC/RecoveryConflictSnapshot"
+LOOKS_AFTER_ASKING_S = (0.001, 0.1)
+OUR_RESTORE_COMMAND = "restore_command.sh"
 
 
 class Startup:
@@ -164,7 +165,9 @@ class Startup:
         ):
             self._replay_all()
             self._ask()
-        self._look()
+            self.child.later(cluster.draw(LOOKS_AFTER_ASKING_S), self._look)
+        else:
+            self._look()
         if self.promote_asked:
             self._check_promotion()
         elif self.pause_state == "pause requested":
@@ -190,11 +193,27 @@ class Startup:
         settings = self.server.settings
         before = self.following
         self.following = (settings.get("primary_conninfo", ""), settings.get("primary_slot_name", ""))
+        self._restore()
         if self.following != before:
             if self.server.walreceiver is not None:
                 self.server.walreceiver.terminate()
             else:
                 self._ask_soon(0.0)
+
+    def _restore(self) -> None:
+        """WAL from an archive comes whether or not anybody is followed (P9); our script answers "absent" for every segment."""
+        server = self.server
+        archive = server.cluster.archive
+        command = server.settings.get("restore_command", "")
+        log = server.data.log
+        if archive is None or not command or command == OUR_RESTORE_COMMAND or archive.flushed <= log.end:
+            return
+        first = entries_before(log.end)
+        end = complete(archive.flushed)
+        log.receive(first, tuple(archive.entries[first : entries_before(end)]), end)
+        log.flushed = log.written
+        server.cluster.count("WAL restored from the archive")
+        self._arrived(log.flushed)
 
     # Pause: recoveryPausesHere.
 
@@ -291,12 +310,16 @@ class Startup:
             # Nothing that it could go over to; it asks again and again.
             self.child.later(RETRIEVE_RETRY_S, self._go_on_anyway, timeline, start)
         else:
-            receiver.restart(self.server.start_request(receiver, timeline, start))
+            self._restart(receiver, timeline, start)
+
+    def _restart(self, receiver: WalReceiver, timeline: Timeline, start: int) -> None:
+        self.server.requested(timeline, start)
+        receiver.restart(self.server.start_request(receiver, timeline, start))
 
     def _go_on_anyway(self, timeline: Timeline, start: int) -> None:
         receiver = self.server.walreceiver
         if receiver is not None and receiver.status == "waiting" and not self.promote_asked:
-            receiver.restart(self.server.start_request(receiver, timeline, start))
+            self._restart(receiver, timeline, start)
 
     # Promotion.
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from simulated_recovery import Startup
+from simulated_recovery import OUR_RESTORE_COMMAND, Startup
 from simulated_sessions import Child, Session
 from simulated_streaming import Connection, StartRequest, WalReceiver, WalSender
 from simulated_syncrep import Commit, Outcome, SyncConfig, SyncRep, parse_names
@@ -107,7 +107,7 @@ class PostgresServer:
 
     @property
     def has_restore_command(self) -> bool:
-        return bool(self.loaded.get("restore_command"))
+        return self.loaded.get("restore_command") == OUR_RESTORE_COMMAND
 
     @property
     def read_write(self) -> bool:
@@ -481,6 +481,7 @@ class PostgresServer:
 
     def fork_walreceiver(self, conninfo: str, slot: str, timeline: Timeline, start: int) -> None:
         """The startup process asks; the postmaster forks, when it can."""
+        self.requested(timeline, start)
         self.postmaster.run(self._fork_walreceiver, conninfo, slot, timeline, start)
 
     def _fork_walreceiver(self, conninfo: str, slot: str, timeline: Timeline, start: int) -> None:
@@ -497,13 +498,11 @@ class PostgresServer:
             return
         receiver.child.later(delay_s, receiver.connect, self.start_request(receiver, timeline, start))
 
-    def streaming_from(self, timeline: Timeline, start: int) -> None:
+    def requested(self, timeline: Timeline, start: int) -> None:
         """RequestXLogStreaming: on another timeline than before, `flushedUpto` begins anew at a segment's start (P3)."""
         if self.receive_lsn is None or timeline != self._received_timeline:
             self.receive_lsn = start
         self._received_timeline = timeline
-        if self.in_recovery:
-            self.timeline = timeline
 
     def received(self, flushed: int) -> None:
         self.receive_lsn = max(self.receive_lsn or 0, flushed)

@@ -448,7 +448,8 @@ class WalReceiver:
             self.child.later(STATUS_INTERVAL_S, self._tick)
         self.status = "streaming"
         self.received_timeline = request.timeline
-        server.streaming_from(request.timeline, request.start)
+        if server.in_recovery:
+            server.timeline = request.timeline
         self._first = True
 
     def data(self, first: int, entries: tuple[Entry, ...], end: int) -> None:

@@ -113,6 +113,8 @@ class PostgresCluster:
     network: ReplicationNetwork
     behaviour: PostgresBehaviour = field(default_factory=PostgresBehaviour)
     servers: dict[str, PostgresServer] = field(default_factory=dict)
+    archive: Log | None = None
+    """What a restore_command other than ours would find (P9)."""
     on_acknowledged: Callable[[PostgresServer, Entry], object] = _nothing
     """A client's commit ended by release, and nothing but a failure on the way can keep it from the client now."""
     on_read_write: Callable[[PostgresServer, Timeline], object] = _nothing
