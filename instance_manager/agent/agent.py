@@ -188,9 +188,11 @@ class Agent:
                 c.take_role(Role.STOPPED, f"Postgres has ended ({how})")
         self._was_running = running
         standby = c.link.postgres is not None and c.link.postgres.mode == "standby"
+        record = c.keeper.record
+        if c.role is Role.FENCED and record is not None and c.configuration.name not in record.fenced:
+            c.take_role(Role.STOPPED, "unfenced")
         if c.role is Role.STARTING and standby and self._operation is None:
             c.take_role(Role.STANDBY, "the agent restarted over a running standby")
-        record = c.keeper.record
         holds = record is not None and record.holder is not None and record.holder.member_id == c.volume.state.member_id
         if not holds:
             c.stop_yielding()
@@ -272,7 +274,10 @@ class Agent:
         c = self.context
         act = decision.act
         if self._operation is not None and self._operation.done():
-            self._operation = None
+            ended, self._operation = self._operation, None
+            if not ended.cancelled():
+                # What nobody expected ends this agent: the supervisor starts another, and does not spin.
+                ended.result()
         if self._operation is not None:
             if act == self._operation_act:
                 return

@@ -172,6 +172,8 @@ class Startup:
             self._check_promotion()
         elif self.pause_state == "pause requested":
             self._enter_pause()
+        else:
+            self._ask_soon(0.0)
 
     def _replay_all(self) -> None:
         self._due.clear()

@@ -1,0 +1,104 @@
+"""How often each branch of the rules was taken: the core's modules are loaded with a counter at the head of each branch.
+
+A branch is the body of an `if`, `elif`, `else`, `for`, `while`, `case` or function in a module that decides. Each is named
+by its function and its first line, so that the summary reads as the rules do. Import this module, and call `count_branches`,
+before anything of `instance_manager` is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.abc
+import importlib.machinery
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+MODULES = tuple(f"instance_manager.core.{name}" for name in ("decide", "voting", "election", "lease", "quorum", "rejoin"))
+"""Where decisions are made."""
+HITS: list[int] = []
+NAMES: list[str] = []
+"""Of each branch: module, function, and the line that it begins with."""
+
+_NAME = "__branch_hits__"
+
+
+class _Counting(ast.NodeTransformer):
+    def __init__(self, module: str, source: str) -> None:
+        self._module = module.rsplit(".", 1)[1]
+        self._lines = source.splitlines()
+        self._function: list[str] = []
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        self._function.append(node.name)
+        self.generic_visit(node)
+        self._function.pop()
+        return node
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        if self._function:
+            node.body = self._counted(node.body)
+            if node.orelse and not (len(node.orelse) == 1 and isinstance(node.orelse[0], ast.If)):
+                node.orelse = self._counted(node.orelse)
+        return node
+
+    def visit_Return(self, node: ast.Return) -> ast.AST | list[ast.AST]:
+        """A return that is no branch of its own counts too: it is what is left when no branch was taken."""
+        return node
+
+    def _counted(self, body: Sequence[ast.stmt]) -> list[ast.stmt]:
+        first = body[0]
+        number = len(HITS)
+        HITS.append(0)
+        line = self._lines[first.lineno - 1].strip()
+        if line.endswith("("):
+            line += self._lines[first.lineno].strip()
+        NAMES.append(f"{self._module}.{self._function[-1]}:{first.lineno}: {line[:100]}")
+        count = ast.parse(f"{_NAME}[{number}] += 1").body[0]
+        for each in ast.walk(count):
+            ast.copy_location(each, first)
+        return [count, *body]
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    def get_code(self, fullname: str) -> object:  # type: ignore[override]
+        source = Path(self.path).read_text(encoding="utf-8")
+        tree = _Counting(fullname, source).visit(ast.parse(source, self.path))
+        return compile(ast.fix_missing_locations(tree), self.path, "exec")
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__[_NAME] = HITS
+        super().exec_module(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in MODULES:
+            return None
+        found = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if found is None or found.origin is None:
+            return None
+        found.loader = _Loader(fullname, found.origin)
+        return found
+
+
+def count_branches() -> None:
+    """To be called once, before the modules are imported."""
+    assert not any(module in sys.modules for module in MODULES), "imported already: too late to count"
+    sys.meta_path.insert(0, _Finder())
+
+
+def taken() -> Counter[str]:
+    """Since the last call."""
+    found = Counter({name: hits for name, hits in zip(NAMES, HITS, strict=True) if hits})
+    HITS[:] = [0] * len(HITS)
+    return found
+
+
+def never(counters: Counter[str]) -> Iterator[str]:
+    return (name for name in NAMES if not counters.get(name))
