@@ -88,8 +88,11 @@ class SimulatedPostgres:
 
     async def keep_slots(self, members: Collection[MemberId]) -> None:
         server = await self._kept(5.0, "slots")
-        async with asyncio.timeout(5.0):
-            await self._access.write_file()
+        try:
+            async with asyncio.timeout(5.0):
+                await self._access.write_file()
+        except TimeoutError:
+            raise DeadlinePassed("slots", 5.0) from None
         slots = server.data.slots
         slots.update(members)
         for name in sorted(slots):
@@ -330,6 +333,7 @@ class SimulatedPostgres:
             raise DirectoryRefused("there is nothing to set aside")
         volume.cluster.on_destroying(volume, "setting aside")
         volume.set_aside = [volume.data]
+        volume.torn = False
         volume.data = None
         return "data.set-aside-1"
 

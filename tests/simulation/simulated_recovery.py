@@ -26,7 +26,7 @@ from instance_manager.core.types import Lsn, Timeline
 
 if TYPE_CHECKING:
     from simulated_server import PostgresServer
-    from simulated_streaming import WalReceiver
+    from simulated_walreceiver import WalReceiver
 
 RETRIEVE_RETRY_S = 0.2
 PAUSED_LOOKS_FOR_PROMOTION_S = 1.0

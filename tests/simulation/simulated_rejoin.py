@@ -15,7 +15,7 @@ from simulated_running import ASKS_AGAIN_S, Access
 from simulated_server import PostgresServer
 from simulated_streaming import CHANNEL
 from simulated_volume import DataDirectory
-from simulated_wal import entries_before, line_of, start_of
+from simulated_wal import Line, line_of
 
 from instance_manager.core.types import Timeline
 from instance_manager.postgres.clone import CloneRefused
@@ -43,7 +43,7 @@ class Source:
         if cluster.network.is_blocked(own, self._host, CHANNEL) or cluster.network.is_blocked(self._host, own, CHANNEL):
             return None
         server = cluster.servers.get(self._host)
-        if server is None or not server.ready or server.stopping:
+        if server is None or not server.ready or server.stopping or not server.postmaster.alive:
             raise ConnectionRefusedError(self._host)
         return None if server.postmaster.paused or server.process.held else server
 
@@ -128,12 +128,13 @@ async def rewind(access: Access, host: str, port: int, timeline: Timeline) -> Re
     attempts = volume.rewind_attempts
     # WAL is copied like any file, as it is while copying; the minimum is where the source is at the end.
     copied = server.sendable_end()
-    if not _is_needed(data, server.data, timeline):
+    if not _is_needed(data, server.data, timeline, attempts):
         data.standby_signal = True
         volume.rewind_attempts = 0
         return RewindOutcome.NOT_NEEDED
     volume.cluster.on_destroying(volume, "rewinding")
     data.standby_signal = False
+    volume.torn = True
     try:
         after = await source.copy(lambda _: None)
     except ConnectionError as error:
@@ -143,28 +144,32 @@ async def rewind(access: Access, host: str, port: int, timeline: Timeline) -> Re
     rewound = server.data.copy_of(copied)
     rewound.minimum_recovery = (server.timeline, server.data.log.end)
     rewound.state = ClusterState.IN_ARCHIVE_RECOVERY
-    fork = server.data.histories[timeline][-1][1] if server.data.histories.get(timeline) else rewound.checkpoint
-    common = _last_checkpoint(rewound, min(fork, rewound.log.end))
-    rewound.note_checkpoint(common)
     volume.data = rewound
+    volume.torn = False
     volume.rewind_attempts = 0
     return RewindOutcome.REWOUND
 
 
-def _is_needed(target: DataDirectory, source: DataDirectory, timeline: Timeline) -> bool:
-    """By positions and timelines only: pg_rewind compares histories, not records."""
-    own_end = target.log.entries[-1].timeline if target.log.entries else Timeline(1)
-    line = line_of(source.histories, timeline)
-    for index, (each, _) in enumerate(line):
-        if each == own_end:
-            fork = line[index + 1][1] if index + 1 < len(line) else None
-            return fork is not None and target.log.end > fork
-    return True
+def _is_needed(target: DataDirectory, source: DataDirectory, timeline: Timeline, attempts: int) -> bool:
+    """By pg_control and the histories only: pg_rewind compares no records, and on one timeline it needs nothing (P4, P11)."""
+    minimum = target.minimum_recovery
+    own = max(target.timeline, minimum[0] if minimum is not None else Timeline(0))
+    if own == timeline:
+        return False
+    fork = _fork(line_of(target.histories, own), line_of(source.histories, timeline))
+    if fork is None:
+        raise RewindFailed("could not find common ancestor of the source and target cluster's timelines", attempts)
+    # A primary that was not shut down is, by single-user mode, which writes a checkpoint behind whatever there is.
+    crashed = target.state not in (ClusterState.SHUT_DOWN, ClusterState.SHUT_DOWN_IN_RECOVERY)
+    return crashed or target.log.end > fork
 
 
-def _last_checkpoint(data: DataDirectory, before: int) -> int:
-    """Index of the last checkpoint's record that ends before the fork: where recovery begins."""
-    for index in range(min(entries_before(before), len(data.log.entries)) - 1, -1, -1):
-        if data.log.entries[index].kind in ("checkpoint", "shutdown") and start_of(index) < before:
-            return index
-    return 0
+def _fork(one: Line, other: Line) -> int | None:
+    """findCommonAncestorTimeline: where two lines of timelines part; None: they have nothing in common."""
+    common = 0
+    while common < min(len(one), len(other)) and one[common] == other[common]:
+        common += 1
+    if common == 0:
+        return None
+    ends = [line[common][1] for line in (one, other) if common < len(line)]
+    return min(ends)

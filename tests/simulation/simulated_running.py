@@ -69,7 +69,7 @@ class Access:
     def live(self) -> PostgresServer:
         """The server that takes connections now, SqlUnavailable otherwise."""
         server = self.instance.server
-        if server is None or not server.process.alive:
+        if server is None or not server.postmaster.alive or not server.process.alive:
             raise SqlUnavailable("connection refused")
         if not server.ready:
             raise SqlUnavailable("the database system is starting up", "57P03")

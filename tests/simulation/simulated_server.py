@@ -1,26 +1,27 @@
 """One life of a Postgres server: the postmaster and all its children, from start to exit, on a volume and a host.
 
-Stands for postmaster.c, checkpointer.c, and what a backend does at a commit (xact.c, xlog.c). The other processes are in
-`simulated_syncrep`, `simulated_streaming` and `simulated_recovery`. Nothing here is a task: plain callbacks on the host's
+Stands for postmaster.c, checkpointer.c and the ends of a recovery. The other processes are in `simulated_backends`,
+`simulated_syncrep`, `simulated_walsender`, `simulated_walreceiver` and `simulated_recovery`. Nothing here is a task: plain callbacks on the host's
 clock, so that an idle server costs nearly nothing.
 
-Left out: everything about tables, locks and snapshots; autovacuum, archiver, walwriter; prepared transactions;
-connection limits.
+Left out: autovacuum, archiver, walwriter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
+from simulated_backends import Backends, Ready
 from simulated_recovery import OUR_RESTORE_COMMAND, Startup
-from simulated_sessions import Child, Session
-from simulated_streaming import Connection, StartRequest, WalReceiver, WalSender
-from simulated_syncrep import Commit, Outcome, SyncConfig, SyncRep, parse_names
+from simulated_sessions import Child
+from simulated_streaming import Connection, StartRequest
+from simulated_syncrep import SyncConfig, parse_names
 from simulated_time import Host, Process
 from simulated_volume import DataDirectory, DataVolume, PostgresBehaviour, PostgresCluster, rows_of
-from simulated_wal import Entry, Kind, entries_before, line_of, newest_timeline, start_of, timeline_at
+from simulated_wal import entries_before, line_of, newest_timeline, start_of, timeline_at
+from simulated_walreceiver import WalReceiver
+from simulated_walsender import WalSender
 
 from instance_manager.core.types import Timeline
 from instance_manager.postgres.control_data import ClusterState
@@ -31,18 +32,15 @@ if TYPE_CHECKING:
 
 __all__ = ["DataVolume", "PostgresBehaviour", "PostgresCluster", "PostgresServer"]
 
-Ready = Callable[[], object]
-OnResult = Callable[[Outcome, Entry], object]
-OnRead = Callable[[tuple[object, ...], bool, Timeline], object]
-
+ORPHANS_LIVE_S = (0.001, 3.0)
 Part = Literal["server", "postmaster", "checkpointer", "startup", "walreceiver", "walsender", "backend"]
 
 
-class PostgresServer:
+class PostgresServer(Backends):
     """Starts at once. `on_exit` is told "stopped" after a clean end, "failed", "crashed" or "killed"."""
 
     def __init__(self, cluster: PostgresCluster, host: Host, volume: DataVolume) -> None:
-        self.cluster = cluster
+        super().__init__(cluster)
         self.host = host
         self.volume = volume
         self.process = Process(host, f"{host.name}/postgres")
@@ -64,19 +62,11 @@ class PostgresServer:
         self.receive_lsn: int | None = None
         """`pg_last_wal_receive_lsn()`: None, then a segment's start, then what was flushed (P3)."""
         self._received_timeline: Timeline | None = None
-        self.rows: list[object] = []
-        self.senders: list[WalSender] = []
         self.active_slots: dict[str, WalSender] = {}
         self.walreceiver: WalReceiver | None = None
-        self.sessions: list[Session] = []
-        self.syncrep = SyncRep(cluster, self.senders, self._finish)
         self._paused: list[tuple[Part, Child]] = []
         self._exit_callbacks: list[Callable[[str], object]] = []
         self._checkpointer_hup = False
-        self._flushing = False
-        self._to_flush: list[Commit] = []
-        self._open: dict[Commit, None] = {}
-        """Commits without a result."""
         self._hanging = False
         self._shutdown_written = False
         self._exited = False
@@ -100,6 +90,10 @@ class PostgresServer:
     def startup(self) -> Startup:
         assert self._startup is not None, "a server that is no standby"
         return self._startup
+
+    @property
+    def server(self) -> PostgresServer:
+        return self
 
     @property
     def any_process_left(self) -> bool:
@@ -139,7 +133,7 @@ class PostgresServer:
     def _begin(self) -> None:
         volume, cluster = self.volume, self.cluster
         data = volume.data
-        if data is None or volume.foreign or volume.rewind_attempts or data.settings is None:
+        if data is None or volume.foreign or data.settings is None:
             self._exit("failed")
             return
         self.loaded = dict(data.settings)
@@ -168,6 +162,11 @@ class PostgresServer:
         data = self.data
         log = data.log
         log.drop_torn_tail()
+        if self.volume.torn:
+            self.cluster.count("started a half-rewound directory")
+            log.cut(start_of(1))
+            data.checkpoint = data.redo = start_of(0)
+            data.timeline, data.minimum_recovery = Timeline(1), None
         # SyncDataDirectory: what an earlier life wrote is on the disk now.
         log.flushed = log.written = log.end
         minimum = data.minimum_recovery
@@ -242,177 +241,6 @@ class PostgresServer:
         self.receive_lsn = None
         self._open_read_write()
         self.checkpointer.later(self.cluster.world.random.uniform(0.05, 3.0), self.checkpoint)
-
-    # Writing.
-
-    def write_record(self, kind: Kind, then: Ready | None = None) -> int:
-        """A record that no client waits for; `then` when it is flushed here."""
-        entry = Entry(self.timeline, kind)
-
-        def done(_: Outcome, __: Entry) -> None:
-            if then is not None:
-                then()
-
-        commit = Commit(entry, None, synchronous=False, on_result=done)
-        return self._insert(commit)
-
-    def _insert(self, commit: Commit) -> int:
-        commit.lsn = self.data.log.append(commit.entry)
-        self._open[commit] = None
-        self._to_flush.append(commit)
-        self._flush_log()
-        return commit.lsn
-
-    def _flush_log(self) -> None:
-        """XLogFlush: one write and one fsync at a time, for all that came meanwhile."""
-        if self._flushing:
-            return
-        self._flushing = True
-        log = self.data.log
-        log.written = log.end
-        batch, self._to_flush = self._to_flush, []
-        self.volume.flush(self.process, partial(self._log_flushed, log.end, batch))
-
-    def _log_flushed(self, upto: int, batch: list[Commit]) -> None:
-        self._flushing = False
-        self.data.log.flushed = upto
-        self._wake_senders()
-        for commit in batch:
-            if commit.session is not None:
-                commit.session.child.run(self._after_flush, commit)
-            else:
-                self._after_flush(commit)
-        if self._to_flush:
-            self._flush_log()
-
-    def _after_flush(self, commit: Commit) -> None:
-        if not commit.done and not (commit.synchronous and self.syncrep.waits(commit)):
-            self._finish(commit, "acknowledged")
-
-    def _finish(self, commit: Commit, outcome: Outcome) -> None:
-        """The transaction is visible from now on, however its wait ended (P13)."""
-        session = commit.session
-        if session is not None and (session.child.paused or not session.child.alive):
-            session.child.run(self._finish_now, commit, outcome)
-        else:
-            self._finish_now(commit, outcome)
-
-    def _finish_now(self, commit: Commit, outcome: Outcome) -> None:
-        if commit.done:
-            return
-        commit.done = True
-        self._open.pop(commit, None)
-        entry = commit.entry
-        if entry.kind == "commit":
-            self.rows.append(entry.payload)
-            if commit.synchronous and outcome == "acknowledged":
-                self.cluster.on_acknowledged(self, entry)
-        commit.on_result(outcome, entry)
-
-    def _wake_senders(self) -> None:
-        for sender in tuple(self.senders):
-            sender.wake()
-
-    # Clients.
-
-    def open_session(self) -> Session | None:
-        """A connection that stays; None: refused. (Nothing is answered while the postmaster stands still: see `takes_connections`.)"""
-        if not self.lets_clients_in() or not self.takes_connections():
-            return None
-        session = Session(self)
-        self.sessions.append(session)
-        return session
-
-    def takes_connections(self) -> bool:
-        return not self.postmaster.paused and not self.process.held
-
-    def lets_clients_in(self) -> bool:
-        """By the access rules that the postmaster has loaded."""
-        return self.ready and not self.stopping and self.loaded_access is Access.OPEN
-
-    def commit(
-        self, payload: object, *, synchronous: bool, on_result: OnResult, session: Session | None = None
-    ) -> Commit:
-        """One transaction, in a session or by a new connection; `on_result` is called here, not at the client.
-
-        failed: certainly not done. unknown: the connection broke. cancelled_wait: done here, success with a WARNING.
-        """
-        commit = Commit(Entry(self.timeline, "commit", payload), session, synchronous=synchronous, on_result=on_result)
-        self._open[commit] = None
-        if session is not None:
-            session.child.run(self._commit, commit)
-        else:
-            self.postmaster.run(self._commit, commit)
-        if not self.process.alive:
-            self._fail(commit)
-        return commit
-
-    def _commit(self, commit: Commit) -> None:
-        session = commit.session
-        may = self.lets_clients_in() if session is None else session.alive and not self.stopping
-        if not may or self.in_recovery:
-            self._fail(commit)
-        elif self.volume.full:
-            if self.cluster.chance(self.cluster.behaviour.full_panics, "PANIC: no space left for WAL"):
-                self.crash("PANIC: no space left on device")
-            else:
-                self._fail(commit)
-        else:
-            if commit.entry.timeline != self.timeline:
-                commit.entry = Entry(self.timeline, "commit", commit.entry.payload)
-            self._insert(commit)
-
-    def _fail(self, commit: Commit) -> None:
-        if not commit.done:
-            commit.done = True
-            self._open.pop(commit, None)
-            commit.on_result("failed", commit.entry)
-
-    def cancel_wait(self, commit: Commit) -> None:
-        """A query cancel: the commit that waits for standbys reports success, with a WARNING (P13)."""
-        if commit.waiting:
-            self.syncrep.cancel(commit)
-            self.cluster.count("wait for standbys cancelled")
-            self._finish(commit, "cancelled_wait")
-
-    def cancel_waits(self) -> None:
-        for commit in [each for each in self._open if each.waiting]:
-            self.cancel_wait(commit)
-
-    def terminate_session(self, session: Session) -> None:
-        """SIGTERM to a backend: a wait is cut, and the client sees its connection break."""
-        for commit in [each for each in self._open if each.session is session]:
-            self.syncrep.cancel(commit)
-            if commit.lsn:
-                self._finish_now(commit, "unknown")
-            else:
-                self._fail(commit)
-        session.child.end()
-        if session in self.sessions:
-            self.sessions.remove(session)
-
-    def read(self, on_result: OnRead, session: Session | None = None) -> None:
-        """The rows that a query sees, whether in recovery, the timeline. No answer: refused, or the server is gone."""
-        child = self.postmaster if session is None else session.child
-        child.run(self._read, on_result, session)
-
-    def _read(self, on_result: OnRead, session: Session | None) -> None:
-        if session is None and not self.lets_clients_in():
-            return
-        if self.in_recovery:
-            self.startup.advance()
-        on_result(tuple(self.rows), self.in_recovery, self.timeline)
-
-    def canary(self, on_result: OnResult) -> Commit:
-        """A commit of the agent's own that waits like a client's."""
-        commit = Commit(Entry(self.timeline, "message"), None, synchronous=True, on_result=on_result)
-        self._insert(commit)
-        return commit
-
-    def end_canary(self, commit: Commit) -> None:
-        self.syncrep.cancel(commit)
-        if not commit.done:
-            self._finish_now(commit, "unknown")
 
     # Signals.
 
@@ -592,6 +420,14 @@ class PostgresServer:
     def crash_backend(self) -> None:
         """One backend is killed, or hits a segmentation fault; a postmaster that stands still notices later."""
         self.postmaster.run(self.crash, "a backend crashed")
+
+    def kill_postmaster(self) -> None:
+        """SIGKILL to it alone. Waits for standbys are cut; a busy backend was seen to commit for 3 s more."""
+        self.postmaster.end()
+        for commit in [each for each in self._open if each.waiting]:
+            self.syncrep.cancel(commit)
+            self._finish_now(commit, "unknown")
+        self.process.call_later(self.cluster.draw(ORPHANS_LIVE_S), self.crash, "the postmaster was killed")
 
     def kill_all(self) -> None:
         """SIGKILL to every process at once."""

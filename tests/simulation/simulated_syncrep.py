@@ -18,8 +18,8 @@ from simulated_wal import Entry
 
 if TYPE_CHECKING:
     from simulated_sessions import Session
-    from simulated_streaming import WalSender
     from simulated_volume import PostgresCluster
+    from simulated_walsender import WalSender
 
 _ANY = re.compile(r"ANY (\d+) \((.*)\)")
 

@@ -232,6 +232,8 @@ class DataVolume:
         """Something else lies in the place."""
         self.rewind_attempts = 0
         """From the marker outside of the data directory; 0: none is there."""
+        self.torn = False
+        """The directory is half overwritten by a rewind. Nothing in it says so: Postgres starts on it, without its rows."""
         self.claim: Timeline | None = None
         """File in the state directory, by which restore_command makes a promotion take that number (P4)."""
         self.set_aside: list[DataDirectory] = []

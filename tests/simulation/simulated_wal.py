@@ -25,6 +25,10 @@ History = tuple[tuple[Timeline, Lsn], ...]
 """(parent, where it was left), oldest first; () is an empty file, which fills a gap in the numbers and says nothing."""
 
 
+Line = tuple[tuple[Timeline, int], ...]
+"""Timelines from the oldest on, each with the position where it begins."""
+
+
 class Entry:
     """One record. Never changed; compared by identity."""
 
@@ -112,7 +116,7 @@ def newest_timeline(histories: Mapping[Timeline, History], start: Timeline) -> T
     return newest
 
 
-def line_of(histories: Mapping[Timeline, History], timeline: Timeline) -> tuple[tuple[Timeline, int], ...]:
+def line_of(histories: Mapping[Timeline, History], timeline: Timeline) -> Line:
     """readTimeLineHistory: each timeline from the oldest to `timeline`, with the position where it begins."""
     begins = 0
     found = []
@@ -122,7 +126,7 @@ def line_of(histories: Mapping[Timeline, History], timeline: Timeline) -> tuple[
     return (*found, (timeline, begins))
 
 
-def timeline_at(line: tuple[tuple[Timeline, int], ...], lsn: int) -> Timeline:
+def timeline_at(line: Line, lsn: int) -> Timeline:
     """tliOfPointInHistory: the timeline that the byte at `lsn` is on."""
     for timeline, begins in reversed(line):
         if begins <= lsn:
@@ -130,7 +134,7 @@ def timeline_at(line: tuple[tuple[Timeline, int], ...], lsn: int) -> Timeline:
     return line[0][0]
 
 
-def left_at(line: tuple[tuple[Timeline, int], ...], timeline: Timeline) -> int | None:
+def left_at(line: Line, timeline: Timeline) -> int | None:
     """tliSwitchPoint: where `line` left `timeline`; None: it is its last. KeyError: it is not in it."""
     for index, (each, _) in enumerate(line):
         if each == timeline:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from postgres_stage import Stage, StagedInstance, all_of, chain_of, staged
 from simulated_streaming import CHANNEL
+from simulated_time import Process
 from simulated_wal import ENTRY_BYTES, LOG_BEGINS, Entry, complete
 
 from instance_manager.core.types import Lsn, Timeline, WalEnd
 from instance_manager.postgres import voting
 from instance_manager.postgres.control_data import ClusterState
+from instance_manager.postgres.directory import DirectoryRefused
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.promotion import PromotedWrong
 from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing
@@ -223,7 +225,7 @@ def test_p4_a_diverged_standby_is_not_taken_over_a_fork_behind_its_replay() -> N
         assert not chain.contains(stage.do(a, a.port.position(chain, deadline_s=1)))
 
 
-def test_p6_an_interrupted_rewind_leaves_a_directory_that_does_not_start() -> None:
+def test_p6_an_interrupted_rewind_leaves_a_directory_that_starts_without_its_rows() -> None:
     with staged("a", "b", copy_s=(2.0, 2.0)) as stage:
         a, b = _diverged(stage)
         a.agent.spawn(_ignore(a, b))
@@ -231,9 +233,12 @@ def test_p6_an_interrupted_rewind_leaves_a_directory_that_does_not_start() -> No
         a.agent.kill()
         stage.run(1)
         assert a.volume.rewind_attempts == 1
+        a.agent = Process(a.host, "a/agent again")
+        with pytest.raises(DirectoryRefused):
+            stage.do(a, a.port.prepare_start())
         a.start()
-        stage.run(0.1)
-        assert a.exits[-1] == "failed"
+        stage.until(lambda: a.running.ready)
+        assert stage.rows(a) == ()
 
 
 async def _ignore(a: StagedInstance, b: StagedInstance) -> None:
@@ -277,6 +282,34 @@ def test_after_a_rewind_recovery_needs_what_the_source_wrote_meanwhile() -> None
         stage.run(6)
         assert "diverged" not in stage.rows(a)
         assert stage.rows(a) == stage.rows(b)
+
+
+def test_p4_a_rewind_across_a_collision_of_timelines_finds_nothing_to_do() -> None:
+    with staged("a", "b") as stage:
+        a, b = _same_number_twice(stage)
+        b.running.kill_all()
+        stage.do(a, a.port.checkpoint(deadline_s=5))
+        assert b.volume.data is not None
+        b.volume.data.timeline = Timeline(2)
+        assert stage.do(b, b.port.rewind(a.name, 5432, Timeline(2))) == "not needed"
+        assert any("only on b" in str(entry.payload) for entry in b.entries())
+
+
+def test_orphans_of_a_killed_postmaster_may_commit_on() -> None:
+    with staged("a", "b") as stage:
+        a = stage.instances[0]
+        stage.primary(a)
+        session = a.running.open_session()
+        assert session is not None
+        a.running.kill_postmaster()
+        assert a.running.open_session() is None
+        a.running.commit(
+            "orphan", synchronous=True, session=session, on_result=lambda o, e: stage.results.append((e.payload, o))
+        )
+        stage.run(0.02)
+        stage.run(4)
+        assert stage.results == [("orphan", "acknowledged")]
+        assert a.exits == ["crashed"]
 
 
 def test_a_clone_is_a_standby_that_needs_no_more_than_it_has() -> None:

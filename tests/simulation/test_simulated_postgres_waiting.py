@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from postgres_stage import NOBODY, Stage, StagedInstance, all_of, staged
-from simulated_streaming import CHANNEL, WalSender
+from simulated_streaming import CHANNEL
+from simulated_walsender import WalSender
 
 from instance_manager.core.quorum import ALONE
 from instance_manager.core.types import Timeline
