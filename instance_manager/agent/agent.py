@@ -362,6 +362,8 @@ class Agent:
     async def _promote(self, _: str) -> None:
         c = self.context
         self._operation_act = "promote"
+        if c.role is Role.STANDBY:
+            c.take_role(Role.CANDIDATE, "the write of which nothing was known had taken the Lease")
         # The others follow at once: commits of this primary wait for them.
         nudge = asyncio.create_task(c.peers.nudge(c.peers.names))
         try:

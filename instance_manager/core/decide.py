@@ -318,9 +318,9 @@ def _as_holder(o: Observation, record: ClusterRecord) -> Decision:
     if o.terminating:
         if not o.postgres.running and (o.yielding_for_s or 0.0) >= o.timings.handover_timeout_s:
             return Decision("leave", "shutdown was asked for, and nobody took over")
-        return Decision("hand_over", "shutdown was asked for")
+        return _given_up(o) or Decision("hand_over", "shutdown was asked for")
     if o.name in record.fenced:
-        return Decision("hand_over", "the record fences this instance")
+        return _given_up(o) or Decision("hand_over", "the record fences this instance")
     if o.postgres.running and o.postgres.mode == "standby":
         return Decision("promote", f"the Lease is taken, epoch {record.epoch}")
     if not running:
@@ -339,6 +339,13 @@ def _as_holder(o: Observation, record: ClusterRecord) -> Decision:
         highest = max(later, key=lambda state: state.promised_epoch)
         return Decision("reaffirm", f"{highest.name} promised epoch {highest.promised_epoch}, and nobody took it")
     return Decision("serve", "this instance holds the Lease")
+
+
+def _given_up(o: Observation) -> Decision | None:
+    """Nothing is left to be handed over in order: a voter is asked to take over."""
+    if o.postgres.running or o.yielding_for_s is None:
+        return None
+    return Decision("wait", "Postgres has ended, and this instance asks to be replaced")
 
 
 def _holder_without_postgres(o: Observation, record: ClusterRecord) -> Decision:

@@ -62,6 +62,20 @@ class Outcome:
     trace: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """What a seed does not choose by itself; the default leaves it everything."""
+
+    durability: Durability | None = None
+    instances: int | None = None
+    faults: tuple[str, ...] = ()
+    """Names of the only faults; empty: the seed's own mix."""
+    behaviour: PostgresBehaviour | None = None
+
+
+ANYTHING = Scenario()
+
+
 class RoleBroken(Exception):
     """An agent took a role that the table of roles does not allow after the one before."""
 
@@ -80,17 +94,24 @@ Context.take_role = _checked_take_role  # type: ignore[method-assign]
 
 
 class SimulatedCluster:
-    def __init__(self, seed: int, *, traced: bool = False) -> None:
+    def __init__(self, seed: int, scenario: Scenario = ANYTHING, *, traced: bool = False) -> None:
+        self.scenario = scenario
         self.world = world = World(seed, trace_limit=None if traced else 400)
         chance = self.chance = world.random
         self.durability: Durability = chance.choices(("preferred", "required", "asynchronous"), (70, 15, 15))[0]
         self.names = NAMES[: chance.choices((1, 2, 3, 5), (2, 25, 60, 13))[0]]
+        if scenario.durability is not None:
+            self.durability = scenario.durability
+        if scenario.instances is not None:
+            self.names = NAMES[: scenario.instances]
         self.timings = Timings()
         self.network = Network(world, random.Random(chance.getrandbits(64)))
         self.store = SimulatedStore(
             world, self.network, is_dead=self._is_dead, random=random.Random(chance.getrandbits(64))
         )
         self.postgres = PostgresCluster(world, self.network, behaviour=chance.choice((PostgresBehaviour(), HARSH)))
+        if scenario.behaviour is not None:
+            self.postgres.behaviour = scenario.behaviour
         self.checker = PromiseChecker(self)
         self.postgres.on_acknowledged = self.checker.on_acknowledged
         self.postgres.on_read_write = self.checker.on_read_write
@@ -262,7 +283,7 @@ class SimulatedCluster:
         self._until_whole(STARTS_WITHIN_S, "at the start")
         self.clients.start()
         self.world.run(self.world.now_s + self.chance.uniform(0.5, 5.0))
-        self._break_things(choose_mix(self.chance, self.mode))
+        self._break_things(choose_mix(self.chance, self.mode, self.scenario.faults))
         took_s = self._heal()
         self.clients.judge()
         return took_s
@@ -367,9 +388,19 @@ class SimulatedCluster:
 
 
 def run_seed(seed: int, *, variant: str | None = None, traced: bool = False) -> Outcome:
-    """One seed from beginning to end, always the same."""
+    """One seed from beginning to end, always the same; with a broken rule of `broken_rules`, if one is named."""
+    if variant is None:
+        return _run_seed(seed, ANYTHING, traced=traced)
+    from broken_rules import BROKEN
+
+    broken = BROKEN[variant]
+    with broken.applied():
+        return _run_seed(seed, broken.scenario, traced=traced)
+
+
+def _run_seed(seed: int, scenario: Scenario, *, traced: bool) -> Outcome:
     began_s = time.process_time()
-    cluster = SimulatedCluster(seed, traced=traced)
+    cluster = SimulatedCluster(seed, scenario, traced=traced)
     world = cluster.world
     failure, healed_s = None, 0.0
     handler = _TraceHandler(world) if traced else None

@@ -489,8 +489,12 @@ class Mix:
     duration_s: float
 
 
-def choose_mix(chance: random.Random, mode: str) -> Mix:
+def choose_mix(chance: random.Random, mode: str, only: tuple[str, ...] = ()) -> Mix:
+    """`only`: names of faults, all of which the seed then has."""
     allowed = [fault for fault in FAULTS if mode in fault.modes]
+    if only:
+        faults = tuple(fault for fault in allowed if fault.name in only)
+        return Mix(faults, chance.choice([0.7, 2.0, 5.0]), chance.choice([15.0, 30.0, 30.0]))
     share = chance.choice([0.1, 0.3, 0.6, 1.0])
     faults = tuple(fault for fault in allowed if chance.random() < share) or (chance.choice(allowed),)
     return Mix(faults, chance.choice([0.7, 2.0, 5.0, 10.0]), chance.choice([15.0, 30.0, 30.0, 60.0]))
