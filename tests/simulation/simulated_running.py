@@ -19,7 +19,14 @@ from simulated_wal import Entry
 from instance_manager.config import Configuration
 from instance_manager.core.types import Lsn, Timeline
 from instance_manager.postgres.deadlines import Deadline
-from instance_manager.postgres.running import ChildKind, ProcessSession, ReplicationSession, Sender, SettingsFile
+from instance_manager.postgres.running import (
+    BLOCK_DIRECTORY,
+    ChildKind,
+    ProcessSession,
+    ReplicationSession,
+    Sender,
+    SettingsFile,
+)
 from instance_manager.postgres.server import DeadlinePassed
 from instance_manager.postgres.sql import SqlUnavailable
 
@@ -28,7 +35,7 @@ if TYPE_CHECKING:
     from simulated_time import Host, Process
     from simulated_volume import DataDirectory, DataVolume
 
-BLOCK = "/simulated/state/no-walreceiver"
+BLOCK = f"/simulated/state/{BLOCK_DIRECTORY}"
 ASKS_AGAIN_S = 0.02
 CANARY_LOOK_S = 0.004
 

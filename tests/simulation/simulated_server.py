@@ -26,6 +26,7 @@ from simulated_walsender import WalSender
 from instance_manager.core.types import Timeline
 from instance_manager.postgres.control_data import ClusterState
 from instance_manager.postgres.host_based_access import Access
+from instance_manager.postgres.running import BLOCK_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,7 +68,8 @@ class PostgresServer(Backends):
         self._paused: list[tuple[Part, Child]] = []
         self._exit_callbacks: list[Callable[[str], object]] = []
         self._checkpointer_hup = False
-        self._hanging = False
+        self._may_stop = False
+        """Of a standby: nothing but its walreceiver is left."""
         self._shutdown_written = False
         self._exited = False
         self._startup: Startup | None = None
@@ -319,7 +321,7 @@ class PostgresServer(Backends):
         receiver = WalReceiver(self, options["host"], options["application_name"], slot)
         self.walreceiver = receiver
         delay_s = receiver.titled_at_s - self.cluster.world.now_s
-        if "no-walreceiver" in self.loaded.get("dynamic_library_path", ""):
+        if self.loaded.get("dynamic_library_path", "").split(":")[0].endswith(BLOCK_DIRECTORY):
             # It inherits the path by which libpqwalreceiver is an empty file.
             self.cluster.count("walreceiver could not be loaded")
             receiver.child.later(delay_s * 1.5, receiver.end, "file too short")
@@ -373,7 +375,10 @@ class PostgresServer(Backends):
         for commit in [each for each in self._open if each.waiting]:
             self.syncrep.cancel(commit)
             self._finish_now(commit, "unknown")
+        if self.in_recovery and self.walreceiver is not None:
+            self.walreceiver.terminate()
         if cluster.chance(cluster.behaviour.hanging_stop, "fast shutdown hangs"):
+            # One backend does not end; all others have been told.
             return
         self.process.call_later(cluster.draw(cluster.behaviour.stop_s), self._stop_children)
 
@@ -381,16 +386,16 @@ class PostgresServer(Backends):
         if self.cluster.chance(self.cluster.behaviour.dying_stop, "fast shutdown ended as a crash"):
             self.crash("while shutting down")
         elif not self.ready or self.in_recovery:
-            if self.walreceiver is not None:
-                self.walreceiver.terminate()
-            else:
-                self._stop_standby()
+            self._may_stop = True
+            self._stop_standby()
         else:
             for sender in tuple(self.senders):
                 sender.child.run(sender.stop)
             self.checkpointer.run(self.write_record, "shutdown", self._shutdown_flushed)
 
     def _stop_standby(self) -> None:
+        if not self._may_stop or self.walreceiver is not None:
+            return
         if self._startup is not None and self._startup.consistent:
             self._startup.advance()
             self.data.state = ClusterState.SHUT_DOWN_IN_RECOVERY

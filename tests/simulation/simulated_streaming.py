@@ -41,11 +41,13 @@ class StartRequest:
 class Connection:
     """Both directions of one TCP connection, and who is at its ends. Each end learns by itself that the other is gone."""
 
-    __slots__ = ("_down", "_up", "receiver", "sender")
+    __slots__ = ("_down", "_up", "receiver", "sender", "standby_is_gone")
 
     def __init__(self, receiver: WalReceiver, up: ReplicationStream, down: ReplicationStream) -> None:
         self.receiver: WalReceiver | None = receiver
         self.sender: WalSender | None = None
+        self.standby_is_gone = False
+        """The primary's machine has been told; a postmaster that stood still finds it so when it accepts."""
         self._up = up
         self._down = down
 
@@ -77,6 +79,7 @@ class Connection:
         self._down.send(self._receiver_learns)
 
     def _sender_learns(self) -> None:
+        self.standby_is_gone = True
         if self.sender is not None:
             self.sender.child.run(self.sender.end, "the standby closed the connection")
         self.close_if_over()

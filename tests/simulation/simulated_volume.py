@@ -78,7 +78,7 @@ class PostgresBehaviour:
 HARSH = PostgresBehaviour(
     checkpointer_late=0.3,
     walsender_late=0.3,
-    startup_busy=0.005,
+    startup_busy=0.02,
     torn_send=0.1,
     hanging_stop=0.1,
     dying_stop=0.05,

@@ -108,6 +108,7 @@ class WalReceiver:
                 server.cluster.count("first reply claims more than was sent")
             self._reply(wants_reply=False)
         if server.volume.full:
+            server.cluster.count("PANIC: no space left for received WAL")
             server.crash("walreceiver: no space left on device")
             return
         log = server.data.log

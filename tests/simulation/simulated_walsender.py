@@ -95,6 +95,8 @@ class WalSender:
             server.active_slots[self.slot] = self
         self.begin_at(request, histories)
         self.child.later(WAL_SENDER_TIMEOUT_S / 2, self._watch)
+        if self._connection.standby_is_gone:
+            self.end("the standby closed the connection")
 
     def _check(self, request: StartRequest) -> tuple[str | None, dict[Timeline, History]]:
         server = self.server
@@ -219,7 +221,11 @@ class WalSender:
         server = self.server
         if self._valid_upto is None and self.timeline != server.timeline:
             # A cascading walsender finds that its server has been promoted.
-            self._valid_upto = left_at(line_of(server.data.histories, server.timeline), self.timeline)
+            try:
+                self._valid_upto = left_at(line_of(server.data.histories, server.timeline), self.timeline)
+            except KeyError:
+                self.end("the timeline is not in this server's history")
+                return
         end = server.sendable_end() if self._valid_upto is None else self._valid_upto
         if end > self.sent:
             self._send_upto(end)
