@@ -59,6 +59,7 @@ TO_THE_END = frozenset(
     }
 )
 """Operations that only those may end."""
+WITH_POSTGRES = frozenset({Role.STANDBY, Role.CANDIDATE, Role.PRIMARY, Role.PROMOTING, Role.STOPPING})
 
 EXPECTED_ERRORS = (
     OperationFailed,
@@ -184,8 +185,10 @@ class Agent:
             c.gate_open = False
             if c.holds_lease and not c.link.expected_exit:
                 c.start_yielding(f"Postgres ended by itself ({how})")
-            if c.role in (Role.STANDBY, Role.CANDIDATE, Role.PRIMARY, Role.PROMOTING, Role.STOPPING):
+            if c.role in WITH_POSTGRES:
                 c.take_role(Role.STOPPED, f"Postgres has ended ({how})")
+        elif not running and c.role in WITH_POSTGRES and (self._operation is None or self._operation.done()):
+            c.take_role(Role.STOPPED, "Postgres does not run")
         self._was_running = running
         standby = c.link.postgres is not None and c.link.postgres.mode == "standby"
         record = c.keeper.record
@@ -235,6 +238,7 @@ class Agent:
             timings=c.configuration.timings,
             maximum_lag_bytes=c.configuration.cluster.maximum_lag_on_failover_bytes,
             terminating=c.link.terminating,
+            was_fenced=c.role is Role.FENCED,
             unhealthy=self._unhealthy(),
             permit_left_s=permit.soft_s - now_s if permit is not None and permit_ok else 0.0,
             suspected_for_s=0.0,
@@ -511,7 +515,8 @@ class Agent:
         record = c.record
         if c.holds_lease or record.holder is None:
             raise OperationFailed("only a standby with a serving primary can be cloned anew; switch over first")
-        await c.keeper.write(lambda current: replace(current, excluded=current.excluded | {c.member_id}))
+        member_id = c.member_id
+        await c.keeper.write(lambda current: replace(current, excluded=current.excluded | {member_id}))
         await c.peers.nudge(c.peers.names)
         return f"{c.configuration.name} will be set aside and cloned from {record.holder.name}"
 

@@ -230,7 +230,7 @@ class Elections:
                 paused=current.paused,
                 fenced=current.fenced,
                 configuration_counter=current.configuration_counter,
-                excluded=current.excluded,
+                excluded=current.excluded - {c.member_id},
                 retired=current.retired,
                 acquired_at=timestamp(),
             )

@@ -258,7 +258,7 @@ class LeaseKeeper:
             else:
                 await self._read()
                 result = self._stored
-        except (CoordinationError, WriteRefused, ValueError, KeyError) as error:
+        except Exception as error:  # also whatever a change that somebody asked for raises: it is theirs
             if isinstance(error, CoordinationError):
                 self._note_error(error)
             if not request.answer.done():

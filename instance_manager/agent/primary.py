@@ -63,7 +63,7 @@ class PrimaryDuties:
         if record.chain is None or not record.chain.switches:
             raise OperationFailed("the record claims no timeline")
         switch = record.chain.switches[-1]
-        await c.volume.save(lambda state: replace(state.writing(record, None), was_primary=True))
+        await self._remember(record)
         c.synchronous, c.synchronous_confirmed, c.gate_open = NOBODY, False, False
         # Before, so that the others stream at once: commits wait for them.
         await c.database.prepare_slots(self._everybody())
@@ -87,7 +87,10 @@ class PrimaryDuties:
         if facts.half_rewound or facts.end is None or record.chain is None:
             raise OperationFailed("the data directory cannot be started as a primary: its log's end is not known")
         ends = await self.ask_ends(record)
-        why_not = judge_restart(record, facts.end, {voter: answer.end for voter, answer in ends.items()})
+        same_boot = c.volume.state.wrote_in_boot == c.boot_id
+        why_not = judge_restart(
+            record, facts.end, {voter: answer.end for voter, answer in ends.items()}, same_boot=same_boot
+        )
         if why_not is not None:
             c.start_yielding(why_not)
             raise OperationFailed(why_not)
@@ -102,7 +105,7 @@ class PrimaryDuties:
         )
         record = stored.record
         c.journal.note("resume", f"epoch {record.epoch}; its log ends at {facts.end}, and no voter is ahead")
-        await c.volume.save(lambda state: replace(state.writing(record, None), was_primary=True))
+        await self._remember(record)
         c.gate_open = False
         if record.chain is not None and facts.end.timeline != record.chain.current:
             # It took the Lease and ended before it took up its claim: promote, from where the claim forks.
@@ -113,6 +116,13 @@ class PrimaryDuties:
             c.synchronous, c.synchronous_confirmed = opening, False
             c.opened_s = c.clock.now_s()
         c.stop_yielding()
+
+    async def _remember(self, record: ClusterRecord) -> None:
+        """On the volume, before this directory becomes writable."""
+        c = self._c
+        await c.volume.save(
+            lambda state: replace(state.writing(record, None), was_primary=True, wrote_in_boot=c.boot_id)
+        )
 
     def _opening_set(self, record: ClusterRecord) -> SynchronousSet:
         if record.mode == "asynchronous" or c_alone(self._c):

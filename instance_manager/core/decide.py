@@ -125,6 +125,8 @@ class Observation:
     timings: Timings
     maximum_lag_bytes: int
     terminating: bool
+    was_fenced: bool
+    """The record fenced this instance when it was last readable."""
     unhealthy: str | None
     """Why the proof of local health is missing; None while it is fresh."""
     permit_left_s: float
@@ -279,6 +281,8 @@ def _without_record(o: Observation, why: str) -> Decision:
     """No sound record: what runs as a standby may go on; nothing is started read-write, promoted or wiped."""
     if o.postgres.running and o.postgres.mode == "read_write" and o.permit_left_s <= 0:
         return Decision("kill", f"{why}, and there is no permit")
+    if o.was_fenced:
+        return Decision("wait", f"{why}; the last record that was read fenced this instance")
     if not o.postgres.running and o.directory.exists and not o.directory.half_rewound and not o.directory.was_primary:
         return Decision("start_standby", f"{why}; a standby may serve reads")
     return Decision("wait", why)
@@ -383,7 +387,7 @@ def _as_standby(o: Observation, record: ClusterRecord) -> Decision:
         return Decision("rejoin", "Postgres does not run here")
     if o.postgres.end is not None and record.chain is not None and not record.chain.contains(o.postgres.end):
         return Decision("rejoin", f"this log ends at {o.postgres.end}, past the cluster's history")
-    if o.volume.member_id in record.excluded:
+    if o.volume.member_id in record.excluded and not record.needs_vote_of(o.volume.member_id):
         return Decision("rejoin", "this directory was given up by a failover that allowed data loss (R15)")
     suspects = suspicion(o)
     if record.holder is None and record.release is not None:

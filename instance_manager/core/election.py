@@ -155,6 +155,8 @@ def taken_over(
         switchover=None,
         position=end,
         renewals=0,
+        # Whoever is elected holds what counts: it is given up no more.
+        excluded=record.excluded - {holder.member_id},
     )
 
 

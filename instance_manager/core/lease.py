@@ -91,10 +91,14 @@ def may_reaffirm(record: ClusterRecord, would_follow: frozenset[MemberId]) -> bo
     return len(would_follow & record.voters) >= record.quorum
 
 
-def judge_restart(record: ClusterRecord, own_end: WalEnd, ends: Mapping[MemberId, WalEnd | None]) -> str | None:
+def judge_restart(
+    record: ClusterRecord, own_end: WalEnd, ends: Mapping[MemberId, WalEnd | None], *, same_boot: bool = False
+) -> str | None:
     """R16: why a restarted holder must not serve; None if it may.
 
     Its disk may have lost what it acknowledged. It asks |N| - q + 1 voters: one of them holds every acknowledged commit.
+    `same_boot`: its kernel has run without a break since it last wrote, so that what it flushed is there, and a voter
+    that never answers again (its disk is lost) does not keep the cluster from going on. One that is ahead still does.
     """
     needed = record.promises_needed
     if needed is None:
@@ -103,7 +107,7 @@ def judge_restart(record: ClusterRecord, own_end: WalEnd, ends: Mapping[MemberId
     for voter, end in sorted(answered.items()):
         if end > own_end:
             return f"{voter} is ahead: {end} against {own_end}; it should be elected"
-    if len(answered) < needed:
+    if len(answered) < needed and not same_boot:
         return f"{len(answered)} of {needed} voters told the end of their log"
     return None
 

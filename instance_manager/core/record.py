@@ -111,9 +111,9 @@ class ClusterRecord:
     def needs_vote_of(self, member_id: MemberId | None) -> bool:
         """Is this directory one whose log an election may rest on? Then it is neither wiped nor rewound (R6).
 
-        In an asynchronous cluster N only names who may take over by time.
+        While q is 0 none does (R7), and in an asynchronous cluster N only names who may take over by time.
         """
-        return self.mode == "synchronous" and member_id in self.voters
+        return self.mode == "synchronous" and self.quorum > 0 and member_id in self.voters
 
     def grounds(self) -> tuple[object, ...]:
         """What a takeover stood on: it may be repeated on a newer version only while these are the same (R12)."""

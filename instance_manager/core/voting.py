@@ -30,6 +30,8 @@ class VolumeState:
     promised_to: MemberId | None = None
     was_primary: bool = False
     """The data directory last ran read-write: it starts as a standby unless the Lease is held."""
+    wrote_in_boot: str = ""
+    """The boot of the machine in which it last became writable (R16)."""
     last_record: ClusterRecord | None = None
     """A primary's last written record: with it a damaged Lease is repaired (R3)."""
     intended_record: ClusterRecord | None = None

@@ -183,6 +183,7 @@ def observation(me: str = "a", **changes: Any) -> Observation:
         timings=Timings(),
         maximum_lag_bytes=1000,
         terminating=False,
+        was_fenced=False,
         unhealthy=None,
         permit_left_s=5.0 if primary else 0.0,
         suspected_for_s=0.0,

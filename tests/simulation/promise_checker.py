@@ -62,6 +62,8 @@ class PromiseChecker:
         self._last: tuple[Entry, int] | None = None
         """The last acknowledged entry on the current history, and its index."""
         self._tampered = False
+        self.was_tampered_with = False
+        """The record was changed by hand, ever."""
         self.was_asynchronous = False
         """At any time."""
         self.excused_until_s: dict[str, float] = {}
@@ -115,7 +117,7 @@ class PromiseChecker:
 
     def on_interference(self) -> None:
         """Somebody changed the record by hand: until it is written whole again it says nothing of who must hold what."""
-        self._tampered = True
+        self._tampered = self.was_tampered_with = True
 
     def on_applied(self, before: ClusterRecord | None, after: ClusterRecord) -> None:
         if before is None or after.epoch > before.epoch:

@@ -203,7 +203,11 @@ class SimulatedCluster:
                 self.checker.excused_until_s[name] = self.world.now_s + EXCUSE_S
 
     def may_lose_volume(self) -> bool:
-        return not self._volume_spent and len(self.names) > 1
+        return not self._volume_spent and len(self.names) > 1 and not self.checker.was_tampered_with
+
+    @property
+    def has_lost_volume(self) -> bool:
+        return self._volume_spent
 
     def spend_volume(self) -> None:
         self._volume_spent = True

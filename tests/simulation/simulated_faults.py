@@ -290,7 +290,7 @@ def lose_tail(cluster: SimulatedCluster, chance: random.Random) -> Undo | None:
     if not cluster.may_lose_volume():
         return None
     cluster.spend_volume()
-    instance.crash()
+    instance.lose_power()
     instance.volume.lose_flushed_tail(chance.randint(1, 5))
     return instance.start
 
@@ -332,11 +332,18 @@ def bad_store(cluster: SimulatedCluster, chance: random.Random) -> Undo:
     return undo
 
 
+# With a disk lost too, the last holder's perhaps, nobody may write a new one (R3): that is a user's to decide.
+
+
 def delete_record(cluster: SimulatedCluster, chance: random.Random) -> None:
+    if cluster.has_lost_volume:
+        return
     cluster.store.delete()
 
 
 def damage_record(cluster: SimulatedCluster, chance: random.Random) -> None:
+    if cluster.has_lost_volume:
+        return
     cluster.store.damage()
 
 
@@ -344,12 +351,14 @@ def restore_record(cluster: SimulatedCluster, chance: random.Random) -> None:
     """From a backup of an epoch that every instance has seen the end of: of an epoch that some have not outlived, nobody
     could tell, and no manager could be safe (README)."""
     state = cluster.state_before_every_memory(chance)
-    if state is not None:
+    if state is not None and not cluster.has_lost_volume:
         cluster.store.restore(state)
 
 
 def edit_record(cluster: SimulatedCluster, chance: random.Random) -> None:
     """By hand: the holder cleared, or what nobody should touch."""
+    if cluster.has_lost_volume:
+        return
     changes = chance.choice(
         [
             {"holder": None},
