@@ -6,7 +6,6 @@ Every change of the register is `_write`, with all its outcomes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import combinations
 
 from breadth_first import Violation
@@ -142,7 +141,7 @@ class Holding:
             return
         if not node.gate:
             yield from self._open_gate(state, index, node)
-        if self.limits.quorum_steps and self._same_grounds(state, node):
+        if self.limits.quorum_steps != "none" and self._same_grounds(state, node):
             yield from self._quorum_step(state, index, node)
         spent = state.spent
         if spent.reaffirms < self.limits.reaffirms:
@@ -178,7 +177,8 @@ class Holding:
 
     def _quorum_step(self, state: State, index: int, node: Node) -> Iterator[Event]:
         me = LETTERS[index]
-        for step in self.core.steps(node.snapshot, node.view, self._others(state, index)):
+        few = self.limits.quorum_steps == "alone or all"
+        for step in self.core.steps(node.snapshot, node.view, self._others(state, index), few):
             if isinstance(step, SetSynchronous):
                 view = SETS.number(step.synchronous)
                 if view != node.view:
@@ -352,6 +352,3 @@ class Holding:
                 unknown=node,
                 replaces=True,
             )
-
-
-__all__ = ["Event", "Holding", "replace"]

@@ -109,12 +109,10 @@ class ProtocolModel(Holding):
         for one, other in combinations(nodes, 2):
             if one.log != other.log and contradict(one.log, other.log):
                 return f"two different logs end at {end_of(one.log)}"
-        running = [index for index, node in enumerate(nodes) if node.server == PRIMARY]
         if state.tampered:
-            if running:
-                last = max(running, key=lambda index: nodes[index].term)
-                if state.acknowledged & ~writes_of(nodes[last].log):
-                    return f"{LETTERS[last]} is primary without an acknowledged write"
+            last = max(range(len(nodes)), key=lambda index: nodes[index].term)
+            if nodes[last].server == PRIMARY and state.acknowledged & ~writes_of(nodes[last].log):
+                return f"{LETTERS[last]} is primary without an acknowledged write"
             return None
         holder = self._holder_of(state.record)
         if holder is None:
@@ -476,9 +474,10 @@ class ProtocolModel(Holding):
 
     def _take_over(self, state: State, index: int, node: Node, taken: int, grounds: int, what: str) -> Iterator[Event]:
         epoch = RECORDS[taken].epoch
-        if self.rules.takeover_on_its_grounds:
-            if state.record <= 0 or self.core.grounds(state.record) != self.core.grounds(grounds):
-                return
+        if state.record <= 0:
+            return
+        if self.rules.takeover_on_its_grounds and self.core.grounds(state.record) != self.core.grounds(grounds):
+            return
         seen = node._replace(
             volume=self.core.seen(node.volume, epoch),
             found=grounds,

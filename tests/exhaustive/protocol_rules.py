@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
-from typing import Any, Literal
+from typing import Literal
 
 from protocol_words import RECORDS, SETS, UID, VOLUMES, end_of, id_of, member_id
 
@@ -36,7 +36,7 @@ from instance_manager.core.lease import (
 from instance_manager.core.quorum import QuorumStep, SynchronousSet, next_step, synchronous_for
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.rejoin import DirectoryFacts, Rejoin, RejoinPlan, plan_rejoin
-from instance_manager.core.types import Epoch, MemberId, TimelineChain, WalEnd
+from instance_manager.core.types import Epoch, Lsn, MemberId, Timeline, WalEnd
 from instance_manager.core.voting import Verdict, VolumeState, VoteRequest, VoterView, judge_vote
 
 RELEASED_LONG_AGO_S = 1000.0
@@ -168,7 +168,8 @@ class Core:
             candidate=candidate,
             epoch=Epoch(epoch),
             record_epoch=Epoch(record_epoch),
-            end=WalEnd(*_NO_END),
+            # It is not looked at here: whoever is ahead is found out when promises are judged.
+            end=WalEnd(Timeline(1), Lsn(1)),
         )
         voter = VoterView(
             now_s=0.0,
@@ -247,13 +248,15 @@ class Core:
         found = RECORDS[record]
         return SETS.number(self.rules.synchronous_for(found.voters, found.quorum, others))
 
-    def steps(self, record: int, view: int, others: frozenset[MemberId]) -> tuple[QuorumStep, ...]:
+    def steps(self, record: int, view: int, others: frozenset[MemberId], few: bool) -> tuple[QuorumStep, ...]:
         """Every step towards any set of others; which one is wanted changes all the time."""
         found = RECORDS[record]
         wanted = [SynchronousSet(0, frozenset())]
-        for size in range(1, len(others) + 1):
+        for size in range(len(others) if few else 1, len(others) + 1):
             for members in combinations(sorted(others), size):
-                wanted += [SynchronousSet(k, frozenset(members)) for k in range(1, min(self.k, size) + 1)]
+                wanted += [
+                    SynchronousSet(k, frozenset(members)) for k in range(self.k if few else 1, min(self.k, size) + 1)
+                ]
         steps = {
             self.rules.next_step(
                 voters=found.voters, quorum=found.quorum, synchronous=SETS[view], confirmed=True, wanted=each
@@ -312,9 +315,3 @@ class Core:
             excluded=False,
         )
         return self.rules.plan_rejoin(RECORDS[record], facts, chain=chain).rejoin
-
-
-_NO_END: Any = (1, 0)
-"""`judge_vote` does not look at the candidate's position: whoever is ahead is told apart when promises are judged."""
-
-__all__ = ["Core", "ProtocolRules", "TimelineChain"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from instance_manager.core.quorum import SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder, Release
@@ -142,7 +142,8 @@ class Bounds:
     lost_tails: int = 0
     releases: int = 0
     reaffirms: int = 0
-    quorum_steps: bool = True
+    quorum_steps: Literal["any", "alone or all", "none"] = "any"
+    """Towards which sets the primary walks."""
     give_back: bool = False
 
     def __str__(self) -> str:
@@ -151,8 +152,8 @@ class Bounds:
         parts += [
             f"{getattr(self, name)} {name.replace('_', ' ')}" for name in (*limited, "reaffirms") if getattr(self, name)
         ]
-        if not self.quorum_steps:
-            parts.append("no quorum steps")
+        if self.quorum_steps != "any":
+            parts.append(f"quorum steps: {self.quorum_steps}")
         if self.give_back:
             parts.append("given back")
         return ", ".join(parts)
@@ -347,10 +348,7 @@ def first_state(bounds: Bounds) -> State:
     nodes = []
     for index in range(count):
         volume = VolumeState(cluster_uid=UID, member_id=member_id(index), volume_id=UID, boot_id="boot")
-        if index == 0:
-            volume = replace(volume.writing(record, None), was_primary=True)
-        else:
-            volume = volume.following(record)
+        volume = volume.following(record) if index else replace(volume.writing(record, None), was_primary=True)
         nodes.append(
             Node(
                 server=PRIMARY if index == 0 else STANDBY,
