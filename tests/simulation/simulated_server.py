@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["DataVolume", "PostgresBehaviour", "PostgresCluster", "PostgresServer"]
 
 ORPHANS_LIVE_S = (0.001, 3.0)
+AMID_LOOP = 0.5
+"""That a walsender that is stopped has just looked at SIGHUP, and reads replies next."""
 Part = Literal["server", "postmaster", "checkpointer", "startup", "walreceiver", "walsender", "backend"]
 
 
@@ -470,7 +472,11 @@ class PostgresServer(Backends):
         if part == "walreceiver":
             return self.walreceiver.child if self.walreceiver is not None else None
         if part == "walsender":
-            return chance.choice(self.senders).child if self.senders else None
+            if not self.senders:
+                return None
+            sender = chance.choice(self.senders)
+            sender.stand_still(amid_loop=chance.random() < AMID_LOOP)
+            return sender.child
         return chance.choice(self.sessions).child if self.sessions else None
 
     def _exit(self, how: str) -> None:

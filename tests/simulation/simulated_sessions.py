@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 class Child:
     """One process of a server: what it is asked to do waits while it stands still (SIGSTOP), and is dropped when it ended."""
 
-    __slots__ = ("_held", "alive", "paused", "pid", "process")
+    __slots__ = ("_held", "alive", "on_resume", "paused", "pid", "process")
 
     def __init__(self, process: Process, pid: int) -> None:
         self.process = process
         self.pid = pid
         self.alive = True
         self.paused = False
+        self.on_resume: list[Callable[[], object]] = []
+        """Run once it goes on, after all that was held."""
         self._held: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
 
     def run(self, callback: Callable[..., object], *args: Any) -> None:
@@ -50,6 +52,9 @@ class Child:
         held, self._held = self._held, []
         for callback, args in held:
             self.process.call_soon(self.run, callback, *args)
+        callbacks, self.on_resume = self.on_resume, []
+        for after in callbacks:
+            self.process.call_soon(self.run, after)
 
     def end(self) -> None:
         self.alive = False

@@ -163,6 +163,12 @@ class WalSender:
         else:
             self.child.later(cluster.draw(behaviour.look_s), self._turn)
 
+    def stand_still(self, *, amid_loop: bool) -> None:
+        """It is about to be stopped. Amid its loop it reads, once it goes on, all that came by the list that it has."""
+        if amid_loop and not self._busy:
+            self._busy = True
+            self.child.on_resume.append(self._loop_ends)
+
     def _loop_ends(self) -> None:
         self._busy = False
         inbox, self._inbox = self._inbox, []

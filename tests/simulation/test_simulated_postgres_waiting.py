@@ -98,6 +98,21 @@ def test_p5_a_walsender_that_was_amid_its_loop_releases_by_its_older_k() -> None
         assert stage.count("commit released by a walsender with an older list") == 1
 
 
+def test_p5_a_stopped_walsender_may_go_on_with_its_older_k() -> None:
+    with staged("a", "b", "c") as stage:
+        a, b, c = _raise_k(stage)
+        sender = next(each for each in a.running.senders if each.name == b.member_id)
+        sender.stand_still(amid_loop=True)
+        sender.child.pause()
+        a.write(synchronous_standby_names=f'ANY 2 ("{b.member_id}", "{c.member_id}")')
+        stage.run(1)
+        assert stage.outcome("row") is None
+        sender.child.resume()
+        stage.run(0.01)
+        assert stage.outcome("row") == "acknowledged"
+        assert sender.config.k == 2
+
+
 def test_p5_the_barrier_does_not_pass_by_walsenders_that_may_have_an_older_k() -> None:
     with staged("a", "b", "c", walsender_late=1.0, walsender_late_s=(1.0, 1.0)) as stage:
         a, b, c = _raise_k(stage)
