@@ -17,7 +17,7 @@ from instance_manager.agent.control import Control
 from instance_manager.agent.elections import Elections
 from instance_manager.agent.extension import keep_extending
 from instance_manager.agent.lease_keeper import RenewalFacts, WriteRefused
-from instance_manager.agent.operator_failover import lossy_failover, survey, take_with_loss
+from instance_manager.agent.operator_failover import lossy_failover, lossy_failover_as_best
 from instance_manager.agent.peer_service import PeerService
 from instance_manager.agent.primary import PrimaryDuties
 from instance_manager.agent.rejoining import Rejoining
@@ -460,7 +460,9 @@ class Agent:
         version = c.keeper.damaged_version
         if c.keeper.view().damage is None:
             return
-        repaired = repair(c.volume.state, holder, confirmations)
+        permit = c.link.permit
+        permitted = permit is not None and permit.epoch == last.epoch and c.clock.now_s() < permit.soft_s
+        repaired = repair(c.volume.state, holder, confirmations, permitted=permitted)
         if isinstance(repaired, str):
             raise OperationFailed(f"{reason}; not repaired: {repaired}")
         stored = await c.keeper.repair(repaired, version)
@@ -521,13 +523,7 @@ class Agent:
         return f"{c.configuration.name} will be set aside and cloned from {record.holder.name}"
 
     async def lossy_failover_here(self) -> str:
-        own = self.reporting.own_state()
-        found = survey(self.context, own)
-        if found.refusals:
-            raise OperationFailed("; ".join(found.refusals))
-        if found.best is None or found.best.name != self.context.configuration.name:
-            raise OperationFailed("this instance is not the best")
-        return await take_with_loss(self.context, self.context.record, found)
+        return await lossy_failover_as_best(self.context, self.reporting.own_state())
 
     def renewal_facts(self) -> RenewalFacts:
         c = self.context

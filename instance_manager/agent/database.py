@@ -329,6 +329,9 @@ class Database:
 
     async def proven_end(self, chain: TimelineChain) -> WalEnd | None:
         """The end of the log on this disk; None while it still receives, for then it is only a lower bound."""
+        if self._link.postgres is None and self.is_startable:
+            end = (await self.stopped_facts(chain)).end
+            return end if self._link.postgres is None else None
         if self._link.postgres is None or self._link.postgres.mode != "standby":
             return None
         await self._look()

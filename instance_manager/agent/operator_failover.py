@@ -1,16 +1,22 @@
-"""`failover --allow-data-loss`: the only verb that may lose acknowledged writes, and it loses no more than it must (R15)."""
+"""`failover --allow-data-loss`: the only verb that may lose acknowledged writes, and it loses no more than it must (R15).
+
+It is also the only way on when the Lease is gone or damaged and its last holder cannot repair it (R3): then it begins
+from the latest record that anybody remembers.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.peering import EndAnswer, EndRequest
 from instance_manager.core.decide import PeerState
 from instance_manager.core.election import Candidate, taken_over
 from instance_manager.core.record import ClusterRecord
-from instance_manager.core.types import Epoch, MemberId, MemberName, format_lsn, member_name_of
+from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, format_lsn, member_name_of
 
 WAIT_POLL_S = 0.1
+ASK_DEADLINE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,21 +47,56 @@ class Survey:
         return "\n".join(lines)
 
 
-def survey(context: Context, own: PeerState) -> Survey:
-    record = context.record
-    states = [own]
-    for peer in context.peers.views().values():
-        if peer.answers and peer.state is not None:
-            states.append(peer.state)
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What the verb stands on: the Lease, or the last that anybody who answers remembers of it (R3)."""
+
+    record: ClusterRecord
+    damage: str | None
+    highest_epoch: Epoch
+
+
+async def stand_on(context: Context) -> Ground:
+    """OperationFailed: nobody remembers a record of this cluster. CoordinationError: the store does not answer."""
+    c = context
+    await c.keeper.read()
+    damage = c.keeper.view().damage
+    if damage is None:
+        return Ground(c.record, None, Epoch(max(c.record.epoch, c.volume.state.highest_epoch)))
+    uid = c.configuration.cluster.uid
+    answers = await c.peers.ask_all(
+        c.peers.names, "end", EndRequest(cluster_uid=uid), EndAnswer, deadline_s=ASK_DEADLINE_S
+    )
+    remembered = [c.volume.state.remembered(), *(answer.record for answer in answers.values())]
+    known = [record for record in remembered if record is not None and record.cluster_uid == uid]
+    if not known:
+        raise OperationFailed(f"{damage}, and no instance that answers remembers a record of this cluster")
+    record = max(known, key=lambda each: (each.epoch, each.renewals))
+    seen = [c.volume.state.highest_epoch, *(answer.highest_epoch for answer in answers.values())]
+    return Ground(record, damage, Epoch(max(record.epoch, *seen)))
+
+
+async def survey(context: Context, own: PeerState, ground: Ground) -> Survey:
+    """Of everybody who answers, with the ends of stopped directories too: what is on a disk need not be lost."""
+    c, record = context, ground.record
+    answers = await c.peers.ask_all(
+        c.peers.names, "end", EndRequest(cluster_uid=record.cluster_uid), EndAnswer, deadline_s=ASK_DEADLINE_S
+    )
+    ends = {name: answer.end for name, answer in answers.items()}
+    if record.chain is not None:
+        ends[own.name] = await c.database.proven_end(record.chain)
+    states = [own, *(peer.state for peer in c.peers.views().values() if peer.answers and peer.state is not None)]
+    states = [replace(state, end=ends.get(state.name) or state.end) for state in states]
     reachable_ids = {state.member_id for state in states}
     concerned = set(record.voters) | ({record.holder.member_id} if record.holder is not None else set())
     lost = tuple(sorted(member for member in concerned if member not in reachable_ids))
-    refusals = [
-        f"{state.name} is a reachable voter and does not suspect the primary"
-        for state in states
-        if state.member_id in record.voters and state.suspects is None and record.holder is not None
-    ]
-    refusals += [f"{state.name} is writable" for state in states if state.writable]
+    refusals = [f"{state.name} is writable" for state in states if state.writable]
+    if ground.damage is None:
+        refusals += [
+            f"{state.name} is a reachable voter and does not suspect the primary"
+            for state in states
+            if state.member_id in record.voters and state.suspects is None and record.holder is not None
+        ]
     able = [
         state
         for state in states
@@ -63,8 +104,9 @@ def survey(context: Context, own: PeerState) -> Survey:
         and state.end is not None
         and record.chain is not None
         and record.chain.contains(state.end)
-        and state.postgres == "running"
+        and state.postgres in ("running", "stopped")
         and not state.fenced
+        and state.member_id not in record.excluded
     ]
     best = max(
         able,
@@ -81,10 +123,11 @@ def survey(context: Context, own: PeerState) -> Survey:
 async def lossy_failover(context: Context, own: PeerState, *, preview: bool) -> tuple[bool, str]:
     """Carry it out on the best reachable instance; this one if it is the best, else say where to run it."""
     c = context
-    await c.keeper.read()
-    record = c.record
-    found = survey(c, own)
-    text = found.describe(record)
+    ground = await stand_on(c)
+    found = await survey(c, own, ground)
+    text = found.describe(ground.record)
+    if ground.damage is not None:
+        text = f"{ground.damage}; the last record that is remembered is of epoch {ground.record.epoch}\n{text}"
     if preview:
         return found.best is not None and not found.refusals, text
     if found.refusals:
@@ -93,15 +136,30 @@ async def lossy_failover(context: Context, own: PeerState, *, preview: bool) -> 
         return False, f"nobody can become primary\n{text}"
     if found.best.name != c.configuration.name:
         answer = await c.peers.ask(
-            MemberName(found.best.name), "lossy_failover", None, str, deadline_s=record.lease_duration_s + 15
+            MemberName(found.best.name),
+            "lossy_failover",
+            None,
+            str,
+            deadline_s=ground.record.lease_duration_s + 15,
         )
         return True, answer
-    return True, await take_with_loss(c, record, found)
+    return True, await _take_with_loss(c, ground, found)
 
 
-async def take_with_loss(context: Context, record: ClusterRecord, found: Survey) -> str:
+async def lossy_failover_as_best(context: Context, own: PeerState) -> str:
+    """Asked by another instance, to which this one seems the best."""
+    ground = await stand_on(context)
+    found = await survey(context, own, ground)
+    if found.refusals:
+        raise OperationFailed("; ".join(found.refusals))
+    if found.best is None or found.best.name != context.configuration.name:
+        raise OperationFailed("this instance is not the best")
+    return await _take_with_loss(context, ground, found)
+
+
+async def _take_with_loss(context: Context, ground: Ground, found: Survey) -> str:
     """Wait one lease duration over the very same record unless death is proven, write conditionally, let `decide` promote."""
-    c = context
+    c, record = context, ground.record
     holder = c.holder
     if holder is None or record.chain is None:
         raise OperationFailed("this instance has no data")
@@ -109,18 +167,36 @@ async def take_with_loss(context: Context, record: ClusterRecord, found: Survey)
     dead = record.holder is None or await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
     while not dead and c.clock.now_s() - began_s < record.lease_duration_s:
         await c.clock.sleep(WAIT_POLL_S)
-        if c.record.grounds() != record.grounds() or c.record.renewals != record.renewals:
-            raise OperationFailed("the primary renewed the Lease meanwhile: it lives")
-    epoch = Epoch(max(record.epoch, c.volume.state.highest_epoch) + 1)
+        _require_unchanged(c, ground)
+    epoch = Epoch(max(ground.highest_epoch, c.volume.state.highest_epoch) + 1)
+    end: WalEnd | None
     async with c.voting:
         # A promise to itself: else the loop would follow the old primary again before the Lease is written.
         await c.volume.save(lambda state: state.promising(epoch, holder.member_id))
-        end = await c.database.stop_following(record.chain, deadline_s=c.configuration.timings.promise_timeout_s)
-    if not record.chain.contains(end):
+        if c.database.running:
+            end = await c.database.stop_following(record.chain, deadline_s=c.configuration.timings.promise_timeout_s)
+        else:
+            end = await c.database.proven_end(record.chain)
+    if end is None or not record.chain.contains(end):
         raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history")
     taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=frozenset(), quorum=0)
-    excluded = record.excluded | frozenset(found.lost)
-    await c.keeper.write(lambda _: replace(taken, excluded=excluded), grounds=record.grounds())
+    taken = replace(taken, excluded=taken.excluded | frozenset(found.lost))
+    if ground.damage is None:
+        await c.keeper.write(lambda _: taken, grounds=record.grounds())
+    else:
+        await c.keeper.read()
+        _require_unchanged(c, ground)
+        await c.keeper.repair(taken, c.keeper.damaged_version)
     lost = ", ".join(member_name_of(member) for member in found.lost) or "nobody"
     c.journal.note("failover with loss", f"epoch {epoch}; given up: {lost}")
     return f"{c.configuration.name} took the Lease at epoch {epoch}; given up: {lost}"
+
+
+def _require_unchanged(c: Context, ground: Ground) -> None:
+    if ground.damage is not None:
+        if c.keeper.view().damage is None:
+            raise OperationFailed("the Lease was repaired meanwhile")
+        return
+    record = ground.record
+    if c.record.grounds() != record.grounds() or c.record.renewals != record.renewals:
+        raise OperationFailed("the primary renewed the Lease meanwhile: it lives")

@@ -88,7 +88,7 @@ class PeerService:
     async def _end(self, request: EndRequest) -> EndAnswer:
         c = self._agent.context
         state = c.volume.state
-        record = c.keeper.record
+        record = c.keeper.record if c.keeper.view().damage is None else None
         end = None
         if record is not None and record.chain is not None and request.cluster_uid == record.cluster_uid:
             with contextlib.suppress(LocalPostgresError, OSError):
@@ -98,7 +98,7 @@ class PeerService:
             end=end,
             promised_epoch=state.promised_epoch,
             highest_epoch=state.highest_epoch,
-            record=record,
+            record=record or state.remembered(),
         )
 
 

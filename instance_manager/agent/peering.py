@@ -58,7 +58,7 @@ class EndAnswer:
     promised_epoch: Epoch
     highest_epoch: Epoch
     record: ClusterRecord | None
-    """What the peer knows of the Lease, while the store is away."""
+    """What the peer knows of the Lease, or remembers when it is gone (R3)."""
 
 
 @dataclass(slots=True)

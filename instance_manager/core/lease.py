@@ -47,11 +47,18 @@ def record_damage(
     return None
 
 
-def repair(volume: VolumeState, holder: Holder, confirmations: Mapping[MemberId, Epoch | None]) -> ClusterRecord | str:
+def repair(
+    volume: VolumeState,
+    holder: Holder,
+    confirmations: Mapping[MemberId, Epoch | None],
+    *,
+    permitted: bool = False,
+) -> ClusterRecord | str:
     """R3: the last holder writes a damaged Lease anew, or says why it may not.
 
     `confirmations`: per voter of the last written record the highest epoch that it promised, asked just now; None
-    without an answer.
+    without an answer. `permitted`: its permit of that epoch still runs, by which an asynchronous cluster knows that
+    nobody was elected by time.
     """
     last = volume.last_record
     if last is None or last.holder is None or last.holder.member_id != holder.member_id:
@@ -61,7 +68,7 @@ def repair(volume: VolumeState, holder: Holder, confirmations: Mapping[MemberId,
         return "this instance was about to release the Lease: somebody may have taken it"
     if volume.recorded_epoch > last.epoch:
         return f"this instance wrote epoch {last.epoch}, and has seen {volume.recorded_epoch} of another holder since"
-    if last.mode == "asynchronous":
+    if last.mode == "asynchronous" and not permitted:
         return "in an asynchronous cluster another may have been elected by time: only an operator can tell"
     if volume.promised_epoch > last.epoch:
         return f"this instance promised epoch {volume.promised_epoch} later than it wrote {last.epoch}"

@@ -70,11 +70,11 @@ def plan_rejoin(record: ClusterRecord, facts: DirectoryFacts, *, chain: Timeline
             "move it away by hand",
         )
     plan = _plan_for_own_directory(facts, chain)
-    if facts.excluded and record.needs_vote_of(facts.member_id) and not facts.half_rewound:
-        if facts.end is not None and chain.contains(facts.end):
-            # Else the primary could not come back to drop it: it asks every voter for the end of its log (R16).
-            return RejoinPlan(Rejoin.FOLLOW, "it was given up, and serves as a voter until the primary has dropped it")
-    if plan.rejoin is not Rejoin.FOLLOW and record.needs_vote_of(facts.member_id):
+    votes = record.needs_vote_of(facts.member_id)
+    if facts.excluded and votes and not facts.half_rewound and facts.end is not None and chain.contains(facts.end):
+        # Else the primary could not come back to drop it: it asks every voter for the end of its log (R16).
+        return RejoinPlan(Rejoin.FOLLOW, "it was given up, and serves as a voter until the primary has dropped it")
+    if plan.rejoin is not Rejoin.FOLLOW and votes:
         return RejoinPlan(Rejoin.WAIT, f"{plan.reason}; but it is still a voter: the primary drops it first (R6)")
     return plan
 

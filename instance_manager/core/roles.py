@@ -80,6 +80,7 @@ TRANSITIONS: dict[Role, dict[Role, str]] = {
     },
     Role.PROMOTING: {
         Role.PRIMARY: "the first own record is on k of S, or q is 0: clients enter",
+        Role.STANDBY: "another took the Lease before Postgres was promoted",
         Role.STOPPING: "promotion failed, or the Lease was lost",
         Role.STOPPED: "Postgres ended",
     },

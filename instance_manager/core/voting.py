@@ -26,6 +26,8 @@ class VolumeState:
     """The highest seen in a record or a promise: the next election starts above it (R12)."""
     recorded_epoch: Epoch = Epoch(0)
     """The highest seen in a record; a record below it is damaged (R3)."""
+    known_record: ClusterRecord | None = None
+    """As it was first seen in that epoch: what a user's verb begins from when the Lease is gone (R3)."""
     promised_epoch: Epoch = Epoch(0)
     promised_to: MemberId | None = None
     was_primary: bool = False
@@ -49,7 +51,7 @@ class VolumeState:
         """To be persisted before anything is done by that record (R3)."""
         if record.epoch <= self.recorded_epoch:
             return self
-        return replace(self.seen(record.epoch), recorded_epoch=record.epoch)
+        return replace(self.seen(record.epoch), recorded_epoch=record.epoch, known_record=record)
 
     def promising(self, epoch: Epoch, candidate: MemberId) -> VolumeState:
         """The state once promised; ValueError if an earlier promise forbids it."""
@@ -71,6 +73,11 @@ class VolumeState:
         if self.last_record is not None and last.epoch < self.last_record.epoch:
             raise ValueError(f"epoch {self.last_record.epoch} was written since, not {last.epoch}")
         return replace(self.saw_record(last), last_record=last, intended_record=intended)
+
+    def remembered(self) -> ClusterRecord | None:
+        """The latest record that this volume knows of."""
+        known = [each for each in (self.known_record, self.last_record) if each is not None]
+        return max(known, key=lambda record: (record.epoch, record.renewals), default=None)
 
     def contradicts(self, record: ClusterRecord) -> bool:
         """Has this holder written other voters in this very epoch? Then the record was restored or edited (R3)."""

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from core_builders import CHAIN, A, C, end, record
 
+from instance_manager.core.record import ClusterRecord
 from instance_manager.core.rejoin import DirectoryFacts, Rejoin, RejoinPlan, plan_rejoin
 
 
-def plan(**changes: Any) -> RejoinPlan:
+def plan(of: ClusterRecord | None = None, **changes: Any) -> RejoinPlan:
     facts: dict[str, Any] = {
         "exists": True,
         "half_rewound": False,
@@ -23,7 +24,7 @@ def plan(**changes: Any) -> RejoinPlan:
         "excluded": False,
         **changes,
     }
-    return plan_rejoin(record(), DirectoryFacts(**facts), chain=CHAIN)
+    return plan_rejoin(of or record(), DirectoryFacts(**facts), chain=CHAIN)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +55,20 @@ def test_section_4_a_directory_comes_back_by_what_its_log_and_marks_say(
 
 @pytest.mark.parametrize(
     "facts",
-    [{"end": end(101, timeline=1)}, {"half_rewound": True}, {"excluded": True}, {"end": None}],
+    [{"end": end(101, timeline=1)}, {"half_rewound": True}, {"excluded": True, "half_rewound": True}, {"end": None}],
     ids=str,
 )
 def test_r6_p7_a_voter_is_neither_wiped_nor_rewound(facts: dict[str, Any]) -> None:
     assert plan(**facts, member_id=A).rejoin is Rejoin.WAIT
+
+
+def test_r16_a_voter_that_was_given_up_serves_as_one_until_it_is_dropped() -> None:
+    assert plan(excluded=True, member_id=A).rejoin is Rejoin.FOLLOW
+    assert plan(excluded=True, member_id=A, end=end(101, timeline=1)).rejoin is Rejoin.WAIT
+
+
+def test_r7_while_q_is_0_nobody_is_kept_from_being_rewound() -> None:
+    assert plan(record(quorum=0), end=end(101, timeline=1), member_id=A).rejoin is Rejoin.REWIND
 
 
 def test_r15_what_was_given_up_is_set_aside_and_never_rewound_or_followed() -> None:

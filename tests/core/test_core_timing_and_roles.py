@@ -57,7 +57,8 @@ def test_every_role_is_reached_and_none_is_a_trap() -> None:
 
 def test_section_4_a_former_primary_comes_back_as_a_standby_only_after_it_was_stopped() -> None:
     assert not {Role.STANDBY, Role.CANDIDATE} & set(TRANSITIONS[Role.PRIMARY])
-    assert not {Role.STANDBY, Role.CANDIDATE} & set(TRANSITIONS[Role.PROMOTING])
+    assert Role.CANDIDATE not in TRANSITIONS[Role.PROMOTING]
+    assert "before Postgres was promoted" in TRANSITIONS[Role.PROMOTING][Role.STANDBY]
     assert set(TRANSITIONS[Role.STOPPING]) == {Role.STOPPED, Role.FENCED}
 
 

@@ -62,6 +62,8 @@ class PromiseChecker:
         self._last: tuple[Entry, int] | None = None
         """The last acknowledged entry on the current history, and its index."""
         self._tampered = False
+        self.loss_allowed_until_s = 0.0
+        """A user has asked for a failover that may lose; everything is mended then, and everybody can be reached."""
         self.was_tampered_with = False
         """The record was changed by hand, ever."""
         self.was_asynchronous = False
@@ -133,7 +135,8 @@ class PromiseChecker:
             and (before is None or before.chain != after.chain)
         )
         if taken:
-            self._taken_over(after, lossy=before is not None and after.excluded != before.excluded)
+            may_lose = self._cluster.world.now_s < self.loss_allowed_until_s
+            self._taken_over(after, lossy=may_lose and not after.voters and after.quorum == 0)
         if after.mode == "synchronous":
             self._require_on_quorum(after, "after the record was written")
 
@@ -155,6 +158,7 @@ class PromiseChecker:
             )  # fmt: skip
         if lossy:
             cluster.world.counters["checked: failover with loss"] += 1
+            self._check_loses_no_more_than_it_must(name, prefix)
         elif asynchronous:
             self._check_asynchronous_takeover(record, name, missing)
         for entry in missing:
@@ -179,6 +183,16 @@ class PromiseChecker:
         cluster.world.counters["checked: takeovers by time"] += 1
         if missing:
             cluster.world.counters["checked: asynchronous takeovers that lost writes"] += 1
+
+    def _check_loses_no_more_than_it_must(self, winner: str, prefix: frozenset[Entry]) -> None:
+        """R15: only the best is taken. Everybody can be reached when a user asks for it here."""
+        for instance in self._cluster.instances.values():
+            data = instance.volume.data
+            if data is None or instance.volume.rewind_attempts or instance.supervisor is None:
+                continue
+            more = [entry for entry in data.log.entries if entry in self.acknowledged and entry not in prefix]
+            if more and self._cluster.is_member(instance):
+                self.broken("%s was elected with loss, although %s holds %s", winner, instance.name, more[0])
 
     # Servers.
 

@@ -29,7 +29,7 @@ STICKY_PATIENCE_S = 40.0
 READ_EVERY_S = (0.3, 2.0)
 LOCAL_SHARE = 0.1
 LOCAL_CLIENT = 90
-"""Rows of sessions with `synchronous_commit = local`: nobody promises anything about them."""
+"""Its session has `synchronous_commit = local`: nothing is promised about its rows, and nothing is judged."""
 READ_PATIENCE_S = 2.0
 JUDGE_WITHIN_S = 10.0
 
@@ -119,9 +119,8 @@ class Writer:
 
         def record(outcome: Outcome, timeline: int | None) -> None:
             if done.first():
-                clients.writes.append(
-                    Write(self._number, number, name, begin_s, clients.now_s, outcome, timeline)
-                )
+                if not local:
+                    clients.writes.append(Write(self._number, number, name, begin_s, clients.now_s, outcome, timeline))
                 self.commit = None
                 if outcome is not Outcome.ACKNOWLEDGED:
                     self._session = None
@@ -129,9 +128,7 @@ class Writer:
                     self._again()
 
         def answered(outcome: str, entry: Entry) -> None:
-            clients.to_client(
-                name, lambda: record(_outcome(outcome, local=local), entry.timeline)
-            )
+            clients.to_client(name, lambda: record(_OUTCOMES[outcome], entry.timeline))
 
         def arrive() -> None:
             self.commit = server.commit(
@@ -140,13 +137,6 @@ class Writer:
 
         clients.to_server(name, arrive)
         clients.later(self._patience_s, record, Outcome.UNKNOWN, None)
-
-
-def _outcome(outcome: str, *, local: bool) -> Outcome:
-    """Of a commit that did not wait nothing is promised: for the judge it is like a wait that was cut (P13)."""
-    if local and outcome == "acknowledged":
-        return Outcome.CANCELLED_WAIT
-    return _OUTCOMES[outcome]
 
 
 class _Once:
@@ -225,6 +215,7 @@ class Clients:
         self, name: str, begin_s: float, rows: tuple[object, ...], in_recovery: bool, timeline: Timeline
     ) -> None:
         seen = Seen.STANDBY if in_recovery else Seen.PRIMARY
+        rows = tuple(row for row in rows if row[0] < LOCAL_CLIENT)  # type: ignore[index]
         self.reads.append(
             whole_read(name, begin_s, self.now_s, seen, None if in_recovery else timeline, rows)  # type: ignore[arg-type]
         )

@@ -38,10 +38,11 @@ HEALS_WITHIN_S = 120.0
 """From the end of the last fault: one primary, all others streaming and voters, and a write acknowledged."""
 LOOK_S = 0.5
 USER_LOOKS_S = 5.0
-LOSSY_AFTER_S = 40.0
+LOSSY_AFTER_S = 30.0
 """A user gives up a lost disk, and what only it held."""
 EXCUSE_S = 15.0
 """How long after a pause of its supervisor an asynchronous cluster's machine may still be seen writing."""
+SUSPENDED_AT_MOST_S = 20.0
 
 
 class Stuck(Exception):
@@ -164,6 +165,11 @@ class SimulatedCluster:
             known = self._members[instance.name] = (content, from_json(content, VolumeState).member_id)
         return known[1]
 
+    def is_member(self, instance: SimulatedInstance) -> bool:
+        """Does its directory belong to the cluster's history, and was it not given up?"""
+        member, record = self.member_at(instance), self.record
+        return member is not None and record is not None and member not in record.excluded
+
     def directory_of(self, member: MemberId) -> DataDirectory | None:
         """Of this member; one that was destroyed from outside is remembered as it was."""
         instance = self.instances.get(member_name_of(member))
@@ -193,17 +199,20 @@ class SimulatedCluster:
             found += [(name, end, channel) for end in ends] + [(end, name, channel) for end in ends]
         return found
 
-    def excuse(self, instance: SimulatedInstance) -> None:
+    def excuse(self, instance: SimulatedInstance, for_s: float = float("inf")) -> None:
         """Its supervisor will not be scheduled in time, which asynchronous clusters openly rely on."""
-        self.checker.excused_until_s[instance.name] = float("inf")
+        excused = self.checker.excused_until_s
+        excused[instance.name] = max(excused.get(instance.name, 0.0), self.world.now_s + for_s + EXCUSE_S)
 
-    def end_excuse(self) -> None:
-        for name, until_s in self.checker.excused_until_s.items():
-            if until_s == float("inf"):
-                self.checker.excused_until_s[name] = self.world.now_s + EXCUSE_S
+    def end_excuse(self, instance: SimulatedInstance) -> None:
+        self.checker.excused_until_s[instance.name] = self.world.now_s + EXCUSE_S + SUSPENDED_AT_MOST_S
 
     def may_lose_volume(self) -> bool:
-        return not self._volume_spent and len(self.names) > 1 and not self.checker.was_tampered_with
+        """Once in a seed; not from a record that a hand has changed, and not while a user has one cloned anew."""
+        record = self.record
+        if record is None or self._volume_spent or len(self.names) == 1 or self.checker.was_tampered_with:
+            return False
+        return not any(self.member_at(instance) in record.excluded for instance in self.instances.values())
 
     @property
     def has_lost_volume(self) -> bool:
@@ -316,7 +325,6 @@ class SimulatedCluster:
         if fault is not None and undo is not None:
             self.world.trace.add("fault", "ends: %s", fault.name)
             undo()
-            self.end_excuse()
 
     def _heal(self) -> float:
         """Everything is undone; what only a user can mend, the user mends."""
@@ -351,6 +359,10 @@ class SimulatedCluster:
 
     def _user_mends(self) -> None:
         """What was done by a user, a user takes back, again and again until it shows."""
+        if self.world.now_s >= self._last_mend_s and (self._volume_spent or self.checker.was_tampered_with):
+            self._last_mend_s = self.world.now_s + LOSSY_AFTER_S
+            self.checker.loss_allowed_until_s = self.world.now_s + LOSSY_AFTER_S
+            self.verb("failover", {"allow_data_loss": True})
         record = self.record
         if record is None:
             return
@@ -358,9 +370,6 @@ class SimulatedCluster:
             self.verb("unfence", {"name": name})
         if record.paused:
             self.verb("resume", {})
-        if self._volume_spent and self.world.now_s >= self._last_mend_s:
-            self._last_mend_s = self.world.now_s + LOSSY_AFTER_S
-            self.verb("failover", {"allow_data_loss": True})
 
     def why_not_whole(self) -> str | None:
         record = self.record
@@ -458,5 +467,3 @@ class _TraceHandler(logging.Handler):
         loop = asyncio._get_running_loop()
         process = getattr(loop, "process", None)
         self._world.trace.add(process.name if process is not None else "world", "%s", record.getMessage())
-
-

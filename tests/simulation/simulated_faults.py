@@ -156,6 +156,7 @@ def pause_supervisor(cluster: SimulatedCluster, chance: random.Random) -> Undo |
     def undo() -> None:
         for process in processes:
             process.resume()
+        cluster.end_excuse(instance)
 
     return undo
 
@@ -177,14 +178,16 @@ def pause_instance(cluster: SimulatedCluster, chance: random.Random) -> Undo | N
             process.resume()
         if server is not None:
             server.resume()
+        cluster.end_excuse(instance)
 
     return undo
 
 
 def suspend_machine(cluster: SimulatedCluster, chance: random.Random) -> None:
     instance = any_of(cluster, chance)
-    cluster.excuse(instance)
-    instance.host.suspend(chance.uniform(0.5, 20.0))
+    duration_s = chance.uniform(0.5, 20.0)
+    cluster.excuse(instance, duration_s)
+    instance.host.suspend(duration_s)
 
 
 def kill_agent(cluster: SimulatedCluster, chance: random.Random) -> None:
