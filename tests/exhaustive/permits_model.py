@@ -511,7 +511,7 @@ class PermitsModel:
         return f"{LETTERS[index]} sends its {kind}", self._with(state, index, member._replace(request=request))
 
     def _takeover(self, state: State, index: int, member: Member, seen: Seen) -> Iterator[tuple[str, State]]:
-        epoch = max(seen.epoch, member.promised) + 1
+        epoch = member.standing or max(seen.epoch, member.promised) + 1
         if epoch > self.epochs:
             return
         bound = member.bound > 0 and self.rules.bound_is_kept

@@ -228,6 +228,14 @@ class ProtocolModel(Holding):
         if spent.crashes < limits.crashes:
             after = self._with(state, index, dead)
             yield f"{me} crashes", after._replace(spent=spent._replace(crashes=spent.crashes + 1))
+        if spent.rollbacks < limits.rollbacks and node.server != PRIMARY and self._holder_of(state.record) != index:
+            # Told by its start counter, or by a position below the last known: another member (R6).
+            volume = self.core.renamed_directory(node.volume, index, 8 + spent.rollbacks)
+            after = self._with(state, index, dead._replace(log=without_last(node.log), volume=volume))
+            yield (
+                f"the directory of {me} is rolled back to an older copy",
+                after._replace(spent=spent._replace(rollbacks=spent.rollbacks + 1)),
+            )
         if spent.lost_tails < limits.lost_tails and self._may_lose_its_tail(state, index, node):
             after = self._with(state, index, dead._replace(log=without_last(node.log)))
             yield (
@@ -249,7 +257,7 @@ class ProtocolModel(Holding):
 
     def _agent(self, state: State, index: int, node: Node) -> Iterator[Event]:
         me = LETTERS[index]
-        if node.snapshot != state.record:
+        if node.snapshot != state.record or (node.unknown and self.rules.read_closes_unknown):
             closed = node._replace(snapshot=state.record)
             if self.rules.read_closes_unknown:
                 closed = closed._replace(unknown=False)

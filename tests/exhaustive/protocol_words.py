@@ -105,6 +105,7 @@ class Spent(NamedTuple):
     unknown_writes: int = 0
     damages: int = 0
     clones: int = 0
+    rollbacks: int = 0
     lost_tails: int = 0
     releases: int = 0
     reaffirms: int = 0
@@ -139,6 +140,7 @@ class Bounds:
     unknown_writes: int = 0
     damages: int = 0
     clones: int = 0
+    rollbacks: int = 0
     lost_tails: int = 0
     releases: int = 0
     reaffirms: int = 0
@@ -148,9 +150,11 @@ class Bounds:
 
     def __str__(self) -> str:
         parts = [f"{self.instances} instances", f"k {self.k}", f"{self.writes} writes", f"{self.epochs} epochs"]
-        limited = ("crashes", "agent_restarts", "unknown_writes", "damages", "clones", "lost_tails", "releases")
+        limited = ("crashes", "agent_restarts", "unknown_writes", "damages", "clones", "rollbacks", "lost_tails")
         parts += [
-            f"{getattr(self, name)} {name.replace('_', ' ')}" for name in (*limited, "reaffirms") if getattr(self, name)
+            f"{getattr(self, name)} {name.replace('_', ' ')}"
+            for name in (*limited, "releases", "reaffirms")
+            if getattr(self, name)
         ]
         if self.quorum_steps != "any":
             parts.append(f"quorum steps: {self.quorum_steps}")
@@ -188,7 +192,7 @@ def appended(log: int, timeline: int, what: int) -> int:
 
 @cache
 def without_last(log: int) -> int:
-    return LOGS.number(LOGS[log][:-1])
+    return LOGS.number(LOGS[log][:-1] or LOGS[log])
 
 
 @cache
