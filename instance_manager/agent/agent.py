@@ -104,6 +104,7 @@ class Agent:
         self._left = asyncio.Event()
         self._last_tick_s = context.clock.now_s()
         self._was_running = False
+        self._adopted = False
         self._promoting_since_s: float | None = None
         self.reload_configuration: Callable[[], Awaitable[str]] | None = None
 
@@ -166,6 +167,8 @@ class Agent:
             c.wake.clear()
             self._notice_pause()
             self._follow_events()
+            if not self._adopted:
+                await self._adopt()
             observation = self.observe()
             decision = decide(observation)
             await self._act(decision)
@@ -173,6 +176,17 @@ class Agent:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await c.wake.wait()
+
+    async def _adopt(self) -> None:
+        """An agent that restarted over a running standby: whom that follows, its settings tell."""
+        c = self.context
+        record = c.keeper.record
+        standby = c.link.postgres is not None and c.link.postgres.mode == "standby"
+        if not standby or (record is not None and record.holder is not None):
+            self._adopted = True
+        if standby and record is not None and record.holder is not None:
+            with contextlib.suppress(*EXPECTED_ERRORS):
+                await self.rejoining.adopt(record)
 
     def _follow_events(self) -> None:
         """What happened to Postgres since the last look."""
@@ -194,8 +208,8 @@ class Agent:
         record = c.keeper.record
         if c.role is Role.FENCED and record is not None and c.configuration.name not in record.fenced:
             c.take_role(Role.STOPPED, "unfenced")
-        if c.role is Role.STARTING and standby and self._operation is None:
-            c.take_role(Role.STANDBY, "the agent restarted over a running standby")
+        if standby and c.role in (Role.STARTING, Role.STOPPED) and self._operation is None:
+            c.take_role(Role.STANDBY, "Postgres runs as a standby")
         holds = record is not None and record.holder is not None and record.holder.member_id == c.volume.state.member_id
         if not holds:
             c.stop_yielding()
@@ -354,6 +368,8 @@ class Agent:
 
     async def _take_over(self, take: Callable[[str], Awaitable[None]], reason: str) -> None:
         c = self.context
+        if c.role is Role.STOPPED:
+            c.take_role(Role.STANDBY, "Postgres runs as a standby")
         c.take_role(Role.CANDIDATE, reason)
         try:
             await take(reason)

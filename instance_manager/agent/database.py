@@ -36,6 +36,8 @@ from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing
 log = logging.getLogger("instance_manager.agent.database")
 
 LOOK_DEADLINE_S = 2.0
+STRANGER = (MemberId(""), Epoch(0))
+"""Somebody is followed, and it is nobody who may be."""
 FOLLOW_DEADLINE_S = 5.0
 SYNCHRONOUS_DEADLINE_S = 5.0
 
@@ -312,6 +314,15 @@ class Database:
         self._proven = None
         self._following = (upstream.holder, upstream.epoch)
         self.look_soon()
+
+    async def adopt(self, upstream: Upstream, *, promised: bool) -> None:
+        """Remember whom the server that runs was told to follow, if anybody: `upstream`, or a stranger."""
+        settings = await self._settings.file.read()
+        told = (settings.get("primary_conninfo", ""), settings.get("primary_slot_name", ""))
+        if self._following is not None or not told[0]:
+            return
+        same = promised and told == (self._postgres.primary_settings(upstream), upstream.member_id)
+        self._following = (upstream.holder, upstream.epoch) if same else STRANGER
 
     async def stop_following(self, chain: TimelineChain, *, deadline_s: float) -> WalEnd:
         """P2, P3: nothing is received any more, proven; the end of the log on this disk."""

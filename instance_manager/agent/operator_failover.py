@@ -37,6 +37,8 @@ class Survey:
                 if known is not None and state.end is not None
                 else ""
             )
+            if state.end is not None and record.chain is not None and not record.chain.contains(state.end):
+                lag += ", PAST the cluster's history: what the last primary wrote there is given up if it is chosen"
             where = (
                 f"timeline {state.end.timeline}, end {format_lsn(state.end.lsn)}{lag}" if state.end else "no known end"
             )
@@ -97,27 +99,29 @@ async def survey(context: Context, own: PeerState, ground: Ground) -> Survey:
             for state in states
             if state.member_id in record.voters and state.suspects is None and record.holder is not None
         ]
+    chain = record.chain
     able = [
         state
         for state in states
         if state.member_id is not None
         and state.end is not None
-        and record.chain is not None
-        and record.chain.contains(state.end)
+        and chain is not None
+        and chain.knows(state.end.timeline)
         and state.postgres in ("running", "stopped")
         and not state.fenced
         and state.member_id not in record.excluded
     ]
-    best = max(
-        able,
-        key=lambda state: Candidate(
-            member_id=MemberId(str(state.member_id)),
-            end=state.end,  # type: ignore[arg-type]
-            priority=state.priority,
-        ).rank(),
-        default=None,
-    )
+    best = max(able, key=lambda state: _worth(state, record), default=None)
     return Survey(tuple(states), lost, best, tuple(refusals))
+
+
+def _worth(state: PeerState, record: ClusterRecord) -> tuple[object, ...]:
+    """A log that left the history is better than none, and worse than any that did not."""
+    member_id, end, chain = state.member_id, state.end, record.chain
+    assert member_id is not None  # noqa: S101 - only those are compared
+    assert end is not None  # noqa: S101
+    assert chain is not None  # noqa: S101
+    return (chain.contains(end), Candidate(member_id=member_id, end=end, priority=state.priority).rank())
 
 
 async def lossy_failover(context: Context, own: PeerState, *, preview: bool) -> tuple[bool, str]:
@@ -177,7 +181,7 @@ async def _take_with_loss(context: Context, ground: Ground, found: Survey) -> st
             end = await c.database.stop_following(record.chain, deadline_s=c.configuration.timings.promise_timeout_s)
         else:
             end = await c.database.proven_end(record.chain)
-    if end is None or not record.chain.contains(end):
+    if end is None or not record.chain.knows(end.timeline):
         raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history")
     taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=frozenset(), quorum=0)
     taken = replace(taken, excluded=taken.excluded | frozenset(found.lost))

@@ -103,6 +103,15 @@ class Rejoining:
         c.journal.note("follow", f"{holder.name}, epoch {record.epoch}, from {end}")
         self.failed_rewinds = 0
 
+    async def adopt(self, record: ClusterRecord) -> None:
+        """A standby that an agent before this one started may wait for a primary that is none any more, and a server that
+        is not consistent yet cannot be asked."""
+        c = self._c
+        state = c.volume.state
+        upstream = self._upstream(record)
+        promised = (state.promised_epoch, state.promised_to) == (record.epoch, upstream.holder)
+        await c.database.adopt(upstream, promised=promised)
+
     async def rejoin(self, reason: str) -> None:
         """Postgres does not run, or runs on a log that left the cluster's history."""
         c = self._c

@@ -326,6 +326,12 @@ def _as_holder(o: Observation, record: ClusterRecord) -> Decision:
     if o.name in record.fenced:
         return _given_up(o) or Decision("hand_over", "the record fences this instance")
     if o.postgres.running and o.postgres.mode == "standby":
+        end = o.postgres.end
+        if record.chain is not None and end is not None and end.timeline == record.chain.current:
+            # A damaged Lease that it repaired: nothing was claimed that a promotion could take up.
+            return Decision(
+                "resume", f"the Lease is this instance's, and its log is on timeline {end.timeline} already"
+            )
         return Decision("promote", f"the Lease is taken, epoch {record.epoch}")
     if not running:
         return _holder_without_postgres(o, record)

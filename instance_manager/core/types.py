@@ -97,6 +97,10 @@ class TimelineChain:
     def current(self) -> Timeline:
         return self.switches[-1].timeline if self.switches else self.first
 
+    def knows(self, timeline: Timeline) -> bool:
+        """Is it one of the accepted history, whether or not a log on it left that history since?"""
+        return timeline == self.first or any(switch.timeline == timeline for switch in self.switches)
+
     def contains(self, end: WalEnd) -> bool:
         """Is a log that ends at `end` a prefix of, or equal to, the cluster's accepted history so far?"""
         if end.timeline == self.current:

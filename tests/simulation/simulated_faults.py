@@ -76,7 +76,9 @@ def isolate_from_some(cluster: SimulatedCluster, chance: random.Random) -> Undo:
     return _cut(cluster, links)
 
 
-def cut_pair(cluster: SimulatedCluster, chance: random.Random) -> Undo:
+def cut_pair(cluster: SimulatedCluster, chance: random.Random) -> Undo | None:
+    if len(cluster.instances) < 2:
+        return None
     a, b = chance.sample(sorted(cluster.instances), 2)
     channels = chance.choice([("http",), ("replication",), ("http", "replication")])
     links = [(a, b, c) for c in channels]
