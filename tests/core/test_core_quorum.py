@@ -1,4 +1,4 @@
-"""The quorum's steps one by one; test_quorum_exhaustive walks all their interleavings."""
+"""The quorum's steps one by one; tests/exhaustive walks all their interleavings."""
 
 from __future__ import annotations
 

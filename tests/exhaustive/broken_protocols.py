@@ -32,9 +32,11 @@ class Broken:
     """The story has at least so many: a loss that needs two epochs proves that the second is walked."""
 
 
-def views(name: str, rule: str, bent: str, rules: ViewRules, *, elections: int = 0, k: int = 2) -> Broken:
+def views(
+    name: str, rule: str, bent: str, rules: ViewRules, *, elections: int = 0, standbys: int = 3, k: int = 2
+) -> Broken:
     def build() -> Model[Any]:
-        return ViewsModel(rules, standbys=3, k_max=k, late_writes=rules.unknown_closed_by_read, name="views")
+        return ViewsModel(rules, standbys=standbys, k_max=k, late_writes=rules.unknown_closed_by_read, name="views")
 
     return Broken(name=name, rule=rule, bent=bent, model="views", build=build, elections=elections)
 
@@ -97,6 +99,7 @@ BROKEN: tuple[Broken, ...] = (
         "section 4",
         "the barrier does not wait for what the log held and nobody was told of",
         ViewRules(barrier="acknowledged"),
+        k=1,
         elections=2,
     ),
     views(
@@ -104,6 +107,7 @@ BROKEN: tuple[Broken, ...] = (
         "P5",
         "the mark is taken before the new list is confirmed",
         ViewRules(mark_before_confirmed=True),
+        k=1,
     ),
     views(
         "dropped names are not waited for",
@@ -129,6 +133,7 @@ BROKEN: tuple[Broken, ...] = (
         "one mark both proves the new k and bounds the log: a walsender of the smaller k releases a commit after it, by "
         "what another has flushed",
         ViewRules(smaller_k_is_gone="with the mark"),
+        standbys=2,
     ),
     views(
         "a smaller k may stay",
@@ -141,6 +146,7 @@ BROKEN: tuple[Broken, ...] = (
         "P7",
         "a half-open walsender and its successor are two",
         ViewRules(barrier_counts_names="walsenders"),
+        standbys=2,
     ),
     views(
         "a read closes an unknown write",

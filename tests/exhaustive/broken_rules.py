@@ -224,7 +224,7 @@ def given_back_with_one_vote(record: ClusterRecord, found: ClusterRecord, *, pro
     return replace(back, voters=found.voters, quorum=max(1, len(found.voters)))
 
 
-def restart_without_asking(*_: object) -> str | None:
+def restart_without_asking(*_: object, **__: object) -> str | None:
     return None
 
 

@@ -181,6 +181,10 @@ def record_of(mode: Mode, count: int, quorum: int, lease: int, seen: Seen) -> Cl
     )
 
 
+def _grounds(seen: Seen) -> tuple[int, int, int]:
+    return seen.holder, seen.epoch, seen.released_to
+
+
 def _holds(index: int, member: Member) -> bool:
     return member.seen is not None and member.seen.holder == index
 
@@ -440,12 +444,11 @@ class PermitsModel:
             read = request._replace(effect=register, same=same)
             yield f"the read of {me} reaches the store", self._with(state, index, member._replace(request=read))
             return
-        grounds = (register.holder, register.epoch, register.released_to)
         by_time = self.mode == "asynchronous" and request.kind == "take" and register.released_to < 0
         if by_time and self.rules.time_stands_on == "the version" and not (member.seen and member.seen.current):
             # Time was counted over that very version: a renewal since ends what it proved.
             return
-        if request.on_grounds == grounds or not self.rules.conditional:
+        if request.on_grounds == _grounds(register) or not self.rules.conditional:
             # On a newer version it is tried again only while the grounds are the same (R12).
             yield f"the {request.kind} of {me} reaches the store", self._stored(state, request.wanted, index)
 
@@ -458,8 +461,18 @@ class PermitsModel:
         if request.effect.holder == index:
             # A holder counts nothing by it.
             unchanged = 0
+        # A campaign stands on the grounds that it began with; on others its write would be refused (R12).
+        standing = (
+            member.standing if member.seen is not None and _grounds(member.seen) == _grounds(request.effect) else 0
+        )
         after = member._replace(
-            seen=request.effect, read_age=request.age, unchanged=unchanged, request=None, takeover_open=False
+            seen=request.effect,
+            read_age=request.age,
+            unchanged=unchanged,
+            request=None,
+            standing=standing,
+            promises=member.promises if standing else 0,
+            takeover_open=standing > 0,
         )
         if request.effect.holder == index and request.kind in ("renew", "take", "reaffirm"):
             after = self._granted(after, request.effect.epoch, request.age)
@@ -506,8 +519,7 @@ class PermitsModel:
     def _send(self, state: State, index: int, member: Member, kind: Kind, wanted: Seen) -> tuple[str, State]:
         seen = member.seen
         assert seen is not None
-        grounds = (seen.holder, seen.epoch, seen.released_to)
-        request = Request(kind, 0, wanted._replace(current=True), grounds, None, False)
+        request = Request(kind, 0, wanted._replace(current=True), _grounds(seen), None, False)
         return f"{LETTERS[index]} sends its {kind}", self._with(state, index, member._replace(request=request))
 
     def _takeover(self, state: State, index: int, member: Member, seen: Seen) -> Iterator[tuple[str, State]]:

@@ -85,8 +85,13 @@ class Holding:
 
     def _holding(self, state: State, index: int, node: Node) -> Iterator[Event]:
         """The snapshot names this very life as the holder, whether or not it is still true."""
-        if node.server == STANDBY:
+        chain = RECORDS[node.snapshot].chain
+        taken_up = chain is not None and end_of(node.log).timeline == chain.current
+        if node.server == STANDBY and not taken_up:
             yield from self._promote(state, index, node)
+        elif node.server == STANDBY:
+            # A damaged Lease that it repaired as a standby: nothing was claimed that a promotion could take up.
+            yield from self._resume(state, index, node)
         elif node.server == DOWN:
             if node.leaving:
                 yield from self._release(state, index, node)
@@ -289,9 +294,11 @@ class Holding:
             return
         record = RECORDS[node.snapshot]
         epochs = set()
+        # The kernel went on where only processes crashed; whose disk lost something has lost power before.
+        same_boot = not state.spent.lost_tails
         for answering in self._some_others(state, index):
             told = tuple((id_of(state.nodes[each].volume), state.nodes[each].log) for each in answering)
-            if self.core.restart_refusal(node.snapshot, node.log, told) is not None:
+            if self.core.restart_refusal(node.snapshot, node.log, told, same_boot) is not None:
                 continue
             epochs.add(
                 max(

@@ -6,13 +6,13 @@ replaces one of either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from typing import Literal
 
-from protocol_words import RECORDS, SETS, UID, VOLUMES, end_of, id_of, member_id
+from protocol_words import RECORDS, SETS, UID, VOLUMES, end_of, id_of, member_id, volume_number
 
 from instance_manager.core.election import (
     Candidate,
@@ -54,7 +54,7 @@ class ProtocolRules:
     released: Callable[..., ClusterRecord] = released
     repair: Callable[..., ClusterRecord | str] = repair
     record_damage: Callable[..., str | None] = record_damage
-    judge_restart: Callable[[ClusterRecord, WalEnd, Mapping[MemberId, WalEnd | None]], str | None] = judge_restart
+    judge_restart: Callable[..., str | None] = judge_restart
     given_back: Callable[..., ClusterRecord] = given_back
     next_step: Callable[..., QuorumStep] = next_step
     synchronous_for: Callable[..., SynchronousSet] = synchronous_for
@@ -123,28 +123,28 @@ class Core:
 
     def promising(self, volume: int, epoch: int, candidate: MemberId) -> int | None:
         try:
-            return VOLUMES.number(VOLUMES[volume].promising(Epoch(epoch), candidate))
+            return volume_number(VOLUMES[volume].promising(Epoch(epoch), candidate))
         except ValueError:
             return None
 
     def following(self, volume: int, record: int) -> int | None:
         if not self.rules.may_follow(VOLUMES[volume], RECORDS[record]):
             return None
-        return VOLUMES.number(replace(self.rules.following(VOLUMES[volume], RECORDS[record]), was_primary=False))
+        return volume_number(replace(self.rules.following(VOLUMES[volume], RECORDS[record]), was_primary=False))
 
     def writing(self, volume: int, record: int, intended: int = 0, *, primary: bool = False) -> int:
         wanted = RECORDS[intended] if intended else None
         state = VOLUMES[volume].writing(RECORDS[record], wanted)
-        return VOLUMES.number(replace(state, was_primary=True) if primary else state)
+        return volume_number(replace(state, was_primary=True) if primary else state)
 
     def seen(self, volume: int, epoch: int) -> int:
-        return VOLUMES.number(VOLUMES[volume].seen(Epoch(epoch)))
+        return volume_number(VOLUMES[volume].seen(Epoch(epoch)))
 
     def renamed_directory(self, volume: int, index: int, incarnation: int) -> int:
         state = VOLUMES[volume]
         if self.rules.new_identity_when_copied:
             state = replace(state, member_id=member_id(index, incarnation))
-        return VOLUMES.number(replace(state, was_primary=False))
+        return volume_number(replace(state, was_primary=False))
 
     # Elections.
 
@@ -271,9 +271,11 @@ class Core:
     def opened(self, record: int) -> int:
         return RECORDS.number(replace(RECORDS[record], opened=True))
 
-    def restart_refusal(self, record: int, log: int, ends: tuple[tuple[MemberId, int], ...]) -> str | None:
+    def restart_refusal(
+        self, record: int, log: int, ends: tuple[tuple[MemberId, int], ...], same_boot: bool
+    ) -> str | None:
         told: dict[MemberId, WalEnd | None] = {voter: end_of(its_log) for voter, its_log in ends}
-        return self.rules.judge_restart(RECORDS[record], end_of(log), told)
+        return self.rules.judge_restart(RECORDS[record], end_of(log), told, same_boot=same_boot)
 
     def reaffirmed(self, record: int, volume: int, life: int, highest: int, would_follow: frozenset[MemberId]) -> int:
         if not may_reaffirm(RECORDS[record], would_follow):

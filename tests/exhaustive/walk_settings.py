@@ -40,6 +40,7 @@ def permits(least: int, *, limit: int | None = None, ticks: Ticks = DEFAULT_TICK
 
 
 SHORT = Ticks(2, 3, 1)
+PROMPT = Ticks(2, 3, 0)
 SHORTEST = Ticks(1, 2, 1)
 """Too short for an extension to be of use."""
 
@@ -49,7 +50,7 @@ CI: tuple[Walked, ...] = (
     views(3, 1, 60_000),
     views(3, 2, 45_000, late_writes=False),
     protocol(30_000, writes=2, epochs=3),
-    protocol(50_000, writes=1, epochs=3, crashes=1),
+    protocol(55_000, writes=1, epochs=3, crashes=1),
     protocol(80_000, writes=1, epochs=3, unknown_writes=1),
     protocol(38_000, writes=1, epochs=3, agent_restarts=1),
     protocol(14_000, writes=1, epochs=3, reaffirms=1),
@@ -57,13 +58,13 @@ CI: tuple[Walked, ...] = (
     protocol(10_000, writes=1, epochs=3, give_back=True),
     protocol(25_000, writes=1, epochs=2, releases=1),
     protocol(15_000, instances=3, writes=1, epochs=3, quorum_steps="none"),
-    protocol(1, writes=1, epochs=2, damages=1),
-    permits(80_000, mode="asynchronous"),
-    permits(1, mode="asynchronous", releases=1, ticks=SHORT),
-    permits(1, mode="asynchronous", extensions=True, ticks=SHORT),
-    permits(1, mode="synchronous", extensions=True, ticks=SHORT),
-    permits(1, mode="asynchronous", restarts=1, ticks=SHORTEST),
-    permits(1, mode="asynchronous", clears=1, ticks=SHORTEST),
+    protocol(50_000, writes=1, epochs=2, damages=1),
+    permits(60_000, mode="asynchronous"),
+    permits(250_000, mode="asynchronous", releases=1, ticks=SHORT),
+    permits(200_000, mode="asynchronous", extensions=True, ticks=SHORT),
+    permits(80_000, mode="synchronous", extensions=True, ticks=PROMPT),
+    permits(60_000, mode="asynchronous", restarts=1, ticks=SHORTEST),
+    permits(80_000, mode="asynchronous", clears=1, ticks=SHORTEST),
 )
 
 DEEP_LIMIT = 20_000_000
