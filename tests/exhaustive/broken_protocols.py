@@ -12,7 +12,8 @@ from typing import Any
 
 import broken_rules as bent
 from breadth_first import Model
-from permits_model import PermitRules, PermitsModel, Ticks
+from permits_model import PermitRules, PermitsModel
+from permits_words import Ticks
 from protocol_model import ProtocolModel
 from protocol_rules import ProtocolRules
 from protocol_words import Bounds

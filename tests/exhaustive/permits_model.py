@@ -25,14 +25,30 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from breadth_first import Violation
+from permits_words import (
+    DEFAULT_TICKS,
+    END,
+    LETTERS,
+    Ask,
+    Kind,
+    Member,
+    Request,
+    Seen,
+    State,
+    Ticks,
+    grounds_of,
+    holds,
+    record_of,
+    renamed_state,
+)
 
 from instance_manager.core.lease import Permit, entitled_by_time, permit_of_renewal
-from instance_manager.core.record import ClusterRecord, Holder, Mode, Release
+from instance_manager.core.record import ClusterRecord, Mode
 from instance_manager.core.timing import Timings
-from instance_manager.core.types import Epoch, Lsn, MemberId, Timeline, TimelineChain, WalEnd
+from instance_manager.core.types import Epoch, MemberId
 from instance_manager.core.voting import (
     ExtensionRequest,
     Verdict,
@@ -43,95 +59,7 @@ from instance_manager.core.voting import (
     judge_vote,
 )
 
-LETTERS = "abc"
 NOW_S = 100.0
-END = WalEnd(Timeline(1), Lsn(1))
-
-
-class Ticks(NamedTuple):
-    """As in the defaults, the margin between the first two is shorter than a request may take."""
-
-    hard: int = 3
-    lease: int = 4
-    timeout: int = 2
-
-
-DEFAULT_TICKS = Ticks()
-
-
-class Seen(NamedTuple):
-    """A state of the register, as somebody read it."""
-
-    holder: int
-    """-1: nobody."""
-    epoch: int
-    released_to: int
-    """-1: no stamp."""
-    current: bool
-    """Is this the very version that is stored?"""
-
-
-Kind = Literal["read", "renew", "take", "reaffirm", "release"]
-
-
-class Request(NamedTuple):
-    kind: Kind
-    age: int
-    """Since it was sent."""
-    wanted: Seen | None
-    """What a write makes of the register."""
-    on_grounds: tuple[int, int, int] | None
-    """(holder, epoch, release) that it stands on."""
-    effect: Seen | None
-    """What the store answered; None: it has not taken effect."""
-    same: bool
-    """The answer shows the very version that was seen before."""
-
-
-class Ask(NamedTuple):
-    """A round of questions for an extension."""
-
-    age: int
-    granted: int
-
-
-class Member(NamedTuple):
-    # Supervisor and Postgres.
-    writable: int
-    """Epoch under which Postgres is writable; 0: it is not."""
-    permit: int
-    """Ticks left."""
-    by_extension: bool
-    revoked: int
-    """No permit of this epoch or below is accepted any more."""
-    # The volume.
-    promised: int
-    bound: int
-    """Ticks for which this member promised not to promise, and not to take over."""
-    # The agent.
-    age: int
-    seen: Seen | None
-    unchanged: int
-    """From when the record was first seen as it is to when the last successful read was sent; negative right after."""
-    read_age: int
-    """Ticks since the last successful read was sent."""
-    request: Request | None
-    ask: Ask | None
-    standing: int
-    """Epoch that promises are asked of; 0: none."""
-    promises: int
-    """Bits of those that promised it."""
-    takeover_open: bool
-
-
-class State(NamedTuple):
-    register: Seen
-    members: tuple[Member, ...]
-    orphans: tuple[Seen, ...]
-    """Writes on exactly what is stored, whose sender has given up."""
-    restarts: int
-    releases: int
-    clears: int
 
 
 @dataclass(frozen=True)
@@ -156,37 +84,6 @@ class PermitRules:
     revokes: bool = True
     only_reads_count: bool = True
     """The time since the last successful read proves nothing of the record (R12)."""
-
-
-def record_of(mode: Mode, count: int, quorum: int, lease: int, seen: Seen) -> ClusterRecord:
-    ids = [MemberId(f"{letter}_00000000") for letter in LETTERS[:count]]
-    holder = None if seen.holder < 0 else Holder(member_id=ids[seen.holder], incarnation="life")
-    stamp = None
-    if seen.released_to >= 0:
-        stamp = Release(releaser=ids[0], epoch=Epoch(seen.epoch), end=END, target=ids[seen.released_to])
-    return ClusterRecord(
-        cluster_name="model",
-        cluster_uid="model",
-        mode=mode,
-        lease_duration_s=lease,
-        epoch=Epoch(seen.epoch),
-        holder=holder,
-        release=stamp,
-        system_identifier="1",
-        chain=TimelineChain(Timeline(1)),
-        highest_timeline=Timeline(1),
-        voters=frozenset(each for index, each in enumerate(ids) if index != seen.holder),
-        quorum=quorum,
-        position=END,
-    )
-
-
-def _grounds(seen: Seen) -> tuple[int, int, int]:
-    return seen.holder, seen.epoch, seen.released_to
-
-
-def _holds(index: int, member: Member) -> bool:
-    return member.seen is not None and member.seen.holder == index
 
 
 class PermitsModel:
@@ -361,7 +258,7 @@ class PermitsModel:
             writable=0 if dead else member.writable,
             bound=max(0, member.bound - 1),
             age=min(self.ticks.lease, member.age + 1),
-            read_age=0 if _holds(index, member) else min(self.ticks.lease + self.ticks.timeout, member.read_age + 1),
+            read_age=0 if holds(index, member) else min(self.ticks.lease + self.ticks.timeout, member.read_age + 1),
             request=None if request is None else request._replace(age=min(self.ticks.timeout + 1, request.age + 1)),
             ask=None if ask is None or ask.age >= self.ticks.timeout else ask._replace(age=ask.age + 1),
         )
@@ -448,7 +345,7 @@ class PermitsModel:
         if by_time and self.rules.time_stands_on == "the version" and not (member.seen and member.seen.current):
             # Time was counted over that very version: a renewal since ends what it proved.
             return
-        if request.on_grounds == _grounds(register) or not self.rules.conditional:
+        if request.on_grounds == grounds_of(register) or not self.rules.conditional:
             # On a newer version it is tried again only while the grounds are the same (R12).
             yield f"the {request.kind} of {me} reaches the store", self._stored(state, request.wanted, index)
 
@@ -463,7 +360,7 @@ class PermitsModel:
             unchanged = 0
         # A campaign stands on the grounds that it began with; on others its write would be refused (R12).
         standing = (
-            member.standing if member.seen is not None and _grounds(member.seen) == _grounds(request.effect) else 0
+            member.standing if member.seen is not None and grounds_of(member.seen) == grounds_of(request.effect) else 0
         )
         after = member._replace(
             seen=request.effect,
@@ -519,7 +416,7 @@ class PermitsModel:
     def _send(self, state: State, index: int, member: Member, kind: Kind, wanted: Seen) -> tuple[str, State]:
         seen = member.seen
         assert seen is not None
-        request = Request(kind, 0, wanted._replace(current=True), _grounds(seen), None, False)
+        request = Request(kind, 0, wanted._replace(current=True), grounds_of(seen), None, False)
         return f"{LETTERS[index]} sends its {kind}", self._with(state, index, member._replace(request=request))
 
     def _takeover(self, state: State, index: int, member: Member, seen: Seen) -> Iterator[tuple[str, State]]:
@@ -619,41 +516,4 @@ class PermitsModel:
     def canonical(self, state: State) -> Hashable:
         if len(self.orders) == 1:
             return state
-        return min(hash(_renamed(state, order)) for order in self.orders)
-
-
-def _renamed(state: State, order: tuple[int, ...]) -> State:
-    def mask(bits: int) -> int:
-        return sum(1 << order[index] for index in range(len(order)) if bits >> index & 1)
-
-    def seen(value: Seen) -> Seen:
-        return value._replace(
-            holder=order[value.holder] if value.holder >= 0 else -1,
-            released_to=order[value.released_to] if value.released_to >= 0 else -1,
-        )
-
-    members = list(state.members)
-    for old, new in enumerate(order):
-        member = state.members[old]
-        request, ask = member.request, member.ask
-        if request is not None:
-            grounds = request.on_grounds
-            if grounds is not None:
-                changed = seen(Seen(*grounds, current=True))
-                grounds = (changed.holder, changed.epoch, changed.released_to)
-            request = request._replace(
-                wanted=None if request.wanted is None else seen(request.wanted),
-                effect=None if request.effect is None else seen(request.effect),
-                on_grounds=grounds,
-            )
-        members[new] = member._replace(
-            seen=None if member.seen is None else seen(member.seen),
-            request=request,
-            ask=None if ask is None else ask._replace(granted=mask(ask.granted)),
-            promises=mask(member.promises),
-        )
-    return state._replace(
-        register=seen(state.register),
-        members=tuple(members),
-        orphans=tuple(sorted(seen(each) for each in state.orphans)),
-    )
+        return min(hash(renamed_state(state, order)) for order in self.orders)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from breadth_first import Model
-from permits_model import DEFAULT_TICKS, PermitRules, PermitsModel, Ticks
+from permits_model import PermitRules, PermitsModel
+from permits_words import DEFAULT_TICKS, Ticks
 from protocol_model import ProtocolModel
 from protocol_rules import ProtocolRules
 from protocol_words import Bounds
