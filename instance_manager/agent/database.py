@@ -85,6 +85,8 @@ class Database:
         self._message_changed_s = float("-inf")
         self._timeline = Timeline(0)
         self._following: tuple[MemberId, Epoch] | None = None
+        self._starts_with: tuple[MemberId, Epoch] | None = None
+        """Whom a server follows from its start, however late that comes."""
         self._received_s = clock.now_s()
         self._proven: WalEnd | None = None
         """The end of the last complete record, since nothing more can be received (`stop_following`)."""
@@ -211,6 +213,7 @@ class Database:
             if process.pid != self._seen_of_pid:
                 self._forget()
                 self._seen_of_pid = process.pid
+                self._following = self._starts_with
             try:
                 first = self._seen is None
                 self._take(await self._postgres.observe(deadline_s=LOOK_DEADLINE_S))
@@ -261,20 +264,19 @@ class Database:
         """
         await self._postgres.set_standby_signal(True)
         await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
+        self._starts_with = (upstream.holder, upstream.epoch) if upstream is not None else None
         await self._start("standby", None)
-        if upstream is not None:
-            self._following = (upstream.holder, upstream.epoch)
 
     async def start_primary(self, epoch: Epoch, opening: SynchronousSet) -> None:
         """Only for the holder of the Lease with a permit; clients are kept out (P8)."""
         await self._postgres.write_files(opening, Access.CLOSED, standby=False)
         await self._postgres.set_standby_signal(False)
+        self._starts_with = None
         await self._start("read_write", epoch)
 
     async def _start(self, mode: str, epoch: Epoch | None) -> None:
         command = await self._postgres.prepare_start()
         await self._link.start(mode, epoch, command.argv, command.environment)
-        self._forget()
         # Look often while it starts: each look is an event somebody waits for.
         for _ in range(100):
             await self._look()
@@ -328,7 +330,7 @@ class Database:
         """P2, P3: nothing is received any more, proven; the end of the log on this disk."""
         if self._link.postgres is None or self._link.postgres.mode != "standby":
             raise NotAllowed("Postgres does not run as a standby here")
-        self._following = None
+        self._following = self._starts_with = None
         began_s = self._clock.now_s()
         await voting.stop_following(self._postgres.running, self._settings, deadline_s=deadline_s)
         left_s = max(0.1, deadline_s - (self._clock.now_s() - began_s))

@@ -14,6 +14,7 @@ from instance_manager.core.rejoin import DirectoryFacts, Rejoin, plan_rejoin
 from instance_manager.core.roles import Role
 from instance_manager.core.types import MemberName, TimelineChain, make_member_id
 from instance_manager.postgres.server import LocalPostgresError
+from instance_manager.postgres.wal_dump import PositionUnknown
 
 log = logging.getLogger("instance_manager.agent.rejoining")
 
@@ -122,7 +123,11 @@ class Rejoining:
             raise OperationFailed("the cluster has no history yet")
         if c.database.running:
             # What it has received may end amid a record: only complete ones say whether it went past the history.
-            end = await c.database.proven_end(record.chain)
+            try:
+                end = await c.database.proven_end(record.chain)
+            except PositionUnknown as error:
+                # On a timeline that is not the history's (P4), for one.
+                end, reason = None, f"{reason}; {error}"
             if end is not None and record.chain.contains(end) and record.holder is not None:
                 await self.follow()
                 return
