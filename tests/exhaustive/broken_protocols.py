@@ -538,6 +538,11 @@ NOT_HERE: tuple[tuple[str, str], ...] = (
         "P6",
         "where the volume's memory lies is a fact of the file system; lost promises are bent in section 4's variants",
     ),
+    (
+        "P9",
+        "what a voter restores after its vote it tells no former primary; it then leaves the history and is copied anew, "
+        "which costs time, not writes",
+    ),
     ("P10", "how a mark is found is Postgres's business; here a mark is exact"),
     ("P11", "ends of logs are exact here; torn tails are in the tests on real Postgres"),
     ("P13", "what a client takes for an acknowledgement is the drill's and the simulation's"),

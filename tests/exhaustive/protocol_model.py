@@ -196,11 +196,6 @@ class ProtocolModel(Holding):
                     f"{me} receives from {LETTERS[node.upstream]}",
                     self._with(state, index, node._replace(log=longer)),
                 )
-        elif node.server == STANDBY and not self.rules.restore_answers_absent:
-            for source in state.nodes:
-                longer = next_streamed(node.log, source.log)
-                if longer is not None:
-                    yield f"{me} restores more from the archive", self._with(state, index, node._replace(log=longer))
 
     @staticmethod
     def _acknowledges(state: State, index: int, node: Node, write: int) -> bool:

@@ -72,8 +72,6 @@ class ProtocolRules:
     promise_persisted: bool = True
     position: Literal["after the walreceiver is gone", "before", "replayed"] = "after the walreceiver is gone"
     new_identity_when_copied: bool = True
-    restore_answers_absent: bool = True
-    """From the promise until it follows the new epoch (P9)."""
     holding_is_seen: bool = True
     """The members that hold the shutdown checkpoint were asked (P12)."""
     restart_writes_epoch: bool = True
