@@ -10,7 +10,9 @@ Who decides that a commit may return? Three kinds of processes, each by its own 
 - Each walsender releases waiters by its own **k**, which no view shows (P5). A walsender looks at SIGHUP at the
   top of its loop, before it reads replies. A mark that is written after SIGHUP was sent is sent in one turn of
   the loop, and the reply that it is flushed is read in a later one: who shows flush past the mark has the new k. Any
-  walsender not yet listed when the new list was confirmed enters its loop later, and looks first.
+  walsender not yet listed when the new list was confirmed enters its loop later, and looks first. Until the last one
+  has shown it, commits *behind* that mark may have been released by the smaller k, on fewer members: so a second mark is
+  written then, and k members must pass that one too.
 
 Leaving the empty list. That a commit returns proves nothing: with healthy standbys it may just have been fast. So first
 comes a list that nobody can satisfy; then a canary's commit, seen waiting in `SyncRep`, proves that the flag is on; then
@@ -239,25 +241,14 @@ class SynchronousReplication:
             async with self._server.replication(deadline) as watch:
                 if await self._primary_since(watch, deadline) != confirmed.postmaster_start:
                     raise BarrierNotPassed("Postgres was started again since the list was confirmed")
-                mark = await _write_mark(watch, timeline, deadline)
-                pause = Pause(0.02)
+                suspects = confirmed.suspects
                 while True:
-                    senders = await watch.senders(deadline)
-                    state = judge_barrier(
-                        senders,
-                        members=confirmed.synchronous.members,
-                        needed=confirmed.synchronous.k,
-                        mark=mark,
-                        suspects=confirmed.suspects,
-                        require_slots=self._require_slots,
-                    )
-                    if state.is_passed:
+                    mark = await _write_mark(watch, timeline, deadline)
+                    state = await self._passed(watch, confirmed.synchronous, mark, suspects, deadline, terminate_after_s)
+                    if not suspects:
                         break
-                    if deadline.passed:
-                        raise BarrierNotPassed(str(state), state)
-                    if loop.time() - started_s >= terminate_after_s:
-                        await watch.terminate_senders({*state.suspects, *_older_twins(senders, state)}, deadline)
-                    await pause(deadline)
+                    # Until the last of them was seen with the new k, it may have released commits behind this mark.
+                    suspects = frozenset()
         except (DeadlinePassed, sql.SqlUnavailable, NotConfirmed, asyncpg.PostgresError) as error:
             raise BarrierNotPassed(str(error), state) from error
         if self._confirmed is not confirmed:
@@ -265,6 +256,37 @@ class SynchronousReplication:
         self._lowest_k = confirmed.synchronous.k
         self._confirmed = Confirmed(confirmed.synchronous, confirmed.postmaster_start, frozenset(), confirmed.took_s)
         return BarrierPassed(state, timeline, loop.time() - started_s)
+
+    async def _passed(
+        self,
+        watch: ReplicationSession,
+        synchronous: SynchronousSet,
+        mark: Lsn,
+        suspects: frozenset[Process],
+        deadline: Deadline,
+        terminate_after_s: float,
+    ) -> BarrierState:
+        """Return once k members have flushed `mark`, and no suspect may have an older k."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        pause = Pause(0.02)
+        while True:
+            senders = await watch.senders(deadline)
+            state = judge_barrier(
+                senders,
+                members=synchronous.members,
+                needed=synchronous.k,
+                mark=mark,
+                suspects=suspects,
+                require_slots=self._require_slots,
+            )
+            if state.is_passed:
+                return state
+            if deadline.passed:
+                raise BarrierNotPassed(str(state), state)
+            if loop.time() - started_s >= terminate_after_s:
+                await watch.terminate_senders({*state.suspects, *_older_twins(senders, state)}, deadline)
+            await pause(deadline)
 
     async def _switch_on(self, watch: ReplicationSession, deadline: Deadline) -> None:
         """Return once a commit was seen to wait: the checkpointer has switched waiting on (P1)."""
