@@ -36,6 +36,8 @@ from instance_manager.status import ClusterStatus, Probes
 log = logging.getLogger("instance_manager.agent")
 
 TICK_S = 0.2
+HEARTBEAT_S = 0.5
+"""The supervisor kills an agent that was silent for 3 s."""
 PAUSE_S = 1.0
 """The loop was not scheduled for this time: ages of other things are not theirs."""
 RETRY_S = 0.5
@@ -105,6 +107,7 @@ class Agent:
         self._last_tick_s = context.clock.now_s()
         self._was_running = False
         self._adopted = False
+        self._announced: tuple[object, ...] = ()
         self._promoting_since_s: float | None = None
         self.reload_configuration: Callable[[], Awaitable[str]] | None = None
 
@@ -148,7 +151,7 @@ class Agent:
         while True:
             self._notice_pause()
             c.link.tick()
-            await c.clock.sleep(TICK_S)
+            await c.clock.sleep(HEARTBEAT_S)
 
     def _notice_pause(self) -> None:
         """Before anything is judged by its age: a pause of this process is not the disk's, Postgres's or the peers'."""
@@ -172,7 +175,9 @@ class Agent:
             observation = self.observe()
             decision = decide(observation)
             await self._act(decision)
-            c.announce()
+            if (urgent := self.reporting.urgent()) != self._announced:
+                self._announced = urgent
+                c.announce()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await c.wake.wait()

@@ -42,9 +42,12 @@ class Journal:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lines: deque[tuple[float, str, str, int]] = deque(maxlen=100)
-        self._last_decision = ("", "")
+        self._last_decision = self._last_told = ("", "")
 
     def decided(self, act: str, reason: str) -> None:
+        if (act, reason) == self._last_told:
+            return
+        self._last_told = (act, reason)
         key = (act, _without_numbers(reason))
         if key == self._last_decision:
             return
@@ -68,8 +71,11 @@ class Journal:
         )
 
 
+_NO_DIGITS = str.maketrans("", "", "0123456789")
+
+
 def _without_numbers(text: str) -> str:
-    return "".join(letter for letter in text if not letter.isdigit())
+    return text.translate(_NO_DIGITS)
 
 
 @dataclass(slots=True)

@@ -106,6 +106,7 @@ class LeaseKeeper:
         """Also at the start: a write of the agent before this one may still be under way (R1)."""
         self.last_error: str | None = None
         self.renewals = 0
+        self._judged: tuple[ClusterRecord | None, VolumeState, str | None] | None = None
 
     @property
     def stored(self) -> StoredRecord | None:
@@ -120,9 +121,7 @@ class LeaseKeeper:
         record = self.record
         damage = self._unreadable
         if damage is None and self._read_ever:
-            volume = self._volume()
-            known = volume.member_id is not None or volume.recorded_epoch > 0
-            damage = record_damage(record, volume, cluster_uid=self._cluster_uid, data_known=known)
+            damage = self._damage(record, self._volume())
         return LeaseView(
             record=record,
             read=self._read_ever,
@@ -131,6 +130,15 @@ class LeaseKeeper:
             damage=damage,
             unknown_write=self.unknown_write or self._writing,
         )
+
+    def _damage(self, record: ClusterRecord | None, volume: VolumeState) -> str | None:
+        """Asked for many times a second, of the same two."""
+        judged = self._judged
+        if judged is None or judged[0] is not record or judged[1] is not volume:
+            known = volume.member_id is not None or volume.recorded_epoch > 0
+            found = record_damage(record, volume, cluster_uid=self._cluster_uid, data_known=known)
+            judged = self._judged = (record, volume, found)
+        return judged[2]
 
     def hint(self) -> None:
         """The record may have changed: read soon."""

@@ -76,10 +76,9 @@ class PeerService:
             c.keeper.hint()
         ends_s = c.clock.now_s() + WATCH_S
         while True:
-            state = agent.reporting.own_state()
-            digest = agent.reporting.digest(state)
+            digest = agent.reporting.digest()
             if digest != request.seen or c.clock.now_s() >= ends_s:
-                return WatchAnswer(digest=digest, state=state)
+                return WatchAnswer(digest=digest, state=agent.reporting.own_state())
             announced = c.announced
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, ends_s - c.clock.now_s())):

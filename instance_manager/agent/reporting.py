@@ -67,22 +67,26 @@ class Reporting:
             return f"told to follow, and has received nothing for {silent_s:.0f} s"
         return c.health.unhealthy() or damage or ("its volume is full" if c.health.is_full else None)
 
-    def digest(self, state: PeerState) -> str:
-        """Of what a peer should hear of at once; positions and ages are not among it."""
-        urgent = (
-            state.member_id,
-            state.incarnation,
-            state.role,
-            state.record_epoch,
-            state.promised_epoch,
-            state.writable,
-            state.yielding,
-            state.terminating,
-            state.fenced,
-            state.postgres,
-            state.opened,
+    def urgent(self) -> tuple[object, ...]:
+        """What a peer should hear of at once; positions and ages are not among it."""
+        c = self._c
+        volume, record, postgres = c.volume.state, c.keeper.record, c.database
+        return (
+            volume.member_id,
+            c.link.incarnation,
+            c.role,
+            record.epoch if record is not None else 0,
+            volume.promised_epoch,
+            postgres.running_read_write and postgres.answers,
+            c.yielding,
+            c.link.terminating,
+            record is not None and c.configuration.name in record.fenced,
+            self._postgres_word(),
+            c.gate_open,
         )
-        return f"{hash(urgent) & 0xFFFFFFFFFFFFFFFF:016x}"
+
+    def digest(self) -> str:
+        return f"{hash(self.urgent()) & 0xFFFFFFFFFFFFFFFF:016x}"
 
     def probes(self) -> Probes:
         c = self._c
@@ -224,9 +228,9 @@ class Reporting:
         return permit.soft_s - self._c.clock.now_s() if permit is not None and self._c.holds_lease else 0.0
 
     def _postgres_word(self) -> str:
-        postgres = self._c.database.view()
+        postgres = self._c.database
         if not postgres.running:
             return "stopped"
         if postgres.answers:
             return "running"
-        return "starting" if self._c.database.start_advances() else "unresponsive"
+        return "starting" if postgres.start_advances() else "unresponsive"

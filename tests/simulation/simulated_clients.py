@@ -26,7 +26,7 @@ CHANNEL = "clients"
 PATIENCE_S = 4.0
 """A writer gives up an answer after this time and looks for the primary anew; the sticky one waits longer."""
 STICKY_PATIENCE_S = 40.0
-READ_EVERY_S = (0.3, 2.0)
+READ_EVERY_S = (0.6, 4.0)
 LOCAL_SHARE = 0.1
 LOCAL_CLIENT = 90
 """Its session has `synchronous_commit = local`: nothing is promised about its rows, and nothing is judged."""
