@@ -102,7 +102,6 @@ class Agent:
         self._suspected_since_s: float | None = None
         self._released_since_s: float | None = None
         self._release_seen: object = None
-        self._proven_dead = False
         self._left = asyncio.Event()
         self._last_tick_s = context.clock.now_s()
         self._was_running = False
@@ -261,7 +260,7 @@ class Agent:
             unhealthy=self._unhealthy(),
             permit_left_s=permit.soft_s - now_s if permit is not None and permit_ok else 0.0,
             suspected_for_s=0.0,
-            proven_dead=self._proven_dead,
+            proven_dead=c.proven_dead,
             released_for_s=now_s - self._released_since_s
             if release is not None and self._released_since_s is not None
             else 0.0,
@@ -504,9 +503,9 @@ class Agent:
                 and c.suspects is not None
             ):
                 with contextlib.suppress(CoordinationError):
-                    self._proven_dead = await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
+                    c.proven_dead = await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
             else:
-                self._proven_dead = False
+                c.proven_dead = False
             await c.clock.sleep(0.25)
 
     # Verbs of this instance.

@@ -107,6 +107,8 @@ class Context:
     opened_s: float | None = None
     """When this primary began to run read-write."""
     takeover_open: bool = False
+    proven_dead: bool = False
+    """The holder's death is proven (R9)."""
     suspects: str | None = None
     yielding: str | None = None
     yielding_since_s: float | None = None

@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.election import (
     Candidate,
@@ -20,6 +21,7 @@ from instance_manager.core.election import (
     taken_from_release,
     taken_over,
 )
+from instance_manager.core.lease import entitled_by_time
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, member_name_of
 from instance_manager.core.voting import (
@@ -218,11 +220,16 @@ class Elections:
         told = ", ".join(f"{voter} at {answer.end}" for voter, answer in sorted(promises.items()) if answer.granted)
         return await self._take(judged, record, grounds, f"promises of {told}")
 
-    async def _take(self, won: Won, record: ClusterRecord, grounds: tuple[object, ...], why: str) -> ClusterRecord:
+    async def _take(
+        self, won: Won, record: ClusterRecord, grounds: tuple[object, ...], why: str, *, exactly: bool = False
+    ) -> ClusterRecord:
+        """`exactly`: on this very version of the record, never on one that was renewed since."""
         c = self._c
         taken = won.record
 
         def change(current: ClusterRecord) -> ClusterRecord:
+            if exactly and current.write_id != record.write_id:
+                raise WriteRefused("the Lease was renewed meanwhile")
             # R12: on a newer version only while the grounds are the same; what users changed beside them stays.
             return replace(
                 taken,
@@ -297,18 +304,36 @@ class Elections:
                 )
             if not record.chain.contains(end):
                 raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history (P4)")
+            if (why_not := self._why_not_by_time(record, end)) is not None:
+                raise OperationFailed(why_not)
             holder = c.holder
             if holder is None:
                 raise OperationFailed("this instance is no member")
             epoch = Epoch(max(record.epoch, c.volume.state.highest_epoch) + 1)
             others = record.voters - {c.member_id}
             taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=others, quorum=0)
-            await self._take(Won(taken), record, record.grounds(), reason)
+            await self._take(Won(taken), record, record.grounds(), reason, exactly=True)
         except CoordinationError as error:
             self._stand_back(str(error))
             raise OperationFailed(str(error)) from error
         finally:
             c.takeover_open = False
+
+    def _why_not_by_time(self, record: ClusterRecord, end: WalEnd) -> str | None:
+        """Judged once more, on what was read for it: the decision stood on an older look."""
+        c = self._c
+        now_s = c.clock.now_s()
+        if now_s < c.volume.state.extension_until_s:
+            return "this member promised the primary not to take over while the store is away (R11)"
+        return entitled_by_time(
+            record,
+            unchanged_for_s=c.keeper.view().unchanged_for_s,
+            agent_age_s=now_s - c.started_s,
+            proven_dead=c.proven_dead,
+            own_end=end,
+            maximum_lag_bytes=c.configuration.cluster.maximum_lag_on_failover_bytes,
+            clock_rate_error=c.configuration.timings.clock_rate_error,
+        )
 
     def _other_voters(self, record: ClusterRecord) -> tuple[MemberName, ...]:
         own = self._c.member_id

@@ -126,7 +126,7 @@ class LeaseKeeper:
             record=record,
             read=self._read_ever,
             read_age_s=now_s - self._read_sent_s,
-            unchanged_for_s=self._read_sent_s - self._seen_since_s if self._read_ever else 0.0,
+            unchanged_for_s=max(0.0, self._read_sent_s - self._seen_since_s) if self._read_ever else 0.0,
             damage=damage,
             unknown_write=self.unknown_write or self._writing,
         )
@@ -298,7 +298,8 @@ class LeaseKeeper:
         )
         lease_duration_s = stored.record.lease_duration_s if stored is not None else self._timings.lease_duration_s
         if not same or self._interrupted or gap_s > lease_duration_s / 2:
-            self._seen_since_s = sent_s
+            # What an answer shows may be younger than its question, by as much as that was on its way.
+            self._seen_since_s = self._clock.now_s()
         self._interrupted = False
         self._stored, self._read_sent_s, self._read_ever = stored, sent_s, True
 

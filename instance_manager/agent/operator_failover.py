@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.agent.peering import EndAnswer, EndRequest
 from instance_manager.core.decide import PeerState
 from instance_manager.core.election import Candidate, taken_over
-from instance_manager.core.record import ClusterRecord
-from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, format_lsn, member_name_of
+from instance_manager.core.record import ClusterRecord, Holder
+from instance_manager.core.types import Epoch, MemberId, MemberName, TimelineChain, WalEnd, format_lsn, member_name_of
 
 WAIT_POLL_S = 0.1
 ASK_DEADLINE_S = 3.0
@@ -93,6 +94,13 @@ async def survey(context: Context, own: PeerState, ground: Ground) -> Survey:
     concerned = set(record.voters) | ({record.holder.member_id} if record.holder is not None else set())
     lost = tuple(sorted(member for member in concerned if member not in reachable_ids))
     refusals = [f"{state.name} is writable" for state in states if state.writable]
+    bound_s = {name: answer.extended_for_s for name, answer in answers.items()}
+    bound_s[own.name] = c.volume.state.extension_until_s - c.clock.now_s()
+    refusals += [
+        f"{name} has promised the primary not to elect another, for {left_s:.0f} s more (R11)"
+        for name, left_s in sorted(bound_s.items())
+        if left_s > 0
+    ]
     if ground.damage is None:
         refusals += [
             f"{state.name} is a reachable voter and does not suspect the primary"
@@ -167,6 +175,17 @@ async def _take_with_loss(context: Context, ground: Ground, found: Survey) -> st
     holder = c.holder
     if holder is None or record.chain is None:
         raise OperationFailed("this instance has no data")
+    if c.clock.now_s() < c.volume.state.extension_until_s:
+        raise OperationFailed("this member has promised the primary not to take over while the store is away (R11)")
+    c.takeover_open = True
+    try:
+        return await _wait_and_take(c, ground, found, holder, record.chain)
+    finally:
+        c.takeover_open = False
+
+
+async def _wait_and_take(c: Context, ground: Ground, found: Survey, holder: Holder, chain: TimelineChain) -> str:
+    record = ground.record
     began_s = c.clock.now_s()
     dead = record.holder is None or await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
     while not dead and c.clock.now_s() - began_s < record.lease_duration_s:
@@ -178,15 +197,21 @@ async def _take_with_loss(context: Context, ground: Ground, found: Survey) -> st
         # A promise to itself: else the loop would follow the old primary again before the Lease is written.
         await c.volume.save(lambda state: state.promising(epoch, holder.member_id))
         if c.database.running:
-            end = await c.database.stop_following(record.chain, deadline_s=c.configuration.timings.promise_timeout_s)
+            end = await c.database.stop_following(chain, deadline_s=c.configuration.timings.promise_timeout_s)
         else:
-            end = await c.database.proven_end(record.chain)
-    if end is None or not record.chain.knows(end.timeline):
+            end = await c.database.proven_end(chain)
+    if end is None or not chain.knows(end.timeline):
         raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history")
     taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=frozenset(), quorum=0)
     taken = replace(taken, excluded=taken.excluded | frozenset(found.lost))
+
+    def change(current: ClusterRecord) -> ClusterRecord:
+        if current.write_id != record.write_id:
+            raise WriteRefused("the primary renewed the Lease meanwhile: it lives")
+        return taken
+
     if ground.damage is None:
-        await c.keeper.write(lambda _: taken, grounds=record.grounds())
+        await c.keeper.write(change, grounds=record.grounds())
     else:
         await c.keeper.read()
         _require_unchanged(c, ground)

@@ -97,6 +97,7 @@ class PeerService:
             end=end,
             promised_epoch=state.promised_epoch,
             highest_epoch=state.highest_epoch,
+            extended_for_s=max(0.0, state.extension_until_s - c.clock.now_s()),
             record=record or state.remembered(),
         )
 

@@ -57,6 +57,8 @@ class EndAnswer:
     end: WalEnd | None
     promised_epoch: Epoch
     highest_epoch: Epoch
+    extended_for_s: float
+    """How long it is bound yet by a promise to the primary not to promise (R11)."""
     record: ClusterRecord | None
     """What the peer knows of the Lease, or remembers when it is gone (R3)."""
 

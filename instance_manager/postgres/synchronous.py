@@ -15,10 +15,11 @@ Who decides that a commit may return? Three kinds of processes, each by its own 
   written then, and k members must pass that one too.
 
 Leaving the empty list. That a commit returns proves nothing: with healthy standbys it may just have been fast. So first
-comes a list that nobody can satisfy; then a canary's commit, seen waiting in `SyncRep`, proves that the flag is on; then
-comes the real list. Clients' commits wait for those few milliseconds. (Two CHECKPOINTs would prove it too, one would
-not if the checkpointer had just looked, but may take minutes.) The canary is ended by ending its session. No wait of
-a client is ever cancelled.
+a canary's commit must be seen *not* to wait (no walsender can have released it: each shows that it has let go of every
+name): the flag is off. Then comes a list that nobody can satisfy; the next canary's, seen waiting in `SyncRep`, proves
+that the flag was switched on since; then comes the real list. Clients' commits wait for those few milliseconds. (Two
+CHECKPOINTs would prove it too, one would not if the checkpointer had just looked, but may take minutes.) The canary is
+ended by ending its session. No wait of a client is ever cancelled.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from instance_manager.core.quorum import SynchronousSet
+from instance_manager.core.quorum import ALONE, SynchronousSet
 from instance_manager.core.types import MEMBER_ID_PATTERN, Lsn, MemberId, Timeline, format_lsn
 from instance_manager.postgres import sql
 from instance_manager.postgres.configuration import NOBODY_CAN_SATISFY, render_synchronous_standby_names
@@ -40,6 +41,8 @@ from instance_manager.postgres.running import Process, ReplicationSession, Runni
 from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError
 
 _SETTING = "synchronous_standby_names"
+TERMINATE_AFTER_S = 1.0
+"""A walsender that has not looked at its settings by then is ended."""
 
 
 class NotConfirmed(LocalPostgresError):
@@ -182,7 +185,9 @@ class SynchronousReplication:
     def confirmed(self) -> Confirmed | None:
         return self._confirmed
 
-    async def apply(self, wanted: SynchronousSet, *, deadline_s: float, terminate_after_s: float = 1.0) -> Confirmed:
+    async def apply(
+        self, wanted: SynchronousSet, *, deadline_s: float, terminate_after_s: float = TERMINATE_AFTER_S
+    ) -> Confirmed:
         """Make Postgres wait for `wanted`, and see that it does (P1, P5).
 
         Walsenders of dropped names that do not let go within `terminate_after_s` are terminated. NotConfirmed.
@@ -224,7 +229,9 @@ class SynchronousReplication:
         self._confirmed = Confirmed(wanted, start, suspects, asyncio.get_running_loop().time() - started_s)
         return self._confirmed
 
-    async def barrier(self, timeline: Timeline, *, deadline_s: float, terminate_after_s: float = 1.0) -> BarrierPassed:
+    async def barrier(
+        self, timeline: Timeline, *, deadline_s: float, terminate_after_s: float = TERMINATE_AFTER_S
+    ) -> BarrierPassed:
         """Wait until all that the log holds now is on k members of the confirmed set, on the claimed `timeline` (P10).
 
         Suspects (P5) and the older of two walsenders of one name (P7) are terminated after `terminate_after_s`; while one
@@ -244,7 +251,9 @@ class SynchronousReplication:
                 suspects = confirmed.suspects
                 while True:
                     mark = await _write_mark(watch, timeline, deadline)
-                    state = await self._passed(watch, confirmed.synchronous, mark, suspects, deadline, terminate_after_s)
+                    state = await self._passed(
+                        watch, confirmed.synchronous, mark, suspects, deadline, terminate_after_s
+                    )
                     if not suspects:
                         break
                     # Until the last of them was seen with the new k, it may have released commits behind this mark.
@@ -289,7 +298,19 @@ class SynchronousReplication:
             await pause(deadline)
 
     async def _switch_on(self, watch: ReplicationSession, deadline: Deadline) -> None:
-        """Return once a commit was seen to wait: the checkpointer has switched waiting on (P1)."""
+        """Return once a commit was seen to wait: the checkpointer has switched waiting on (P1).
+
+        From the empty list, waiting must first be seen off: a checkpointer that stood still since before the list was
+        emptied would switch it off later. No walsender may have released that canary by an older list.
+        """
+        if (await self._settings.file.read()).get(_SETTING) == "":
+            before = frozenset(each.process for each in await watch.senders(deadline))
+            await self._dropped_are_gone(watch, ALONE, before, deadline, TERMINATE_AFTER_S)
+            pause = Pause()
+            while await watch.canary_waits(deadline):
+                if deadline.passed:
+                    raise NotConfirmed(f"commits wait still after {deadline.whole_s:g} s: the checkpointer is busy")
+                await pause(deadline)
         await self._settings.change({_SETTING: NOBODY_CAN_SATISFY}, deadline_s=deadline.left_s)
         pause = Pause()
         while not await watch.canary_waits(deadline):

@@ -171,6 +171,7 @@ class FakeCaller:
             end=at,
             promised_epoch=Epoch(5),
             highest_epoch=Epoch(5),
+            extended_for_s=0.0,
             record=None,
         )
         self.on(name, "end", answer if not changes else EndAnswer(**{**_fields(answer), **changes}))
