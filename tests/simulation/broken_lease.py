@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bending import bent, together
+import simulated_server
+from bending import bent, swapped, together
 from broken_rule import BrokenRule, nobody_starts_again
 from simulated_cluster import Scenario, SimulatedCluster
 from simulated_supervisor import SimulatedSupervisor
@@ -48,7 +49,10 @@ LEASE = (
         name="the fence kills the postmaster only",
         rule="section 2",
         what="A busy backend goes on for seconds.",
-        patch=bent(SimulatedSupervisor, "_fence", ("self.server.kill_all()", "self.server.kill_postmaster()")),
+        patch=together(
+            bent(SimulatedSupervisor, "_fence", ("self.server.kill_all()", "self.server.kill_postmaster()")),
+            swapped(simulated_server, "ORPHANS_LIVE_S", (2.5, 3.0)),
+        ),
         scenario=Scenario(durability="asynchronous", instances=2, faults=CRASHING),
         seeds=60,
     ),
@@ -101,7 +105,7 @@ LEASE = (
         scenario=Scenario(
             durability="asynchronous", instances=2, faults=("wall clock stepped", "standby cut from the primary")
         ),
-        seeds=60,
+        seeds=20,
     ),
     BrokenRule(
         name="a dead agent is taken for a dead holder",
@@ -116,7 +120,7 @@ LEASE = (
             ),
         ),
         scenario=Scenario(durability="asynchronous", instances=2, faults=(*CRASHING, "standby without replication")),
-        seeds=60,
+        seeds=20,
     ),
     BrokenRule(
         name="an empty holder is free at once",
@@ -135,7 +139,7 @@ LEASE = (
             instances=2,
             faults=("holder cleared by hand", "store unreachable for the primary"),
         ),
-        seeds=60,
+        seeds=20,
     ),
     BrokenRule(
         name="a member takes over in spite of its extension",
@@ -143,7 +147,7 @@ LEASE = (
         what="It promised the primary not to, and the primary writes by that.",
         patch=bent(decide, "_may_stand", ("if o.now_s < o.volume.extension_until_s:", "if False:")),
         scenario=Scenario(durability="asynchronous", instances=2, faults=("primary isolated bit by bit",)),
-        seeds=60,
+        seeds=20,
     ),
     BrokenRule(
         name="an extension by some, not by all",
@@ -161,9 +165,9 @@ LEASE = (
         scenario=Scenario(
             durability="preferred",
             instances=2,
-            faults=("standby cut off for long", "primary isolated", "failover with loss asked"),
+            faults=("standby cut off for long", "primary isolated for long", "failover with loss asked"),
         ),
-        seeds=60,
+        seeds=100,
     ),
     BrokenRule(
         name="the failover that allows loss does not wait",
@@ -177,7 +181,7 @@ LEASE = (
         scenario=Scenario(
             durability="preferred",
             instances=2,
-            faults=("standby cut off for long", "primary isolated", "failover with loss asked"),
+            faults=("standby cut off for long", "primary isolated for long", "failover with loss asked"),
         ),
         seeds=60,
     ),
@@ -194,7 +198,7 @@ LEASE = (
             ),
         ),
         scenario=Scenario(durability="preferred", instances=1, faults=("store's answers lost",)),
-        seeds=60,
+        seeds=20,
         breaks=("Disturbed",),
         checks=(nobody_starts_again,),
     ),

@@ -60,6 +60,19 @@ def freeze_managers(cluster: SimulatedCluster, chance: random.Random) -> Undo | 
     return undo
 
 
+def control_plane_in_trouble(cluster: SimulatedCluster, chance: random.Random) -> Undo | None:
+    """Frozen managers, and a store whose writes land late: seconds between the promises and the takeover."""
+    undo_freeze = freeze_managers(cluster, chance)
+    undo_late = late_writes(cluster, chance)
+
+    def undo() -> None:
+        undo_late()
+        if undo_freeze is not None:
+            undo_freeze()
+
+    return undo
+
+
 def crashing_agent(cluster: SimulatedCluster, chance: random.Random) -> Undo:
     """The primary's agent ends a moment after each of its starts."""
     instance = primary_of(cluster, chance)
@@ -206,10 +219,10 @@ def reinitialise_standby(cluster: SimulatedCluster, chance: random.Random) -> No
 
 
 def kill_standby_agents(cluster: SimulatedCluster, chance: random.Random) -> None:
-    """Again and again for a while."""
-    for _ in range(chance.randint(2, 6)):
+    """One or two, at any moment of the next seconds."""
+    for _ in range(chance.randint(1, 2)):
         instance = _standby_of(cluster, chance)
-        cluster.world.call_later(chance.expovariate(0.3), partial(_kill_agent_of, instance))
+        cluster.world.call_later(chance.expovariate(0.5), partial(_kill_agent_of, instance))
 
 
 def pause_standby_agents(cluster: SimulatedCluster, chance: random.Random) -> Undo:
@@ -365,6 +378,7 @@ def fail_over_with_loss(cluster: SimulatedCluster, chance: random.Random) -> Non
 
 DIRECTED = (
     Fault("primary's managers frozen", freeze_managers, (14.0, 25.0)),
+    Fault("managers frozen and writes late", control_plane_in_trouble, (16.0, 25.0)),
     Fault("primary's agent keeps crashing", crashing_agent, (11.0, 20.0)),
     Fault("primary's agent killed", kill_primary_agent),
     Fault("primary's agent paused briefly", pause_primary_agent, (1.0, 2.9)),
@@ -374,6 +388,7 @@ DIRECTED = (
     Fault("primary and a standby crashed", lose_rack, (3.0, 15.0)),
     Fault("store unreachable for the primary", primary_loses_store, (5.0, 25.0)),
     Fault("primary isolated", isolate_primary, (5.0, 25.0)),
+    Fault("primary isolated for long", isolate_primary, (18.0, 28.0)),
     Fault("primary isolated bit by bit", creeping_isolation, (18.0, 30.0)),
     Fault("primary without the store and a standby", store_and_a_peer_lost, (12.0, 25.0)),
     Fault("primary's disk stalled", stall_primary_disk, (25.0, 30.0)),
@@ -381,7 +396,7 @@ DIRECTED = (
     Fault("standby restarted", crash_standby, (0.1, 0.5), 2.0),
     Fault("two standbys crashed", crash_two_standbys, (2.5, 5.0)),
     Fault("standby reinitialised", reinitialise_standby),
-    Fault("standbys' agents killed", kill_standby_agents),
+    Fault("standbys' agents killed", kill_standby_agents, weight=0.5),
     Fault("standbys' agents paused briefly", pause_standby_agents, (0.5, 2.9)),
     Fault("standby cut from the primary", cut_standby, (1.0, 15.0)),
     Fault("standby cut off for long", cut_standby, (20.0, 30.0)),
