@@ -9,11 +9,11 @@ TEST_FOLDERS := $(sort $(dir $(wildcard tests/*/*.py)))
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit test-majors drill drill-ci clean system
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci clean system
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint test-majors drill drill-ci clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -39,11 +39,31 @@ lint: $(VENV)/.made-for-tests
 	$(VENV)/bin/lint-imports
 
 unit: system $(VENV)/.made-for-tests
-	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/unit tests/coordination tests/http tests/drill tests/postgres
+	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/postgres tests/simulation
 	# One after another: these measure time and memory, and run whole clusters.
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
 
-test: lint unit
+# The exhaustive check of the protocol, every interleaving; and that each broken rule is caught.
+exhaustive: $(VENV)/.made-for-tests
+	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/exhaustive
+
+exhaustive-deep: $(VENV)/.made-for-tests
+	$(VENV)/bin/python tests/exhaustive/check.py --setting deep
+
+# The real agents on virtual time: `make simulate SEEDS=2000`, or MINUTES=3, or SEED=17 to see one again.
+simulate: $(VENV)/.made-for-tests
+	$(VENV)/bin/python tests/simulation/simulate.py $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(SIMULATE_OPTIONS)
+
+simulate-long: SEEDS := 20000
+simulate-long: SIMULATE_OPTIONS := --from 1000000 --all-branches
+simulate-long: simulate
+
+broken-rules: $(VENV)/.made-for-tests
+	$(VENV)/bin/python tests/simulation/check_broken_rules.py
+
+test: lint unit exhaustive
+	$(MAKE) simulate MINUTES=3
 
 test-majors: system $(VENV)/.made-for-tests
 	tests/majors.sh $(MAJORS)

@@ -42,6 +42,8 @@ PAUSE_S = 1.0
 """The loop was not scheduled for this time: ages of other things are not theirs."""
 RETRY_S = 0.5
 """A failed operation is not tried again before this time."""
+AGAIN_S = 0.1
+"""Nor is one that succeeded, before this time."""
 ENDS_ANY = frozenset({"kill", "stop", "leave"})
 """Decisions that end whatever else is under way."""
 TAKEOVERS = frozenset({"stand", "take_release", "take_by_time"})
@@ -334,6 +336,10 @@ class Agent:
         except EXPECTED_ERRORS as error:
             c.journal.note(f"{decision.act} failed", f"{error}" or type(error).__name__)
             self._not_before_s[decision.act] = c.clock.now_s() + RETRY_S
+        else:
+            if decision.act not in ENDS_ANY and decision.act != "serve":
+                # One that changed nothing is not done again without a breath.
+                self._not_before_s[decision.act] = c.clock.now_s() + AGAIN_S
         finally:
             c.operation = None
             if decision.act != "serve":

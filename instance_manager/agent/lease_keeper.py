@@ -262,7 +262,7 @@ class LeaseKeeper:
             if request.create is not None:
                 result: StoredRecord | None = await self._create(request.create, request.version)
             elif request.change is not None:
-                result = await self._write(request.change, request.grounds, lambda: request.abandoned)
+                result = await self._write(request.change, request.grounds, lambda: request.abandoned, asked=True)
             else:
                 await self._read()
                 result = self._stored
@@ -323,9 +323,14 @@ class LeaseKeeper:
         return stored
 
     async def _write(
-        self, change: Change, grounds: tuple[object, ...] | None, abandoned: Callable[[], bool] = lambda: False
+        self,
+        change: Change,
+        grounds: tuple[object, ...] | None,
+        abandoned: Callable[[], bool] = lambda: False,
+        *,
+        asked: bool = False,
     ) -> StoredRecord:
-        """One conditional write; after a conflict read back and try again, a few times."""
+        """One conditional write; after a conflict read back and try again, a few times. `asked`: it is no renewal."""
         for _ in range(4):
             if abandoned():
                 raise WriteRefused("whoever asked for it has gone on")
@@ -338,6 +343,9 @@ class LeaseKeeper:
                 raise WriteRefused(
                     f"the Lease has changed: epoch {current.record.epoch}, held by {_holder(current.record)}"
                 )
+            if asked and (damage := self._damage(current.record, self._volume())) is not None:
+                # R3: nothing is built on a record that nobody wrote. Only the renewals go on, while it is repaired.
+                raise WriteRefused(damage)
             write_id = self._write_id()
             wanted = replace(change(current.record), write_id=write_id)
             sent_s = self._clock.now_s()

@@ -81,6 +81,8 @@ class PrimaryDuties:
         record = c.record
         if record.holder is None or record.holder.member_id != c.volume.state.member_id:
             raise OperationFailed("the Lease is not this directory's any more")
+        if (damage := c.keeper.view().damage) is not None:
+            raise OperationFailed(damage)
         if c.database.running:
             await c.database.kill()
         facts = await c.database.stopped_facts(record.chain)

@@ -80,7 +80,8 @@ def repair(
         if len(confirmed) < each.quorum:
             return f"{len(confirmed)} of {each.quorum} voters confirm that nobody was elected since"
     highest = max([last.epoch, volume.highest_epoch, *(epoch for epoch in confirmations.values() if epoch is not None)])
-    return replace(last, holder=holder, epoch=Epoch(highest + 1), release=None, switchover=None)
+    uid = volume.cluster_uid or last.cluster_uid
+    return replace(last, cluster_uid=uid, holder=holder, epoch=Epoch(highest + 1), release=None, switchover=None)
 
 
 def reaffirmed(record: ClusterRecord, *, holder: Holder, highest_epoch: Epoch) -> ClusterRecord:

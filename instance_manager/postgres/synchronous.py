@@ -243,7 +243,6 @@ class SynchronousReplication:
         deadline = Deadline(deadline_s)
         loop = asyncio.get_running_loop()
         started_s = loop.time()
-        state: BarrierState | None = None
         try:
             async with self._server.replication(deadline) as watch:
                 if await self._primary_since(watch, deadline) != confirmed.postmaster_start:
@@ -259,7 +258,7 @@ class SynchronousReplication:
                     # Until the last of them was seen with the new k, it may have released commits behind this mark.
                     suspects = frozenset()
         except (DeadlinePassed, sql.SqlUnavailable, NotConfirmed, asyncpg.PostgresError) as error:
-            raise BarrierNotPassed(str(error), state) from error
+            raise BarrierNotPassed(str(error)) from error
         if self._confirmed is not confirmed:
             raise BarrierNotPassed("the list was changed meanwhile", state)
         self._lowest_k = confirmed.synchronous.k
@@ -279,23 +278,27 @@ class SynchronousReplication:
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         pause = Pause(0.02)
-        while True:
-            senders = await watch.senders(deadline)
-            state = judge_barrier(
-                senders,
-                members=synchronous.members,
-                needed=synchronous.k,
-                mark=mark,
-                suspects=suspects,
-                require_slots=self._require_slots,
-            )
-            if state.is_passed:
-                return state
-            if deadline.passed:
-                raise BarrierNotPassed(str(state), state)
-            if loop.time() - started_s >= terminate_after_s:
-                await watch.terminate_senders({*state.suspects, *_older_twins(senders, state)}, deadline)
-            await pause(deadline)
+        state: BarrierState | None = None
+        try:
+            while True:
+                senders = await watch.senders(deadline)
+                state = judge_barrier(
+                    senders,
+                    members=synchronous.members,
+                    needed=synchronous.k,
+                    mark=mark,
+                    suspects=suspects,
+                    require_slots=self._require_slots,
+                )
+                if state.is_passed:
+                    return state
+                if deadline.passed:
+                    raise BarrierNotPassed(str(state), state)
+                if loop.time() - started_s >= terminate_after_s:
+                    await watch.terminate_senders({*state.suspects, *_older_twins(senders, state)}, deadline)
+                await pause(deadline)
+        except (DeadlinePassed, sql.SqlUnavailable, asyncpg.PostgresError) as error:
+            raise BarrierNotPassed(str(error), state) from error
 
     async def _switch_on(self, watch: ReplicationSession, deadline: Deadline) -> None:
         """Return once a commit was seen to wait: the checkpointer has switched waiting on (P1).

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import broken_rules as bent
+import bent_functions as bent
 from breadth_first import Model
 from permits_model import PermitRules, PermitsModel
 from permits_words import Ticks
