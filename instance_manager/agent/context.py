@@ -109,6 +109,8 @@ class Context:
     takeover_open: bool = False
     proven_dead: bool = False
     """The holder's death is proven (R9)."""
+    extended_until_s: float = 0.0
+    """Until then those who were asked have promised not to take over (R11)."""
     suspects: str | None = None
     yielding: str | None = None
     yielding_since_s: float | None = None

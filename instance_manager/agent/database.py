@@ -400,6 +400,10 @@ class Database:
         await self._postgres.keep_slots(members)
         self._slots_for = members
 
+    async def fill_gaps(self, chain: TimelineChain) -> None:
+        """Whoever follows asks for every history; a promotion that was cut off, or a clone, may lack some (P4)."""
+        await self._postgres.fill_gaps(chain)
+
     async def create_roles(self) -> None:
         """Roles and the application's database; idempotent."""
         done = await self._postgres.create_roles()

@@ -38,6 +38,8 @@ async def _extend(c: Context, record: ClusterRecord) -> None:
         duration_s=record.lease_duration_s,
     )
     timings = c.configuration.timings
+    # Whoever answers late, or not at all, may have promised.
+    c.extended_until_s = sent_s + timings.request_timeout_s + record.lease_duration_s
     answers = await c.peers.ask_all(c.peers.names, "extend", request, Verdict, deadline_s=timings.request_timeout_s)
     granted = sorted(name for name, verdict in answers.items() if verdict.granted)
     if len(granted) >= needed:

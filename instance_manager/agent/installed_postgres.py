@@ -88,6 +88,10 @@ class InstalledPostgres:
         promoted = await promotion.promote(self._server, chain, relay, deadline_s=deadline_s)
         return promoted.timeline
 
+    async def fill_gaps(self, chain: TimelineChain) -> None:
+        for switch in chain.switches:
+            await asyncio.to_thread(promotion.fill_gap, self._server, switch.parent, switch.timeline)
+
     # Files.
 
     async def inspect(self) -> directory.DirectoryReport:

@@ -84,6 +84,10 @@ class LocalPostgres(Protocol):
         """See `postgres.promotion.promote`: PromotionFailed, PromotedWrong."""
         ...
 
+    async def fill_gaps(self, chain: TimelineChain) -> None:
+        """Each number that the history skips has an empty history here; see `postgres.promotion.fill_gap`."""
+        ...
+
     # Files.
 
     async def inspect(self) -> DirectoryReport: ...

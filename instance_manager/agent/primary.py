@@ -33,7 +33,7 @@ from instance_manager.core.quorum import (
 )
 from instance_manager.core.record import ClusterRecord, StoredRecord
 from instance_manager.core.roles import Role
-from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, member_name_of
+from instance_manager.core.types import Epoch, MemberId, MemberName, Timeline, WalEnd, member_name_of
 from instance_manager.postgres.synchronous import BarrierNotPassed
 
 log = logging.getLogger("instance_manager.agent.primary")
@@ -52,6 +52,7 @@ class PrimaryDuties:
         self._reaffirm_pause_s = 0.5
         self._mode_changed_s: float | None = None
         self.quorum_state = ""
+        self._gaps_filled_for: Timeline | None = None
 
     # Opening.
 
@@ -161,6 +162,9 @@ class PrimaryDuties:
             # lowered by a damaged record.
             return
         await c.database.prepare_slots(self._everybody())
+        if record.chain is not None and self._gaps_filled_for != record.chain.current:
+            await c.database.fill_gaps(record.chain)
+            self._gaps_filled_for = record.chain.current
         if not c.gate_open and not c.synchronous_confirmed:
             await self._set_synchronous_for_opening(record)
         if not c.gate_open:
@@ -376,6 +380,8 @@ class PrimaryDuties:
         if request is None:
             return
         self.look()
+        if await self._wait_for_extension():
+            return
         target = self.best_target(record, request.target)
         if target is None:
             who = request.target or "any standby"
@@ -389,7 +395,19 @@ class PrimaryDuties:
         c = self._c
         record = c.record
         self.look()
+        if c.database.running and await self._wait_for_extension():
+            return
         await self._give_up(record, self.best_target(record, None) if not record.paused else None, reason)
+
+    async def _wait_for_extension(self) -> bool:
+        """Those that promised not to take over while the store was away would not take a release either (R11)."""
+        c = self._c
+        left_s = c.extended_until_s - c.clock.now_s()
+        if left_s <= 0:
+            return False
+        c.journal.note("hand over", f"later: the voters are bound for {left_s:.1f} s yet by their promise (R11)")
+        await c.clock.sleep(min(left_s, 1.0))
+        return True
 
     async def _give_up(self, record: ClusterRecord, target: tuple[MemberName, MemberId] | None, reason: str) -> None:
         c = self._c

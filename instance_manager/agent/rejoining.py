@@ -77,6 +77,11 @@ class Rejoining:
         """Follow nobody: `primary_conninfo` stays empty until a promise is persisted (R5)."""
         c = self._c
         state = c.volume.state
+        record = c.keeper.record or state.remembered()
+        if record is not None and record.chain is not None:
+            facts = await c.database.stopped_facts(record.chain)
+            if facts.needs is not None:
+                raise OperationFailed(f"it must receive up to {facts.needs} before it is consistent, from nobody yet")
         if state.member_id is None:
             await c.volume.new_member(c.configuration.name)
         await c.volume.save(lambda before: replace(before, starts=before.starts + 1))

@@ -7,6 +7,7 @@ at the same time its application_name, its slot and its entry in the record.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NewType
 
@@ -83,6 +84,19 @@ class TimelineSwitch:
     epoch: Epoch
 
 
+def without_empty_timelines(history: Iterable[tuple[Timeline, Lsn]]) -> tuple[tuple[Timeline, Lsn], ...]:
+    """A history of (parent, where it was left) without the timelines that were left where they began.
+
+    Nothing was ever written on those: a standby that has fetched the history of a new primary, and none of its log, has
+    such a one between when it is elected itself.
+    """
+    found: list[tuple[Timeline, Lsn]] = []
+    for parent, left_at in history:
+        if not found or left_at > found[-1][1]:
+            found.append((parent, left_at))
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class TimelineChain:
     """The accepted history of the cluster, oldest switch first; the first timeline has no switch.
@@ -112,8 +126,9 @@ class TimelineChain:
 
     def matches(self, history: tuple[tuple[Timeline, Lsn], ...]) -> bool:
         """Does a history file's list of (parent timeline, switch position) agree with this chain as far as it goes?"""
-        own = tuple((switch.parent, switch.switch_lsn) for switch in self.switches)
-        return own[: len(history)] == history
+        own = without_empty_timelines((switch.parent, switch.switch_lsn) for switch in self.switches)
+        told = without_empty_timelines(history)
+        return own[: len(told)] == told
 
     def forked(self, switch: TimelineSwitch) -> TimelineChain:
         """The chain after a takeover from a log on `switch.parent`. Claims after the parent that nobody took up fall out.

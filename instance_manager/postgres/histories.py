@@ -9,7 +9,7 @@ import itertools
 import re
 from pathlib import Path
 
-from instance_manager.core.types import Lsn, Timeline, TimelineChain, parse_lsn
+from instance_manager.core.types import Lsn, Timeline, TimelineChain, parse_lsn, without_empty_timelines
 from instance_manager.postgres.files import read_if_present
 from instance_manager.postgres.server import LocalPostgresError
 
@@ -74,6 +74,12 @@ def timelines_with_history(wal_directory: Path) -> tuple[Timeline, ...]:
         if match is not None and path.stat().st_size > 0:
             found.append(Timeline(int(match[1], 16)))
     return tuple(sorted(found))
+
+
+def ends_as(history: History | None, wanted: History) -> bool:
+    """Does it end with these switches, timelines on which nothing was written aside?"""
+    told, expected = without_empty_timelines(history or ()), without_empty_timelines(wanted)
+    return told[-len(expected) :] == expected
 
 
 def history_of_chain(chain: TimelineChain) -> History:

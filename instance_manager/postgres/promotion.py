@@ -22,6 +22,7 @@ from instance_manager.postgres.deadlines import Deadline, Pause
 from instance_manager.postgres.files import remove_if_present, write_atomically
 from instance_manager.postgres.histories import (
     HistoryInvalid,
+    ends_as,
     history_file_name,
     read_history,
     timelines_with_history,
@@ -226,7 +227,7 @@ async def _require_parent_history(server: LocalServer, chain: TimelineChain, dea
         history = await asyncio.to_thread(read_history, server.data_directory / "pg_wal", switch.parent)
     except HistoryInvalid as error:
         raise PromotionFailed(str(error), triggered=False) from error
-    if history is None or history[-len(wanted) :] != wanted:
+    if not ends_as(history, wanted):
         raise PromotionFailed(
             f"{history_file_name(switch.parent)} in pg_wal is {history}, not {wanted}", triggered=False
         )
@@ -265,6 +266,6 @@ async def _verify(server: LocalServer, chain: TimelineChain, deadline: Deadline)
     except HistoryInvalid as error:
         raise PromotedWrong(switch.timeline, identity.timeline, str(error)) from error
     wanted = tuple((each.parent, each.switch_lsn) for each in chain.switches)
-    if history is None or history[-len(wanted) :] != wanted:
+    if not ends_as(history, wanted):
         shown = ", ".join(f"{parent}:{format_lsn(lsn)}" for parent, lsn in history or ())
         raise PromotedWrong(switch.timeline, identity.timeline, f"its history is {shown or 'missing'}")

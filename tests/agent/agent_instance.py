@@ -94,6 +94,9 @@ class FakeDatabase:
     async def prepare_slots(self, members: frozenset[MemberId]) -> None:
         return None
 
+    async def fill_gaps(self, chain: TimelineChain) -> None:
+        return None
+
     async def gate_is_open(self) -> bool:
         return True
 

@@ -160,3 +160,11 @@ def test_section_3_a_cluster_with_data_is_never_initialised_again() -> None:
 def test_r9_a_namesake_in_a_later_life_is_another_holder() -> None:
     assert Holder(member_id=A, incarnation="1") != Holder(member_id=A, incarnation="2")
     assert Holder(member_id=MemberId("node_1_0123abcd"), incarnation="1").name == "node-1"
+
+
+def test_p4_a_timeline_on_which_nothing_was_written_makes_no_other_history() -> None:
+    chain = TimelineChain(Timeline(1), (TimelineSwitch(Timeline(3), Timeline(1), Lsn(100), Epoch(6)),))
+    assert chain.matches(((Timeline(1), Lsn(100)),))
+    assert chain.matches(((Timeline(1), Lsn(100)), (Timeline(2), Lsn(100)))), "2 was fetched, and nothing written on it"
+    assert not chain.matches(((Timeline(1), Lsn(100)), (Timeline(2), Lsn(101))))
+    assert not chain.matches(((Timeline(1), Lsn(99)),))

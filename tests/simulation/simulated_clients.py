@@ -31,7 +31,7 @@ LOCAL_SHARE = 0.1
 LOCAL_CLIENT = 90
 """Its session has `synchronous_commit = local`: nothing is promised about its rows, and nothing is judged."""
 READ_PATIENCE_S = 2.0
-JUDGE_WITHIN_S = 10.0
+JUDGE_WITHIN_S = 30.0
 
 _OUTCOMES = {
     "acknowledged": Outcome.ACKNOWLEDGED,
@@ -230,15 +230,15 @@ class Clients:
         while any(writer.commit is not None for writer in self._writers) and world.now_s < ends_s:
             world.run(world.now_s + 0.2)
         world.run(world.now_s + PATIENCE_S)
-        holder = self._cluster.holder_instance()
-        if holder is None:
-            raise HistoryViolation("there is no primary to read from at the end")
         before = len(self.reads)
         ends_s = world.now_s + JUDGE_WITHIN_S
         while not any(read.seen is Seen.PRIMARY for read in self.reads[before:]):
             if world.now_s >= ends_s:
-                raise HistoryViolation("the primary does not answer a read at the end")
-            self._read(holder.name)
+                raise HistoryViolation("no primary answers a read at the end")
+            # A switchover that somebody asked for may yet come in between.
+            holder = self._cluster.holder_instance()
+            if holder is not None:
+                self._read(holder.name)
             world.run(world.now_s + 0.5)
         findings = judge(self.writes, (), self.reads, asynchronous=self._leave())
         if findings.breaks_the_promise:

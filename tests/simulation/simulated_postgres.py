@@ -27,6 +27,7 @@ from instance_manager.core.types import MEMBER_ID_PATTERN, Lsn, MemberId, Timeli
 from instance_manager.postgres.control_data import ClusterState, ControlData, HotStandbySettings
 from instance_manager.postgres.deadlines import Deadline
 from instance_manager.postgres.directory import DirectoryRefused, DirectoryReport, DirectoryState, RewindMarker
+from instance_manager.postgres.histories import ends_as
 from instance_manager.postgres.host_based_access import Access as Gate
 from instance_manager.postgres.observation import PostgresObservation, Slot, Walreceiver, Walsender
 from instance_manager.postgres.promotion import PromotedWrong, PromotionFailed
@@ -174,11 +175,18 @@ class SimulatedPostgres:
                 volume.claim = None
                 volume.data.promote_file = False
             raise
-        await self._access.write_file()
-        for number in range(chain.switches[-1].parent + 1, chain.current):
-            server.data.histories.setdefault(Timeline(number), ())
+        await self.fill_gaps(chain)
         volume.claim = None
         return chain.current
+
+    async def fill_gaps(self, chain: TimelineChain) -> None:
+        """`promotion.fill_gap` for each switch."""
+        await self._access.write_file()
+        data = self._access.volume.data
+        if data is not None:
+            for switch in chain.switches:
+                for number in range(switch.parent + 1, switch.timeline):
+                    data.histories.setdefault(Timeline(number), ())
 
     async def _wait_promoted(self, server: PostgresServer, deadline: Deadline) -> None:
         loop = asyncio.get_running_loop()
@@ -356,7 +364,7 @@ def _require_parent_history(server: PostgresServer, chain: TimelineChain) -> Non
         raise PromotionFailed("not in recovery", triggered=False)
     wanted = tuple((each.parent, each.switch_lsn) for each in chain.switches[:-1])
     history = server.data.histories.get(chain.switches[-1].parent, ())
-    if wanted and history[-len(wanted) :] != wanted:
+    if wanted and not ends_as(history, wanted):
         raise PromotionFailed(f"the parent's history is {history}, not {wanted}", triggered=False)
 
 
@@ -365,7 +373,7 @@ def _verify(server: PostgresServer, chain: TimelineChain) -> None:
         raise PromotedWrong(chain.current, server.timeline, "the claim was not taken")
     wanted = tuple((each.parent, each.switch_lsn) for each in chain.switches)
     history = server.data.histories.get(server.timeline, ())
-    if history[-len(wanted) :] != wanted:
+    if not ends_as(history, wanted):
         raise PromotedWrong(chain.current, server.timeline, f"its history is {history}")
 
 
