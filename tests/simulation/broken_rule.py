@@ -77,7 +77,7 @@ def nobody_is_deposed(cluster: SimulatedCluster) -> None:
 
     def applied(by: str, before: ClusterRecord | None, after: ClusterRecord) -> None:
         on_applied(by, before, after)
-        if before is None or before.holder is None or before.system_identifier is None:
+        if before is None or before.holder is None or not before.opened:
             return
         if after.holder is None or after.holder.member_id != before.holder.member_id:
             taken_by = after.holder.name if after.holder is not None else "nobody"
@@ -92,7 +92,7 @@ def nobody_reaffirms(cluster: SimulatedCluster) -> None:
 
     def applied(by: str, before: ClusterRecord | None, after: ClusterRecord) -> None:
         on_applied(by, before, after)
-        if before is not None and before.system_identifier is not None and after.epoch > before.epoch:
+        if before is not None and before.opened and after.epoch > before.epoch:
             cluster.world.stop(Disturbed(f"epoch {after.epoch} after {before.epoch}, and nothing had happened"))
 
     cluster.store.on_applied = applied

@@ -102,6 +102,11 @@ COVERED: tuple[Unbroken, ...] = (
 
 NOT_HERE: tuple[Unbroken, ...] = (
     Unbroken(
+        "an epoch is asked for that was promised to another",
+        "R12",
+        "nobody is elected until that other candidate is back, and in the simulation everybody comes back",
+    ),
+    Unbroken(
         "a claim that was given back is claimed again",
         "R2",
         "a winner must fail to open for 20 s and have written its timeline all the same; giving back looks for that. The "

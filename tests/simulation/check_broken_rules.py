@@ -30,6 +30,7 @@ import simulation_branches  # noqa: E402
 simulation_branches.count_branches()
 
 import simulated_cluster  # noqa: E402
+from bending import NoLongerFits  # noqa: E402
 from broken_rules import BROKEN, COVERED, NOT_HERE  # noqa: E402
 from simulated_cluster import Outcome, run_seed  # noqa: E402
 
@@ -60,7 +61,10 @@ def run_variant(name: str) -> Result:
     cpu_s = 0.0
     others: list[str] = []
     for seed in range(variant.seeds):
-        outcome = run_seed(seed, variant=name)
+        try:
+            outcome = run_seed(seed, variant=name)
+        except NoLongerFits as error:
+            return Result(name, None, None, seed, cpu_s, "", (f"it no longer fits the code: {error}",))
         cpu_s += outcome.cpu_s
         if outcome.failure is None:
             continue

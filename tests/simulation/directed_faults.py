@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from simulated_instance import SimulatedInstance
 
 Link = tuple[str, str, str]
+LOSS_ALLOWED_S = 40.0
+"""After a user has asked for the verb that may lose."""
 
 
 def _standby_of(cluster: SimulatedCluster, chance: random.Random) -> SimulatedInstance:
@@ -90,8 +92,9 @@ def crashing_agent(cluster: SimulatedCluster, chance: random.Random) -> Undo:
 
 
 def kill_primary_agent(cluster: SimulatedCluster, chance: random.Random) -> None:
+    """Twice at most: one that ends again and again is started ever later, and its permit runs out."""
     supervisor = primary_of(cluster, chance).supervisor
-    if supervisor is not None and supervisor.agent is not None:
+    if cluster.world.counters["fault: primary's agent killed"] < 2 and supervisor is not None and supervisor.agent:
         supervisor.agent.kill()
 
 
@@ -105,8 +108,14 @@ def pause_primary_agent(cluster: SimulatedCluster, chance: random.Random) -> Und
 
 
 def suspend_primary(cluster: SimulatedCluster, chance: random.Random) -> None:
-    """For less than its permit lasts, so that nobody needs to be excused."""
-    primary_of(cluster, chance).host.suspend(chance.uniform(3.0, 6.5))
+    """For less than its permit still lasts, so that nobody needs to be excused."""
+    instance = primary_of(cluster, chance)
+    permit = instance.supervisor.permit.current if instance.supervisor is not None else None
+    if permit is None or instance.host.suspended:
+        return
+    left_s = permit.hard_s - instance.host.boottime_s() - 1.0
+    if left_s > 0:
+        instance.host.suspend(chance.uniform(0.6, 1.0) * left_s)
 
 
 def crash_primary(cluster: SimulatedCluster, chance: random.Random) -> Undo:
@@ -119,9 +128,16 @@ def dying_primary(cluster: SimulatedCluster, chance: random.Random) -> Undo:
     """Its link to one standby goes first, the whole machine a little later: that standby is a voter still, and behind."""
     instance, other = primary_of(cluster, chance), _standby_of(cluster, chance)
     undo_cut = _cut(cluster, _between(instance.name, other.name, "replication"))
-    cluster.world.call_later(chance.uniform(0.3, 1.8), instance.crash)
+    going_on = [True]
+
+    def crash() -> None:
+        if going_on:
+            instance.crash()
+
+    cluster.world.call_later(chance.uniform(0.3, 1.8), crash)
 
     def undo() -> None:
+        going_on.clear()
         undo_cut()
         instance.start()
 
@@ -285,6 +301,20 @@ def cut_standby(cluster: SimulatedCluster, chance: random.Random) -> Undo:
     return _cut(cluster, _between(*names, "http", "replication"))
 
 
+def _first_standby(cluster: SimulatedCluster, chance: random.Random) -> tuple[str, str]:
+    """The primary, and always the same standby: where no more than one may be in trouble."""
+    primary = primary_of(cluster, chance)
+    return primary.name, next(name for name in cluster.names if name != primary.name)
+
+
+def cut_first_standby(cluster: SimulatedCluster, chance: random.Random) -> Undo:
+    return _cut(cluster, _between(*_first_standby(cluster, chance), "http", "replication"))
+
+
+def cut_first_replication(cluster: SimulatedCluster, chance: random.Random) -> Undo:
+    return _cut(cluster, _between(*_first_standby(cluster, chance), "replication"))
+
+
 def cut_replication(cluster: SimulatedCluster, chance: random.Random) -> Undo:
     names = primary_of(cluster, chance).name, _standby_of(cluster, chance).name
     return _cut(cluster, _between(*names, "replication"))
@@ -339,7 +369,7 @@ def slow_store(cluster: SimulatedCluster, chance: random.Random) -> Undo:
 
 
 def lost_answers(cluster: SimulatedCluster, chance: random.Random) -> Undo:
-    return _store_faults(cluster, replace(cluster.store.faults, answer_lost=0.3, error_after=0.2, hint_lost=1.0))
+    return _store_faults(cluster, replace(cluster.store.faults, answer_lost=0.1, hint_lost=1.0))
 
 
 def slow_way_to_store(cluster: SimulatedCluster, chance: random.Random) -> Undo:
@@ -352,6 +382,26 @@ def slow_way_to_store(cluster: SimulatedCluster, chance: random.Random) -> Undo:
     def undo() -> None:
         for link in links:
             cluster.network.slow(*link, 0.0)
+
+    return undo
+
+
+def dying_network(cluster: SimulatedCluster, chance: random.Random) -> Undo:
+    """The primary's: first slow, and some seconds later it reaches nobody but its clients."""
+    undos = [slow_way_to_store(cluster, chance)]
+    name = primary_of(cluster, chance).name
+    going_on = [True]
+
+    def cut() -> None:
+        if going_on:
+            undos.append(_cut(cluster, cluster.links_of(name, [c for c in CHANNELS if c != "clients"])))
+
+    cluster.world.call_later(chance.uniform(4.0, 12.0), cut)
+
+    def undo() -> None:
+        going_on.clear()
+        for each in undos:
+            each()
 
     return undo
 
@@ -373,6 +423,7 @@ def clear_holder(cluster: SimulatedCluster, chance: random.Random) -> None:
 
 def fail_over_with_loss(cluster: SimulatedCluster, chance: random.Random) -> None:
     """A user who does not wait."""
+    cluster.checker.loss_allowed_until_s = cluster.world.now_s + LOSS_ALLOWED_S
     cluster.verb("failover", {"allow_data_loss": True})
 
 
@@ -399,6 +450,8 @@ DIRECTED = (
     Fault("standbys' agents killed", kill_standby_agents, weight=0.5),
     Fault("standbys' agents paused briefly", pause_standby_agents, (0.5, 2.9)),
     Fault("standby cut from the primary", cut_standby, (1.0, 15.0)),
+    Fault("one standby cut from the primary", cut_first_standby, (1.0, 15.0)),
+    Fault("one standby without replication", cut_first_replication, (0.3, 8.0)),
     Fault("standby cut off for long", cut_standby, (20.0, 30.0)),
     Fault("store unreachable for a standby", standby_loses_store, (10.0, 14.0)),
     Fault("replication flaps", flapping_standby, (10.0, 25.0)),
@@ -410,6 +463,7 @@ DIRECTED = (
     Fault("slow store", slow_store, (3.0, 20.0)),
     Fault("store's answers lost", lost_answers, (5.0, 20.0)),
     Fault("slow way to the store", slow_way_to_store, (10.0, 25.0)),
+    Fault("primary's network dies", dying_network, (24.0, 30.0)),
     Fault("way to the store takes seconds", very_slow_way_to_store, (4.0, 9.0), 2.0),
     Fault("holder cleared by hand", clear_holder),
     Fault("failover with loss asked", fail_over_with_loss),
