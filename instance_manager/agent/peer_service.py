@@ -88,6 +88,7 @@ class PeerService:
         c = self._agent.context
         state = c.volume.state
         record = c.keeper.record if c.keeper.view().damage is None else None
+        record = record or state.remembered()
         end = None
         if record is not None and record.chain is not None and request.cluster_uid == record.cluster_uid:
             with contextlib.suppress(LocalPostgresError, OSError):
@@ -98,7 +99,7 @@ class PeerService:
             promised_epoch=state.promised_epoch,
             highest_epoch=state.highest_epoch,
             extended_for_s=max(0.0, state.extension_until_s - c.clock.now_s()),
-            record=record or state.remembered(),
+            record=record,
         )
 
 

@@ -128,7 +128,8 @@ def show(summary: Summary) -> None:
             print(f"  {times:>10,}  {name}")
     print("how often each branch of the rules was taken:")
     for name in simulation_branches.NAMES:
-        print(f"  {summary.counters.get(name, 0):>10,}  {name}")
+        note = "  (a guard)" if name in simulation_branches.GUARDS else ""
+        print(f"  {summary.counters.get(name, 0):>10,}  {name}{note}")
 
 
 def replay(seed: int, variant: str | None, *, whole: bool) -> int:

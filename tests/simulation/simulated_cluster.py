@@ -34,6 +34,8 @@ from instance_manager.http.ports import ControlResult, MalformedCall
 
 NAMES = ("alpha", "bravo", "charlie", "delta", "echo")
 STARTS_WITHIN_S = 60.0
+FAULTS_FROM_THE_START = 0.05
+"""Share of seeds that do not wait for a whole cluster before they break it."""
 HEALS_WITHIN_S = 120.0
 """From the end of the last fault: one primary, all others streaming and voters, and a write acknowledged."""
 LOOK_S = 0.5
@@ -119,6 +121,7 @@ class SimulatedCluster:
         self.postgres.on_started = self.checker.on_started
         self.store.on_applied = lambda _, before, after: self.checker.on_applied(before, after)
         self.store.on_interference = lambda *_: self.checker.on_interference()
+        maximum_lag_bytes = chance.choice((0, 500, 16 << 20))
         self.instances = {
             name: SimulatedInstance(
                 world,
@@ -129,6 +132,7 @@ class SimulatedCluster:
                 self.names,
                 durability=self.durability,
                 timings=self.timings,
+                maximum_lag_bytes=maximum_lag_bytes,
                 on_agent_error=self._agent_error,
             )
             for name in self.names
@@ -293,9 +297,13 @@ class SimulatedCluster:
         """The whole story; returns how long healing took."""
         for instance in self.instances.values():
             self.world.call_later(self.chance.uniform(0, 1.0), instance.start)
-        self._until_whole(STARTS_WITHIN_S, "at the start")
-        self.clients.start()
-        self.world.run(self.world.now_s + self.chance.uniform(0.5, 5.0))
+        if self.chance.random() < FAULTS_FROM_THE_START:
+            self.clients.start()
+            self.world.run(self.world.now_s + self.chance.uniform(0.5, 5.0))
+        else:
+            self._until_whole(STARTS_WITHIN_S, "at the start")
+            self.clients.start()
+            self.world.run(self.world.now_s + self.chance.uniform(0.5, 5.0))
         self._break_things(choose_mix(self.chance, self.mode, self.scenario.faults))
         took_s = self._heal()
         self.clients.judge()

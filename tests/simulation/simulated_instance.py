@@ -38,9 +38,16 @@ PLENTY_BYTES = 1 << 30
 _NOWHERE = Path("/simulated")
 
 
-def configuration_of(name: str, names: tuple[str, ...], durability: Durability, timings: Timings) -> Configuration:
+def configuration_of(
+    name: str, names: tuple[str, ...], durability: Durability, timings: Timings, maximum_lag_bytes: int
+) -> Configuration:
     return Configuration(
-        cluster=ClusterSection(name="simulated", uid=CLUSTER_UID, durability=durability),
+        cluster=ClusterSection(
+            name="simulated",
+            uid=CLUSTER_UID,
+            durability=durability,
+            maximum_lag_on_failover_bytes=maximum_lag_bytes,
+        ),
         instance=InstanceSection(name=name, directory=_NOWHERE / name, run_as="postgres"),
         members=tuple(MemberSection(name=each, host=each, postgres_port=5432, http_port=8008) for each in names),
         coordination=CoordinationSection(
@@ -130,6 +137,7 @@ class SimulatedInstance:
         *,
         durability: Durability,
         timings: Timings,
+        maximum_lag_bytes: int,
         on_agent_error: Callable[[SimulatedInstance, BaseException], None],
     ) -> None:
         self.world = world
@@ -137,7 +145,7 @@ class SimulatedInstance:
         self.store = store
         self.postgres = postgres
         self.name = name
-        self.configuration = configuration_of(name, names, durability, timings)
+        self.configuration = configuration_of(name, names, durability, timings, maximum_lag_bytes)
         self.host = Host(world, name, rate=1 + world.random.uniform(-1, 1) * 0.9 * timings.clock_rate_error)
         self._on_agent_error = on_agent_error
         self.boot_id = self._random_id()
