@@ -378,7 +378,7 @@ class Agent:
 
     async def _take_over(self, take: Callable[[str], Awaitable[None]], reason: str) -> None:
         c = self.context
-        if c.role is Role.STOPPED:
+        if c.role in (Role.STOPPED, Role.PROMOTING):
             c.take_role(Role.STANDBY, "Postgres runs as a standby")
         c.take_role(Role.CANDIDATE, reason)
         try:

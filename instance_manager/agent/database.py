@@ -150,7 +150,11 @@ class Database:
             receiving=receiving,
             silent_for_s=silent_for_s,
             following=self._following if process is not None else None,
+            system_identifier=self._system_identifier() if process is not None else None,
         )
+
+    def _system_identifier(self) -> str | None:
+        return str(self._seen.system_identifier) if self._seen is not None else None
 
     def _end(self) -> WalEnd | None:
         seen = self._seen

@@ -57,7 +57,7 @@ class Rejoining:
         c.take_role(Role.INITIALISING, "this instance created the Lease")
         c.operation = "initdb"
         record = c.record
-        await c.volume.save(lambda state: state.saw_record(record))
+        await c.volume.save(lambda state: replace(state.saw_record(record), initialising=True))
         grounds = c.record.grounds()
         control = await c.database.initialise()
         await c.keeper.write(
@@ -69,6 +69,7 @@ class Rejoining:
             ),
             grounds=grounds,
         )
+        await c.volume.save(lambda state: replace(state, initialising=False))
         c.journal.note("initialised", f"system identifier {control.system_identifier}")
 
     # An existing one.
@@ -133,7 +134,8 @@ class Rejoining:
             except PositionUnknown as error:
                 # On a timeline that is not the history's (P4), for one.
                 end, reason = None, f"{reason}; {error}"
-            if end is not None and record.chain.contains(end) and record.holder is not None:
+            ours = c.database.view().system_identifier in (None, record.system_identifier)
+            if ours and end is not None and record.chain.contains(end) and record.holder is not None:
                 await self.follow()
                 return
             if record.needs_vote_of(c.volume.state.member_id):
@@ -153,6 +155,7 @@ class Rejoining:
             member_id=c.volume.state.member_id,
             failed_rewinds=self.failed_rewinds,
             excluded=c.volume.state.member_id in record.excluded,
+            own_initdb=c.volume.state.initialising,
         )
         plan = plan_rejoin(record, facts, chain=record.chain)
         c.journal.note("rejoin", f"{plan.rejoin.value}: {plan.reason}")

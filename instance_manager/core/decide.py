@@ -52,6 +52,8 @@ class PostgresView:
     """Since the walreceiver last heard from the primary; infinite without one."""
     following: tuple[MemberId, Epoch] | None
     """Whom the agent last told it to follow, and under which epoch."""
+    system_identifier: str | None = None
+    """None: it has not answered yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,6 +393,8 @@ def _as_standby(o: Observation, record: ClusterRecord) -> Decision:
         if record.holder is None and not o.directory.exists:
             return Decision("wait", "there is no data here and no primary to clone from")
         return Decision("rejoin", "Postgres does not run here")
+    if o.postgres.system_identifier not in (None, record.system_identifier):
+        return Decision("rejoin", "this directory is of another system than the cluster")
     if o.postgres.end is not None and record.chain is not None and not record.chain.contains(o.postgres.end):
         return Decision("rejoin", f"this log ends at {o.postgres.end}, past the cluster's history")
     if o.volume.member_id in record.excluded and not record.needs_vote_of(o.volume.member_id):

@@ -49,6 +49,8 @@ class DirectoryFacts:
     member_id: MemberId | None
     failed_rewinds: int
     excluded: bool
+    own_initdb: bool = False
+    """Made by an initdb of this instance that did not become the cluster."""
 
 
 MAXIMUM_REWINDS = 3
@@ -63,7 +65,10 @@ def plan_rejoin(record: ClusterRecord, facts: DirectoryFacts, *, chain: Timeline
         )
     if not facts.exists:
         return RejoinPlan(Rejoin.CLONE, "there is no data directory")
-    if facts.system_identifier is not None and record.system_identifier != facts.system_identifier:
+    another = facts.system_identifier is not None and record.system_identifier != facts.system_identifier
+    if another and facts.own_initdb:
+        return RejoinPlan(Rejoin.SET_ASIDE_AND_CLONE, "another instance has initialised the cluster meanwhile")
+    if another:
         return RejoinPlan(
             Rejoin.WAIT,
             f"the data directory has system identifier {facts.system_identifier}, the cluster {record.system_identifier}; "

@@ -32,6 +32,8 @@ class VolumeState:
     promised_to: MemberId | None = None
     was_primary: bool = False
     """The data directory last ran read-write: it starts as a standby unless the Lease is held."""
+    initialising: bool = False
+    """An initdb of this instance is under way, or ended without its becoming the cluster."""
     wrote_in_boot: str = ""
     """The boot of the machine in which it last became writable (R16)."""
     last_record: ClusterRecord | None = None

@@ -41,6 +41,7 @@ def plan(of: ClusterRecord | None = None, **changes: Any) -> RejoinPlan:
         ({"exists": False}, Rejoin.CLONE),
         ({"excluded": True}, Rejoin.SET_ASIDE_AND_CLONE),
         ({"system_identifier": "7002"}, Rejoin.WAIT),
+        ({"system_identifier": "7002", "own_initdb": True}, Rejoin.SET_ASIDE_AND_CLONE),
         ({"foreign": "made by hand"}, Rejoin.WAIT),
         ({"needs": end(150)}, Rejoin.FOLLOW_AT_ONCE),
         ({"needs": end(101, timeline=1)}, Rejoin.SET_ASIDE_AND_CLONE),

@@ -216,7 +216,10 @@ class SimulatedCluster:
         record = self.record
         if record is None or self._volume_spent or len(self.names) == 1 or self.checker.was_tampered_with:
             return False
-        return not any(self.member_at(instance) in record.excluded for instance in self.instances.values())
+        if any(self.member_at(instance) in record.excluded for instance in self.instances.values()):
+            return False
+        whole = [each for each in self.instances.values() if each.volume.data and not each.volume.rewind_attempts]
+        return len(whole) == len(self.instances)
 
     @property
     def has_lost_volume(self) -> bool:
