@@ -207,7 +207,11 @@ class Agent:
                 c.start_yielding(f"Postgres ended by itself ({how})")
             if c.role in WITH_POSTGRES:
                 c.take_role(Role.STOPPED, f"Postgres has ended ({how})")
-        elif not running and c.role in WITH_POSTGRES and (self._operation is None or self._operation.done()):
+        elif (
+            not running
+            and c.role in (*WITH_POSTGRES, Role.INITIALISING)
+            and (self._operation is None or self._operation.done())
+        ):
             c.take_role(Role.STOPPED, "Postgres does not run")
         self._was_running = running
         standby = c.link.postgres is not None and c.link.postgres.mode == "standby"

@@ -116,7 +116,7 @@ async def survey(context: Context, own: PeerState, ground: Ground) -> Survey:
         and chain is not None
         and chain.knows(state.end.timeline)
         and state.postgres in ("running", "stopped")
-        and not state.fenced
+        and (not state.fenced or ground.damage is not None)
         and state.member_id not in record.excluded
     ]
     best = max(able, key=lambda state: _worth(state, record), default=None)
@@ -203,7 +203,10 @@ async def _wait_and_take(c: Context, ground: Ground, found: Survey, holder: Hold
     if end is None or not chain.knows(end.timeline):
         raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history")
     taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=frozenset(), quorum=0)
-    taken = replace(taken, excluded=taken.excluded | frozenset(found.lost))
+    # Of a Lease that is gone nobody could be unfenced first.
+    taken = replace(
+        taken, excluded=taken.excluded | frozenset(found.lost), fenced=taken.fenced - {c.configuration.name}
+    )
 
     def change(current: ClusterRecord) -> ClusterRecord:
         if current.write_id != record.write_id:
