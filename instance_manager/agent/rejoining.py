@@ -12,7 +12,7 @@ from instance_manager.core.lease import initial_first_write
 from instance_manager.core.record import ClusterRecord, initial_record, initialised
 from instance_manager.core.rejoin import DirectoryFacts, Rejoin, plan_rejoin
 from instance_manager.core.roles import Role
-from instance_manager.core.types import MemberName, TimelineChain, make_member_id
+from instance_manager.core.types import MemberName, TimelineChain, WalEnd, make_member_id
 from instance_manager.postgres.server import LocalPostgresError
 from instance_manager.postgres.wal_dump import PositionUnknown
 
@@ -98,7 +98,8 @@ class Rejoining:
             raise OperationFailed("there is nobody to follow")
         if record.chain is None:
             raise OperationFailed("the cluster has no history yet")
-        end = await c.database.proven_end(record.chain) or c.database.view().end
+        async with c.voting:
+            end = await self._end_before_following(record, record.chain)
         if end is None or not record.chain.contains(end):
             raise OperationFailed(f"this log ends at {end}: it cannot follow")
         async with c.voting:
@@ -109,6 +110,21 @@ class Rejoining:
             await c.database.follow(self._upstream(record))
         c.journal.note("follow", f"{holder.name}, epoch {record.epoch}, from {end}")
         self.failed_rewinds = 0
+
+    async def _end_before_following(self, record: ClusterRecord, chain: TimelineChain) -> WalEnd | None:
+        """Proven: what is estimated while something is received may hide what this log has past the history.
+
+        Only from the very same primary, under a later epoch of it, nothing need be interrupted.
+        """
+        c = self._c
+        view = c.database.view()
+        followed = view.following[0] if view.following is not None else None
+        if view.receiving and record.holder is not None and followed == record.holder.member_id:
+            return view.end
+        end = await c.database.proven_end(chain)
+        if end is None and view.in_recovery:
+            end = await c.database.stop_following(chain, deadline_s=c.configuration.timings.promise_timeout_s)
+        return end
 
     async def adopt(self, record: ClusterRecord) -> None:
         """A standby that an agent before this one started may wait for a primary that is none any more, and a server that
