@@ -348,7 +348,6 @@ class Agent:
             c.operation = None
             if decision.act != "serve":
                 c.wake.set()
-            c.announce()
 
     async def _create_record(self, _: str) -> None:
         await self.rejoining.create_record(f"{self.context.chance.getrandbits(32):08x}")

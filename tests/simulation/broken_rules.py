@@ -1,6 +1,6 @@
 """The checkers are checked: every rule removed or bent, one at a time, and each must be caught.
 
-`BROKEN` is run; `COVERED` was tried and breaks nothing by itself; `NOT_HERE` says who holds the rest.
+`BROKEN` is run; `COVERED` was tried once, with 25 to 120 seeds, and broke nothing by itself; `NOT_HERE` says who holds the rest.
 """
 
 from __future__ import annotations
@@ -45,17 +45,12 @@ COVERED: tuple[Unbroken, ...] = (
         "silence of the store counts as silence of the holder",
         "R12",
         "the store's first answer wakes the loop, which decides anew and ends the takeover before its write; and that is "
-        "conditional. 400 seeds found nothing",
+        "conditional",
     ),
     Unbroken(
         "to synchronous without the wait of one lease duration",
         "R8",
         "a takeover by time is conditional on the record's mode and quorum: the change of the mode refuses it",
-    ),
-    Unbroken(
-        "the mode is changed and q stays",
-        "R8",
-        "the quorum's table lowers q in the record before Postgres stops waiting, in either mode",
     ),
     Unbroken(
         "one epoch is promised to two candidates",
@@ -93,14 +88,21 @@ COVERED: tuple[Unbroken, ...] = (
         "section 3",
         "its permit ends, and until then the quorum acknowledges nothing; it costs stale reads",
     ),
-    Unbroken(
-        "a promise lies in the data directory and is lost with it",
-        "P6",
-        "what was cloned or rewound is another member, without a vote (R6), and a takeover stands on the same voters (R12)",
-    ),
 )
 
 NOT_HERE: tuple[Unbroken, ...] = (
+    Unbroken(
+        "the mode is changed and q stays",
+        "R8",
+        "a loss once in several hundred seeds: the quorum's table lowers q in the record before Postgres stops waiting, so it "
+        "takes a crash between two steps",
+    ),
+    Unbroken(
+        "a promise lies in the data directory and is lost with it",
+        "P6",
+        "not run: what was cloned or rewound is another member, without a vote (R6), so that only the tests of the volume "
+        "can tell",
+    ),
     Unbroken(
         "an epoch is asked for that was promised to another",
         "R12",

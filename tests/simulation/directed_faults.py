@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from simulated_instance import SimulatedInstance
 
 Link = tuple[str, str, str]
+AGENT_KILLS_MAX = 4
+AGENT_KILLS_APART_S = 5.0
 LOSS_ALLOWED_S = 40.0
 """After a user has asked for the verb that may lose."""
 
@@ -92,10 +94,14 @@ def crashing_agent(cluster: SimulatedCluster, chance: random.Random) -> Undo:
 
 
 def kill_primary_agent(cluster: SimulatedCluster, chance: random.Random) -> None:
-    """Twice at most: one that ends again and again is started ever later, and its permit runs out."""
+    """Only one that has run for a while: else it is started ever later, and its permit runs out."""
     supervisor = primary_of(cluster, chance).supervisor
-    if cluster.world.counters["fault: primary's agent killed"] < 2 and supervisor is not None and supervisor.agent:
-        supervisor.agent.kill()
+    agent = supervisor.agent if supervisor is not None else None
+    killed = cluster.world.counters["directed: primary's agent killed"]
+    if agent is None or killed >= AGENT_KILLS_MAX or cluster.world.now_s < AGENT_KILLS_APART_S * (killed + 1):
+        return
+    cluster.world.counters["directed: primary's agent killed"] += 1
+    agent.kill()
 
 
 def pause_primary_agent(cluster: SimulatedCluster, chance: random.Random) -> Undo | None:
@@ -377,7 +383,7 @@ def slow_way_to_store(cluster: SimulatedCluster, chance: random.Random) -> Undo:
     name = primary_of(cluster, chance).name
     links: list[Link] = [(name, "store", "store"), ("store", name, "store")]
     for link in links:
-        cluster.network.slow(*link, 0.6)
+        cluster.network.slow(*link, 0.65)
 
     def undo() -> None:
         for link in links:
@@ -396,7 +402,7 @@ def dying_network(cluster: SimulatedCluster, chance: random.Random) -> Undo:
         if going_on:
             undos.append(_cut(cluster, cluster.links_of(name, [c for c in CHANNELS if c != "clients"])))
 
-    cluster.world.call_later(chance.uniform(4.0, 12.0), cut)
+    cluster.world.call_later(chance.uniform(2.0, 6.0), cut)
 
     def undo() -> None:
         going_on.clear()
