@@ -205,7 +205,7 @@ ELECTIONS = (
             instances=3,
             faults=("one standby cut from the primary", "primary's agent killed", "one standby without replication"),
         ),
-        seeds=60,
+        seeds=120,
         breaks=("Disturbed",),
         checks=(nobody_reaffirms,),
     ),

@@ -33,7 +33,7 @@ LEASE = (
             faults=("primary's network dies", "primary's machine suspended"),
             behaviour=HANGS,
         ),
-        seeds=150,
+        seeds=300,
     ),
     BrokenRule(
         name="the hard deadline is not enforced",

@@ -134,7 +134,7 @@ LOGS = (
             instances=3,
             faults=("instance reinitialised", "primary isolated", "primary crashed"),
         ),
-        seeds=100,
+        seeds=120,
         checks=(voters_keep_their_directories,),
     ),
 )
