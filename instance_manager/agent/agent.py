@@ -266,7 +266,7 @@ class Agent:
             unhealthy=self._unhealthy(),
             permit_left_s=permit.soft_s - now_s if permit is not None and permit_ok else 0.0,
             suspected_for_s=0.0,
-            proven_dead=c.proven_dead,
+            proven_dead=c.is_proven_dead(record),
             released_for_s=now_s - self._released_since_s
             if release is not None and self._released_since_s is not None
             else 0.0,
@@ -512,9 +512,8 @@ class Agent:
                 and c.suspects is not None
             ):
                 with contextlib.suppress(CoordinationError):
-                    c.proven_dead = await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
-            else:
-                c.proven_dead = False
+                    dead = await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
+                    c.dead_holder = record.holder if dead else None
             await c.clock.sleep(0.25)
 
     # Verbs of this instance.

@@ -107,8 +107,8 @@ class Context:
     opened_s: float | None = None
     """When this primary began to run read-write."""
     takeover_open: bool = False
-    proven_dead: bool = False
-    """The holder's death is proven (R9)."""
+    dead_holder: Holder | None = None
+    """Whose life is proven to be over (R9): this one's, and no later one's of the same instance."""
     extended_until_s: float = 0.0
     """Until then those who were asked have promised not to take over (R11)."""
     suspects: str | None = None
@@ -149,6 +149,9 @@ class Context:
     def holds_lease(self) -> bool:
         record = self.keeper.record
         return record is not None and record.holder is not None and record.holder == self.holder
+
+    def is_proven_dead(self, record: ClusterRecord | None) -> bool:
+        return record is not None and record.holder is not None and record.holder == self.dead_holder
 
     def announce(self) -> None:
         """Peers that watch look at this instance's state again."""

@@ -329,7 +329,7 @@ class Elections:
             record,
             unchanged_for_s=c.keeper.view().unchanged_for_s,
             agent_age_s=now_s - c.started_s,
-            proven_dead=c.proven_dead,
+            proven_dead=c.is_proven_dead(record),
             own_end=end,
             maximum_lag_bytes=c.configuration.cluster.maximum_lag_on_failover_bytes,
             clock_rate_error=c.configuration.timings.clock_rate_error,

@@ -161,6 +161,10 @@ class PrimaryDuties:
             # R1: a new agent's first act is a write of its own, before it touches Postgres. R3: nothing is raised or
             # lowered by a damaged record.
             return
+        if not c.volume.state.remembers(record):
+            # An agent before this one wrote it, and ended before it could note so: nothing is done by what a repair of
+            # the Lease would not know (R3).
+            await c.volume.save(lambda state: state.writing(record, None))
         await c.database.prepare_slots(self._everybody())
         if record.chain is not None and self._gaps_filled_for != record.chain.current:
             await c.database.fill_gaps(record.chain)

@@ -81,6 +81,16 @@ class VolumeState:
         known = [each for each in (self.known_record, self.last_record) if each is not None]
         return max(known, key=lambda record: (record.epoch, record.renewals), default=None)
 
+    def remembers(self, record: ClusterRecord) -> bool:
+        """Is what the holder last wrote, by its own memory, this record's epoch, voters, q and mode?"""
+        own = self.last_record
+        return own is not None and (own.epoch, own.voters, own.quorum, own.mode) == (
+            record.epoch,
+            record.voters,
+            record.quorum,
+            record.mode,
+        )
+
     def contradicts(self, record: ClusterRecord) -> bool:
         """Has this holder written other voters in this very epoch? Then the record was restored or edited (R3)."""
         own = self.last_record

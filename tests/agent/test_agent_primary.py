@@ -29,6 +29,7 @@ class Primary(Instance):
 
     def __init__(self, directory: Path, found: ClusterRecord, told: SynchronousSet = BOTH, **options: Any) -> None:
         super().__init__(directory, "p", found, **options)
+        self.volume.state = replace(self.volume.state, last_record=found)
         self.knows("a", "b")
         self.database.senders = {A: 0, B: 0}
         self.context.synchronous, self.context.synchronous_confirmed = told, True
@@ -53,6 +54,15 @@ class Primary(Instance):
             self.store.put(found)
 
         return change
+
+
+async def test_r3_what_an_agent_before_this_one_wrote_is_remembered_before_it_is_acted_on(tmp_path: Path) -> None:
+    async with Primary(tmp_path, record(voters=frozenset(), quorum=0), told=BOTH) as p:
+        # It was killed between the write of q = 0 and its note of it: a repair would bring back the old voters.
+        p.volume.state = replace(p.volume.state, last_record=record(), intended_record=record(quorum=0))
+        await p.looks(2.5)
+        assert (await p.serve())[0] == "volume"
+        assert p.volume.state.remembers(p.record)
 
 
 async def test_section_4_a_settled_primary_writes_nothing(tmp_path: Path) -> None:
@@ -146,7 +156,8 @@ async def test_r1_after_an_unknown_write_nothing_is_told_to_postgres_before_a_wr
         assert await p.serve(3) == []
         p.keeping.refusal = None
         await asyncio.sleep(2.1)
-        assert await p.serve() == ["volume", "record", "volume"]
+        # What the late write has left there is noted first (R3).
+        assert await p.serve() == ["volume", "volume", "record", "volume"]
         assert (p.record.quorum, p.database.set) == (0, [])
 
 
