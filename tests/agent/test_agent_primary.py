@@ -59,7 +59,8 @@ class Primary(Instance):
 async def test_r3_what_an_agent_before_this_one_wrote_is_remembered_before_it_is_acted_on(tmp_path: Path) -> None:
     async with Primary(tmp_path, record(voters=frozenset(), quorum=0), told=BOTH) as p:
         # It was killed between the write of q = 0 and its note of it: a repair would bring back the old voters.
-        p.volume.state = replace(p.volume.state, last_record=record(), intended_record=record(quorum=0))
+        alone = record(voters=frozenset(), quorum=0)
+        p.volume.state = replace(p.volume.state, last_record=record(), intended_record=alone)
         await p.looks(2.5)
         assert (await p.serve())[0] == "volume"
         assert p.volume.state.remembers(p.record)
