@@ -494,6 +494,7 @@ class Agent:
         repaired = repair(c.volume.state, holder, confirmations, permitted=permitted)
         if isinstance(repaired, str):
             raise OperationFailed(f"{reason}; not repaired: {repaired}")
+        await c.volume.save(lambda state: state.seen(repaired.epoch))
         stored = await c.keeper.repair(repaired, version)
         await c.volume.save(lambda state: state.writing(stored.record, None))
         c.journal.note("repair", f"{reason}; the Lease is at epoch {repaired.epoch} now")

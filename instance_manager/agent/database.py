@@ -36,6 +36,7 @@ from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing
 log = logging.getLogger("instance_manager.agent.database")
 
 LOOK_DEADLINE_S = 2.0
+SHUTTING_DOWN = "the database system is shutting down"
 STRANGER = (MemberId(""), Epoch(0))
 """Somebody is followed, and it is nobody who may be."""
 FOLLOW_DEADLINE_S = 5.0
@@ -91,6 +92,7 @@ class Database:
         self._proven: WalEnd | None = None
         """The end of the last complete record, since nothing more can be received (`stop_following`)."""
         self._slots_for: frozenset[MemberId] | None = None
+        self._stopping_since_s: float | None = None
         self._checkpoint: asyncio.Task[None] | None = None
         self._report = postgres.inspect_at_start()
         self._wake = asyncio.Event()
@@ -151,6 +153,7 @@ class Database:
             silent_for_s=silent_for_s,
             following=self._following if process is not None else None,
             system_identifier=self._system_identifier() if process is not None else None,
+            stopping_for_s=self._clock.now_s() - self._stopping_since_s if self._stopping_since_s is not None else 0.0,
         )
 
     def _system_identifier(self) -> str | None:
@@ -224,8 +227,10 @@ class Database:
                 if first and process.mode == "standby":
                     # Slots of the time when this was the primary would keep WAL for ever.
                     await self._postgres.keep_slots(())
-            except (LocalPostgresError, OSError):
+            except (LocalPostgresError, OSError) as error:
                 self._answers = False
+                if SHUTTING_DOWN in str(error) and self._stopping_since_s is None:
+                    self._stopping_since_s = self._clock.now_s()
         if before != (self._answers, self._seen.is_receiving if self._seen else None):
             self._on_change()
 
@@ -247,6 +252,7 @@ class Database:
         self._message, self._timeline, self._proven = None, Timeline(0), None
         self._following = None
         self._slots_for = None
+        self._stopping_since_s = None
 
     async def answers_new_connection(self, deadline_s: float) -> None:
         """Proof of health: a stopped postmaster still serves old connections. Raises if there is no answer in time."""

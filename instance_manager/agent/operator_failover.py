@@ -14,7 +14,16 @@ from instance_manager.agent.peering import EndAnswer, EndRequest
 from instance_manager.core.decide import PeerState
 from instance_manager.core.election import Candidate, taken_over
 from instance_manager.core.record import ClusterRecord, Holder
-from instance_manager.core.types import Epoch, MemberId, MemberName, TimelineChain, WalEnd, format_lsn, member_name_of
+from instance_manager.core.types import (
+    Epoch,
+    MemberId,
+    MemberName,
+    Timeline,
+    TimelineChain,
+    WalEnd,
+    format_lsn,
+    member_name_of,
+)
 
 WAIT_POLL_S = 0.1
 ASK_DEADLINE_S = 3.0
@@ -202,6 +211,10 @@ async def _wait_and_take(c: Context, ground: Ground, found: Survey, holder: Hold
             end = await c.database.proven_end(chain)
     if end is None or not chain.knows(end.timeline):
         raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history")
+    if ground.damage is not None:
+        # Each epoch that was seen and is not remembered may have claimed a timeline: none of those is used again (R2).
+        claimed = Timeline(record.highest_timeline + ground.highest_epoch - record.epoch)
+        record = replace(record, highest_timeline=claimed)
     taken = taken_over(record, holder=holder, epoch=epoch, end=end, voters=frozenset(), quorum=0)
     # Of a Lease that is gone nobody could be unfenced first.
     taken = replace(

@@ -97,12 +97,17 @@ class PrimaryDuties:
         if why_not is not None:
             c.start_yielding(why_not)
             raise OperationFailed(why_not)
-        highest = max([record.epoch, c.volume.state.highest_epoch, *(answer.highest_epoch for answer in ends.values())])
+        permitted = c.link.permit.epoch if c.link.permit is not None else record.epoch
+        highest = max(
+            [record.epoch, permitted, c.volume.state.highest_epoch, *(answer.highest_epoch for answer in ends.values())]
+        )
         holder = c.holder
         if holder is None:
             raise OperationFailed("this instance is no member")
         c.take_role(Role.PROMOTING, "it still holds the Lease and no voter is ahead")
         grounds = record.grounds()
+        # First: whatever becomes of the write, this epoch is never used again (R3).
+        await c.volume.save(lambda state: state.seen(Epoch(highest + 1)))
         stored = await c.keeper.write(
             lambda current: reaffirmed(current, holder=holder, highest_epoch=Epoch(highest)), grounds=grounds
         )
@@ -348,6 +353,7 @@ class PrimaryDuties:
         def change(current: ClusterRecord) -> ClusterRecord:
             return reaffirmed(current, holder=holder, highest_epoch=Epoch(highest))
 
+        await c.volume.save(lambda state: state.seen(Epoch(highest + 1)))
         stored = await c.keeper.write(change, grounds=record.grounds())
         await c.volume.save(lambda state: state.writing(stored.record, None))
         c.journal.note("reaffirm", f"epoch {stored.record.epoch}: {reason}")

@@ -54,6 +54,8 @@ class PostgresView:
     """Whom the agent last told it to follow, and under which epoch."""
     system_identifier: str | None = None
     """None: it has not answered yet."""
+    stopping_for_s: float = 0.0
+    """Since it was first seen to shut down; whoever told it to may be gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +202,10 @@ class Decision:
     reason: str
 
 
+STOPS_WITHIN = 8
+"""Times `stop_timeout_s`: by then whoever asked for the longest stop would have killed it."""
+
+
 def suspicion(o: Observation) -> str | None:
     """Why this member suspects the primary; None if it does not. Wrong suspicion costs availability, never data."""
     record = o.lease.record
@@ -267,6 +273,10 @@ def decide(o: Observation) -> Decision:
         return Decision(
             "kill",
             f"the Lease is {record.holder.name + chr(39) + 's' if record.holder else 'free'}, and Postgres is writable here",
+        )
+    if o.postgres.stopping_for_s >= STOPS_WITHIN * o.timings.stop_timeout_s:
+        return Decision(
+            "kill", f"Postgres has been shutting down for {o.postgres.stopping_for_s:.0f} s and does not end"
         )
     if o.name in record.fenced:
         return Decision("fence", "the record fences this instance")

@@ -131,8 +131,8 @@ class PromiseChecker:
             after.holder is not None
             and after.chain is not None
             and bool(after.chain.switches)
-            and (self._elected is None or after.chain.current > self._elected.timeline)
-            and (before is None or before.chain != after.chain)
+            and after.chain.switches[-1].epoch == after.epoch
+            and (before is None or before.epoch < after.epoch)
         )
         if taken:
             may_lose = self._cluster.world.now_s < self.loss_allowed_until_s
