@@ -88,7 +88,11 @@ class PromiseChecker:
             )  # fmt: skip
         self.acknowledged[entry] = name
         record = self._cluster.record
-        if record is None or record.mode != "synchronous" or (elected is not None and server.volume.data is not elected.data):
+        if (
+            record is None
+            or record.mode != "synchronous"
+            or (elected is not None and server.volume.data is not elected.data)
+        ):
             return
         assert server.volume.data is not None
         index = _index_of(server.volume.data.log.entries, entry)
@@ -222,7 +226,9 @@ class PromiseChecker:
         have = set(log.entries)
         missing = [entry for entry in self.acknowledged if entry not in have]
         if missing:
-            self.broken("%s became writable without %s acknowledged writes, the first %s", name, len(missing), missing[0])
+            self.broken(
+                "%s became writable without %s acknowledged writes, the first %s", name, len(missing), missing[0]
+            )
 
     def on_destroying(self, volume: DataVolume, what: str) -> None:
         """A rewind or a set-aside begins: R6, of a voter never."""

@@ -1,8 +1,8 @@
 """`make simulate`: many seeds in parallel, or one seed again with its whole trace.
 
-    python tests/simulation/simulate.py --seeds 2000            seeds 0 to 1999 on all cores
-    python tests/simulation/simulate.py --minutes 3             as many as fit
-    python tests/simulation/simulate.py --seed 1234             that one again, with its trace
+python tests/simulation/simulate.py --seeds 2000            seeds 0 to 1999 on all cores
+python tests/simulation/simulate.py --minutes 3             as many as fit
+python tests/simulation/simulate.py --seed 1234             that one again, with its trace
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class Summary:
         )
 
 
-def run_many(
-    first: int, count: int, jobs: int, *, variant: str | None, until_s: float | None, stop_at: int
-) -> Summary:
+def run_many(first: int, count: int, jobs: int, *, variant: str | None, until_s: float | None, stop_at: int) -> Summary:
     """Run seeds until they or the time are used up, or `stop_at` have failed; prints progress."""
     context = multiprocessing.get_context("fork")
     outcomes: multiprocessing.Queue[Outcome | None] = context.Queue()
@@ -121,7 +119,7 @@ def _collect(
 def show(summary: Summary) -> None:
     print(f"\n{summary.line()}")
     print(f"{summary.events / max(summary.cpu_s, 0.001):,.0f} events per second of a core\n")
-    branches = {name for name in simulation_branches.NAMES}
+    branches = set(simulation_branches.NAMES)
     print("how often each fault and nasty thing happened:")
     for name, times in sorted(summary.counters.items()):
         if name not in branches:
@@ -161,11 +159,15 @@ def main() -> int:
     count = arguments.seeds if arguments.seeds is not None else (10**9 if arguments.minutes else 200)
     until_s = time.monotonic() + 60 * arguments.minutes if arguments.minutes else None
     began_s = time.monotonic()
-    summary = run_many(arguments.first, count, arguments.jobs, variant=arguments.variant, until_s=until_s, stop_at=arguments.stop_at)
+    summary = run_many(
+        arguments.first, count, arguments.jobs, variant=arguments.variant, until_s=until_s, stop_at=arguments.stop_at
+    )
     show(summary)
     print(f"\n{time.monotonic() - began_s:.0f} s with {arguments.jobs} processes")
     for outcome in summary.failures:
-        print(f"FAILED seed {outcome.seed}: {outcome.failure}\n  replay: python tests/simulation/simulate.py --seed {outcome.seed}")
+        print(
+            f"FAILED seed {outcome.seed}: {outcome.failure}\n  replay: python tests/simulation/simulate.py --seed {outcome.seed}"
+        )
     missing = list(simulation_branches.never(summary.counters)) if arguments.all_branches else []
     for name in missing:
         print(f"NEVER EXERCISED: {name}")

@@ -93,7 +93,7 @@ def _checked_take_role(context: Context, role: Role, reason: str) -> None:
     _take_role(context, role, reason)
 
 
-Context.take_role = _checked_take_role  # type: ignore[method-assign]
+Context.take_role = _checked_take_role  # type: ignore[method-assign, assignment]
 
 
 class SimulatedCluster:

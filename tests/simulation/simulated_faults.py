@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simulated_cluster import SimulatedCluster
@@ -364,15 +364,13 @@ def edit_record(cluster: SimulatedCluster, chance: random.Random) -> None:
     """By hand: the holder cleared, or what nobody should touch."""
     if cluster.has_lost_volume:
         return
-    changes = chance.choice(
-        [
-            {"holder": None},
-            {"voters": frozenset(), "quorum": 0},
-            {"cluster_uid": "another"},
-            {"quorum": 0},
-        ]
-    )
-    cluster.store.edit(**changes)
+    choices: list[dict[str, Any]] = [
+        {"holder": None},
+        {"voters": frozenset(), "quorum": 0},
+        {"cluster_uid": "another"},
+        {"quorum": 0},
+    ]
+    cluster.store.edit(**chance.choice(choices))
 
 
 # What users do.

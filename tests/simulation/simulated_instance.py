@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-
 from simulated_network import Network, SimulatedPeers
 from simulated_postgres import SimulatedPostgres
 from simulated_server import PostgresServer
@@ -257,5 +256,3 @@ def _with_durability(configuration: Configuration, durability: Durability) -> Co
     return msgspec.structs.replace(
         configuration, cluster=msgspec.structs.replace(configuration.cluster, durability=durability)
     )
-
-

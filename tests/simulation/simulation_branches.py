@@ -16,7 +16,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
-MODULES = tuple(f"instance_manager.core.{name}" for name in ("decide", "voting", "election", "lease", "quorum", "rejoin"))
+MODULES = tuple(
+    f"instance_manager.core.{name}" for name in ("decide", "voting", "election", "lease", "quorum", "rejoin")
+)
 """Where decisions are made."""
 HITS: list[int] = []
 NAMES: list[str] = []
