@@ -133,12 +133,16 @@ async def survey(context: Context, own: PeerState, ground: Ground) -> Survey:
 
 
 def _worth(state: PeerState, record: ClusterRecord) -> tuple[object, ...]:
-    """A log that left the history is better than none, and worse than any that did not."""
+    """First how much of the accepted history a log holds; what it holds past that is better than nothing at all."""
     member_id, end, chain = state.member_id, state.end, record.chain
     assert member_id is not None  # noqa: S101 - only those are compared
     assert end is not None  # noqa: S101
     assert chain is not None  # noqa: S101
-    return (chain.contains(end), Candidate(member_id=member_id, end=end, priority=state.priority).rank())
+    return (
+        chain.agreed(end),
+        chain.contains(end),
+        Candidate(member_id=member_id, end=end, priority=state.priority).rank(),
+    )
 
 
 async def lossy_failover(context: Context, own: PeerState, *, preview: bool) -> tuple[bool, str]:

@@ -115,6 +115,15 @@ class TimelineChain:
         """Is it one of the accepted history, whether or not a log on it left that history since?"""
         return timeline == self.first or any(switch.timeline == timeline for switch in self.switches)
 
+    def agreed(self, end: WalEnd) -> WalEnd:
+        """How far a log that ends at `end` goes along with this history; KeyError if it never did (`knows`)."""
+        if end.timeline == self.current:
+            return end
+        for switch in self.switches:
+            if switch.parent == end.timeline:
+                return min(end, WalEnd(end.timeline, switch.switch_lsn))
+        raise KeyError(end.timeline)
+
     def contains(self, end: WalEnd) -> bool:
         """Is a log that ends at `end` a prefix of, or equal to, the cluster's accepted history so far?"""
         if end.timeline == self.current:

@@ -168,3 +168,14 @@ def test_p4_a_timeline_on_which_nothing_was_written_makes_no_other_history() -> 
     assert chain.matches(((Timeline(1), Lsn(100)), (Timeline(2), Lsn(100)))), "2 was fetched, and nothing written on it"
     assert not chain.matches(((Timeline(1), Lsn(100)), (Timeline(2), Lsn(101))))
     assert not chain.matches(((Timeline(1), Lsn(99)),))
+
+
+def test_r15_a_log_agrees_with_the_history_up_to_where_the_history_left_it() -> None:
+    first, second = (
+        TimelineSwitch(Timeline(2), Timeline(1), Lsn(100), Epoch(3)),
+        TimelineSwitch(Timeline(3), Timeline(2), Lsn(200), Epoch(4)),
+    )
+    chain = TimelineChain(Timeline(1), (first, second))
+    assert chain.agreed(WalEnd(Timeline(3), Lsn(500))) == WalEnd(Timeline(3), Lsn(500))
+    assert chain.agreed(WalEnd(Timeline(2), Lsn(250))) == WalEnd(Timeline(2), Lsn(200))
+    assert chain.agreed(WalEnd(Timeline(1), Lsn(90))) == WalEnd(Timeline(1), Lsn(90))

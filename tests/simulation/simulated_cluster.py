@@ -218,8 +218,13 @@ class SimulatedCluster:
             return False
         if any(self.member_at(instance) in record.excluded for instance in self.instances.values()):
             return False
-        whole = [each for each in self.instances.values() if each.volume.data and not each.volume.rewind_attempts]
-        return len(whole) == len(self.instances)
+        return all(
+            each.volume.data is not None
+            and not each.volume.rewind_attempts
+            and each.server is not None
+            and each.server.ready
+            for each in self.instances.values()
+        )
 
     @property
     def has_lost_volume(self) -> bool:
