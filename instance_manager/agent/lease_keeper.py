@@ -135,7 +135,8 @@ class LeaseKeeper:
         """Asked for many times a second, of the same two."""
         judged = self._judged
         if judged is None or judged[0] is not record or judged[1] is not volume:
-            known = volume.member_id is not None or volume.recorded_epoch > 0
+            # A member's id is made before the first Lease is: by itself it says nothing of data.
+            known = volume.recorded_epoch > 0
             found = record_damage(record, volume, cluster_uid=self._cluster_uid, data_known=known)
             judged = self._judged = (record, volume, found)
         return judged[2]

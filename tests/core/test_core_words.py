@@ -14,6 +14,7 @@ from instance_manager.core.types import (
     Timeline,
     TimelineChain,
     TimelineSwitch,
+    WalEnd,
     format_lsn,
     make_member_id,
     member_name_of,

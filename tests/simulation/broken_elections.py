@@ -184,7 +184,7 @@ ELECTIONS = (
             instances=3,
             faults=("one standby cut from the primary", "primary's agent killed", "one standby without replication"),
         ),
-        seeds=200,
+        seeds=400,
         breaks=("Deposed",),
         checks=(nobody_is_deposed,),
     ),
@@ -219,7 +219,7 @@ ELECTIONS = (
             instances=3,
             faults=("primary isolated", "standby isolated", "primary's agent keeps crashing"),
         ),
-        seeds=150,
+        seeds=300,
         breaks=WEDGED,
     ),
     BrokenRule(

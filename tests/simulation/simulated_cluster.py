@@ -227,6 +227,11 @@ class SimulatedCluster:
         )
 
     @property
+    def has_data(self) -> bool:
+        """Before there is any, a user who damaged the record would just delete it."""
+        return self.record is not None and self.record.system_identifier is not None
+
+    @property
     def has_lost_volume(self) -> bool:
         return self._volume_spent
 

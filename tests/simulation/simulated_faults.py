@@ -341,13 +341,13 @@ def bad_store(cluster: SimulatedCluster, chance: random.Random) -> Undo:
 
 
 def delete_record(cluster: SimulatedCluster, chance: random.Random) -> None:
-    if cluster.has_lost_volume:
+    if cluster.has_lost_volume or not cluster.has_data:
         return
     cluster.store.delete()
 
 
 def damage_record(cluster: SimulatedCluster, chance: random.Random) -> None:
-    if cluster.has_lost_volume:
+    if cluster.has_lost_volume or not cluster.has_data:
         return
     cluster.store.damage()
 
@@ -356,13 +356,13 @@ def restore_record(cluster: SimulatedCluster, chance: random.Random) -> None:
     """From a backup of an epoch that every instance has seen the end of: of an epoch that some have not outlived, nobody
     could tell, and no manager could be safe (README)."""
     state = cluster.state_before_every_memory(chance)
-    if state is not None and not cluster.has_lost_volume:
+    if state is not None and not cluster.has_lost_volume and cluster.has_data:
         cluster.store.restore(state)
 
 
 def edit_record(cluster: SimulatedCluster, chance: random.Random) -> None:
     """By hand: the holder cleared, or what nobody should touch."""
-    if cluster.has_lost_volume:
+    if cluster.has_lost_volume or not cluster.has_data:
         return
     choices: list[dict[str, Any]] = [
         {"holder": None},
