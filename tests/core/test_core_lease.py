@@ -199,3 +199,10 @@ def test_asynchronous_a_member_too_far_behind_does_not_take_over_by_itself() -> 
 def test_time_never_elects_in_a_synchronous_cluster() -> None:
     assert by_time(record()) is not None
     assert by_time(record(), proven_dead=True) is not None
+
+
+def test_r16_in_the_same_boot_a_voter_that_never_answers_again_does_not_keep_the_holder_from_going_on() -> None:
+    assert judge_restart(record(), end(200), {A: end(200), B: None}, same_boot=True) is None
+    assert "ahead" in (judge_restart(record(), end(200), {A: end(201)}, same_boot=True) or ""), (
+        "one that is ahead still does"
+    )
