@@ -154,23 +154,6 @@ ELECTIONS = (
         seeds=150,
     ),
     BrokenRule(
-        name="a standby starts with its upstream set",
-        rule="R5",
-        what="A voter that promised and starts again follows the old primary from its first moment.",
-        patch=bent(
-            Rejoining,
-            "start_standby",
-            (
-                "await c.database.start_standby()",
-                "await c.database.start_standby(self._upstream(c.record) if c.keeper.record is not None and c.record.holder is not None else None)",
-            ),
-        ),
-        scenario=Scenario(
-            durability="preferred", instances=3, faults=("managers frozen and writes late", "standby restarted")
-        ),
-        seeds=150,
-    ),
-    BrokenRule(
         name="suspicion is ignored by voters",
         rule="section 4",
         what="One standby that lost sight of a healthy primary deposes it.",

@@ -92,6 +92,12 @@ COVERED: tuple[Unbroken, ...] = (
 
 NOT_HERE: tuple[Unbroken, ...] = (
     Unbroken(
+        "a standby starts with its upstream set, whatever it promised",
+        "R5",
+        "found by one seed in some hundreds only: a voter must start again within the seconds between its promise and the "
+        "takeover's write. `a promise does not bind whom to follow` is the same loss without the restart",
+    ),
+    Unbroken(
         "the mode is changed and q stays",
         "R8",
         "a loss once in several hundred seeds: the quorum's table lowers q in the record before Postgres stops waiting, so it "

@@ -154,7 +154,7 @@ def markdown(results: Sequence[Result]) -> str:
         star = " *" if variant.slow else ""
         seed = "" if result.seed is None else str(result.seed)
         lines.append(
-            f"| {name}{star} | {variant.rule} | {variant.what} | {caught} | {seed} | {variant.seeds} | {result.cpu_s:.1f} |"
+            f"| {name}{star} | {variant.rule} | {variant.what.replace('|', '&#124;')} | {caught} | {seed} | {variant.seeds} | {result.cpu_s:.1f} |"
         )
     lines += [
         "",
