@@ -9,7 +9,6 @@ from simulated_store import SimulatedStore
 
 from instance_manager.agent.elections import Elections
 from instance_manager.agent.lease_keeper import LeaseKeeper
-from instance_manager.agent.rejoining import Rejoining
 from instance_manager.core import decide, election, lease, voting
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.voting import VolumeState
