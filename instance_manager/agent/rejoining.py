@@ -60,7 +60,7 @@ class Rejoining:
         await c.volume.save(lambda state: replace(state.saw_record(record), initialising=True))
         grounds = c.record.grounds()
         control = await c.database.initialise()
-        await c.keeper.write(
+        stored = await c.keeper.write(
             lambda record: initialised(
                 record,
                 system_identifier=str(control.system_identifier),
@@ -69,7 +69,7 @@ class Rejoining:
             ),
             grounds=grounds,
         )
-        await c.volume.save(lambda state: replace(state, initialising=False))
+        await c.volume.save(lambda state: replace(state.saw_record(stored.record), initialising=False))
         c.journal.note("initialised", f"system identifier {control.system_identifier}")
 
     # An existing one.

@@ -51,6 +51,10 @@ class VolumeState:
 
     def saw_record(self, record: ClusterRecord) -> VolumeState:
         """To be persisted before anything is done by that record (R3)."""
+        begun = self.known_record
+        if begun is not None and begun.chain is None and record.chain is not None and record.epoch == begun.epoch:
+            # The first epoch's, which begins before there is any data.
+            return replace(self, known_record=record)
         if record.epoch <= self.recorded_epoch:
             return self
         return replace(self.seen(record.epoch), recorded_epoch=record.epoch, known_record=record)

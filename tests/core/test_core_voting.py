@@ -8,7 +8,7 @@ import pytest
 from core_builders import A, B, C, P, ids, record, request, volume, voter
 
 from instance_manager.core.types import Epoch
-from instance_manager.core.voting import ExtensionRequest, VoterView, judge_extension, judge_vote
+from instance_manager.core.voting import ExtensionRequest, VolumeState, VoterView, judge_extension, judge_vote
 
 
 def extension(**changes: Any) -> ExtensionRequest:
@@ -117,3 +117,9 @@ def test_p6_what_a_volume_must_not_forget_is_no_part_of_the_data_directory() -> 
         type(volume()).__slots__
     )
     assert isinstance(voter(), VoterView)
+
+
+def test_r3_the_first_epochs_record_is_remembered_with_its_history() -> None:
+    begun = record(epoch=Epoch(1), chain=None, system_identifier=None)
+    state = VolumeState().saw_record(begun)
+    assert state.saw_record(record(epoch=Epoch(1))).remembered() == record(epoch=Epoch(1))

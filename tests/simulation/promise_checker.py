@@ -140,11 +140,12 @@ class PromiseChecker:
         )
         if taken:
             may_lose = self._cluster.world.now_s < self.loss_allowed_until_s
-            self._taken_over(after, lossy=may_lose and not after.voters and after.quorum == 0)
+            lossy = may_lose and not after.voters and after.quorum == 0
+            self._taken_over(before, after, lossy=lossy)
         if after.mode == "synchronous":
             self._require_on_quorum(after, "after the record was written")
 
-    def _taken_over(self, record: ClusterRecord, *, lossy: bool) -> None:
+    def _taken_over(self, before: ClusterRecord | None, record: ClusterRecord, *, lossy: bool) -> None:
         assert record.holder is not None
         assert record.chain is not None
         cluster = self._cluster
@@ -164,7 +165,7 @@ class PromiseChecker:
             cluster.world.counters["checked: failover with loss"] += 1
             self._check_loses_no_more_than_it_must(name, prefix)
         elif asynchronous:
-            self._check_asynchronous_takeover(record, name, missing)
+            self._check_asynchronous_takeover(before, record, name, missing)
         for entry in missing:
             del self.acknowledged[entry]
         self.given_up += len(missing)
@@ -177,8 +178,15 @@ class PromiseChecker:
         )
         cluster.world.counters["checked: elections"] += 1
 
-    def _check_asynchronous_takeover(self, record: ClusterRecord, name: str, missing: list[Entry]) -> None:
+    def _check_asynchronous_takeover(
+        self, before: ClusterRecord | None, record: ClusterRecord, name: str, missing: list[Entry]
+    ) -> None:
         cluster = self._cluster
+        known = before.position if before is not None else None
+        if known is not None and record.chain is not None:
+            lag_bytes = known.lsn - record.chain.switches[-1].switch_lsn
+            if lag_bytes > cluster.maximum_lag_bytes:
+                self.broken("%s took over %s bytes behind the last known position", name, lag_bytes)
         for other in cluster.instances.values():
             server = other.server
             if other.name == name or server is None or not server.read_write or self._is_excused(other.name):

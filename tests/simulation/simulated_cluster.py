@@ -119,9 +119,10 @@ class SimulatedCluster:
         self.postgres.on_acknowledged = self.checker.on_acknowledged
         self.postgres.on_read_write = self.checker.on_read_write
         self.postgres.on_started = self.checker.on_started
+        self.postgres.on_destroying = self.checker.on_destroying
         self.store.on_applied = lambda _, before, after: self.checker.on_applied(before, after)
         self.store.on_interference = lambda *_: self.checker.on_interference()
-        maximum_lag_bytes = chance.choice((0, 500, 16 << 20))
+        maximum_lag_bytes = self.maximum_lag_bytes = chance.choice((0, 500, 16 << 20))
         self.instances = {
             name: SimulatedInstance(
                 world,
@@ -229,7 +230,7 @@ class SimulatedCluster:
     @property
     def has_data(self) -> bool:
         """Before there is any, a user who damaged the record would just delete it."""
-        return self.record is not None and self.record.system_identifier is not None
+        return self.record is not None and self.record.opened
 
     @property
     def has_lost_volume(self) -> bool:
