@@ -218,7 +218,7 @@ class Agent:
         record = c.keeper.record
         if c.role is Role.FENCED and record is not None and c.configuration.name not in record.fenced:
             c.take_role(Role.STOPPED, "unfenced")
-        if standby and c.role in (Role.STARTING, Role.STOPPED) and self._operation is None:
+        if standby and c.role in (Role.STARTING, Role.STOPPED, Role.STOPPING) and self._operation is None:
             c.take_role(Role.STANDBY, "Postgres runs as a standby")
         holds = record is not None and record.holder is not None and record.holder.member_id == c.volume.state.member_id
         if not holds:
@@ -381,7 +381,7 @@ class Agent:
 
     async def _take_over(self, take: Callable[[str], Awaitable[None]], reason: str) -> None:
         c = self.context
-        if c.role in (Role.STOPPED, Role.PROMOTING):
+        if c.role in (Role.STOPPED, Role.STOPPING, Role.PROMOTING):
             c.take_role(Role.STANDBY, "Postgres runs as a standby")
         c.take_role(Role.CANDIDATE, reason)
         try:

@@ -267,11 +267,15 @@ class Database:
         await self._refresh_report()
         return await self._postgres.control_data()
 
-    async def start_standby(self, upstream: Upstream | None = None) -> None:
+    async def start_standby(self, upstream: Upstream | None = None, *, chain: TimelineChain | None = None) -> None:
         """Nobody can satisfy the list, clients may read, and nobody is followed (P1, R5).
+
+        `chain`: the history that this log is known to lie in.
 
         `upstream`: for a directory that is not consistent without it; its epoch is promised and persisted already.
         """
+        if chain is not None:
+            await self._postgres.forget_dead_ends(chain)
         await self._postgres.set_standby_signal(True)
         await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
         self._starts_with = (upstream.holder, upstream.epoch) if upstream is not None else None

@@ -88,6 +88,9 @@ class InstalledPostgres:
         promoted = await promotion.promote(self._server, chain, relay, deadline_s=deadline_s)
         return promoted.timeline
 
+    async def forget_dead_ends(self, chain: TimelineChain) -> None:
+        await asyncio.to_thread(promotion.forget_dead_ends, self._server, chain)
+
     async def fill_gaps(self, chain: TimelineChain) -> None:
         for switch in chain.switches:
             await asyncio.to_thread(promotion.fill_gap, self._server, switch.parent, switch.timeline)

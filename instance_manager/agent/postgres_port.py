@@ -84,6 +84,10 @@ class LocalPostgres(Protocol):
         """See `postgres.promotion.promote`: PromotionFailed, PromotedWrong."""
         ...
 
+    async def forget_dead_ends(self, chain: TimelineChain) -> None:
+        """Of a stopped directory within the history; see `postgres.promotion.forget_dead_ends`."""
+        ...
+
     async def fill_gaps(self, chain: TimelineChain) -> None:
         """Each number that the history skips has an empty history here; see `postgres.promotion.fill_gap`."""
         ...

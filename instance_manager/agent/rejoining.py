@@ -208,7 +208,7 @@ class Rejoining:
                     starts=state.starts + 1,
                 )
             )
-            await c.database.start_standby(self._upstream(record))
+            await c.database.start_standby(self._upstream(record), chain=record.chain)
         c.take_role(Role.STANDBY, reason)
         c.journal.note("follow", f"{upstream_name}, epoch {record.epoch}, from the start: {reason}")
 

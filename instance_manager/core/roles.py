@@ -90,6 +90,7 @@ TRANSITIONS: dict[Role, dict[Role, str]] = {
         Role.PROMOTING: "restarted in place behind a later epoch",
     },
     Role.STOPPING: {
+        Role.STANDBY: "the stop failed or is not wanted any more, and Postgres is the standby that it was",
         Role.STOPPED: "no Postgres process is left",
         Role.FENCED: "no Postgres process is left, and the record fences it",
     },

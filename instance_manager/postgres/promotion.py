@@ -93,6 +93,18 @@ def clear_claim(server: LocalServer) -> None:
                 (directory / "archive_status" / f"{path.name}.{suffix}").unlink(missing_ok=True)
 
 
+def forget_dead_ends(server: LocalServer, chain: TimelineChain) -> None:
+    """Histories of timelines outside the accepted history become empty ones. Blocks on the disk.
+
+    For a log that lies within that history. A promotion that was cut off before its first record leaves its history
+    behind: recovery would take that timeline for its own, and ask the primary for one that it does not have.
+    """
+    directory = server.data_directory / "pg_wal"
+    for timeline in timelines_with_history(directory):
+        if not chain.knows(timeline):
+            write_atomically(directory / history_file_name(timeline), b"", mode=0o600, run_as=server.run_as)
+
+
 def fill_gap(server: LocalServer, parent: Timeline, claim: Timeline) -> None:
     """Give each number that the claim skipped an empty history, after the claim's own is there. Blocks on the disk.
 

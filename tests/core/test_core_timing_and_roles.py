@@ -59,7 +59,8 @@ def test_section_4_a_former_primary_comes_back_as_a_standby_only_after_it_was_st
     assert not {Role.STANDBY, Role.CANDIDATE} & set(TRANSITIONS[Role.PRIMARY])
     assert Role.CANDIDATE not in TRANSITIONS[Role.PROMOTING]
     assert "before Postgres was promoted" in TRANSITIONS[Role.PROMOTING][Role.STANDBY]
-    assert set(TRANSITIONS[Role.STOPPING]) == {Role.STOPPED, Role.FENCED}
+    assert set(TRANSITIONS[Role.STOPPING]) == {Role.STOPPED, Role.FENCED, Role.STANDBY}
+    assert "the standby that it was" in TRANSITIONS[Role.STOPPING][Role.STANDBY]
 
 
 def test_section_3_a_standby_becomes_primary_only_as_a_candidate_that_took_the_lease() -> None:

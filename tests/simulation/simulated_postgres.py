@@ -179,6 +179,14 @@ class SimulatedPostgres:
         volume.claim = None
         return chain.current
 
+    async def forget_dead_ends(self, chain: TimelineChain) -> None:
+        await self._access.write_file()
+        data = self._access.volume.data
+        if data is not None:
+            for timeline in data.histories:
+                if not chain.knows(timeline):
+                    data.histories[timeline] = ()
+
     async def fill_gaps(self, chain: TimelineChain) -> None:
         """`promotion.fill_gap` for each switch."""
         await self._access.write_file()
