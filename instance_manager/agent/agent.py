@@ -218,8 +218,11 @@ class Agent:
         record = c.keeper.record
         if c.role is Role.FENCED and record is not None and c.configuration.name not in record.fenced:
             c.take_role(Role.STOPPED, "unfenced")
-        if standby and c.role in (Role.STARTING, Role.STOPPED, Role.STOPPING) and self._operation is None:
+        idle = self._operation is None or self._operation.done()
+        if standby and c.role in (Role.STARTING, Role.STOPPED, Role.STOPPING) and idle:
             c.take_role(Role.STANDBY, "Postgres runs as a standby")
+        if c.database.running_read_write and c.role is Role.STOPPED and idle:
+            c.take_role(Role.PROMOTING, "Postgres has started after all")
         holds = record is not None and record.holder is not None and record.holder.member_id == c.volume.state.member_id
         if not holds:
             c.stop_yielding()
