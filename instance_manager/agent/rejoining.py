@@ -150,7 +150,10 @@ class Rejoining:
             except PositionUnknown as error:
                 # On a timeline that is not the history's (P4), for one.
                 end, reason = None, f"{reason}; {error}"
-            ours = c.database.view().system_identifier in (None, record.system_identifier)
+            ours = (
+                c.database.view().system_identifier in (None, record.system_identifier)
+                and c.volume.state.member_id not in record.excluded
+            )
             if ours and end is not None and record.chain.contains(end) and record.holder is not None:
                 await self.follow()
                 return
