@@ -381,7 +381,8 @@ class SimulatedCluster:
 
     def _user_mends(self) -> None:
         """What was done by a user, a user takes back, again and again until it shows."""
-        if self.world.now_s >= self._last_mend_s and (self._volume_spent or self.checker.was_tampered_with):
+        may_have_lost = self._volume_spent or self.checker.was_tampered_with or self._a_voter_is_gone()
+        if self.world.now_s >= self._last_mend_s and may_have_lost:
             self._last_mend_s = self.world.now_s + LOSSY_AFTER_S
             self.checker.loss_allowed_until_s = self.world.now_s + LOSSY_AFTER_S
             self.verb("failover", {"allow_data_loss": True})
@@ -392,6 +393,11 @@ class SimulatedCluster:
             self.verb("unfence", {"name": name})
         if record.paused:
             self.verb("resume", {})
+
+    def _a_voter_is_gone(self) -> bool:
+        """Its directory was set aside while q was 0, and it was counted on again before that was known: like a lost disk."""
+        record = self.record
+        return record is not None and any(self.directory_of(voter) is None for voter in sorted(record.voters))
 
     def why_not_whole(self) -> str | None:
         record = self.record
