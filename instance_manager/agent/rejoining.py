@@ -231,6 +231,12 @@ class Rejoining:
         c = self._c
         source = self._serving_primary(record)
         member = self._member(source)
+        # What was read for the plan may be old by now: looking at a directory on a slow disk takes its time.
+        await c.keeper.read()
+        if c.record.needs_vote_of(c.volume.state.member_id):
+            raise OperationFailed("it has become a voter meanwhile: the primary drops it first (R6)")
+        # From here on this directory is nobody's (R6, P7): whatever interrupts this, its id speaks for no log any more.
+        await c.volume.save(lambda state: replace(state, member_id=None))
         try:
             if rejoin is Rejoin.REWIND:
                 c.take_role(Role.REWINDING, f"from {source}")

@@ -70,8 +70,10 @@ def run_many(first: int, count: int, jobs: int, *, variant: str | None, until_s:
     next_seed = context.Value("q", first)
     stop = context.Event()
 
+    parent = os.getpid()
+
     def work() -> None:
-        while not stop.is_set() and (until_s is None or time.monotonic() < until_s):
+        while os.getppid() == parent and not stop.is_set() and (until_s is None or time.monotonic() < until_s):
             with next_seed.get_lock():
                 seed = next_seed.value
                 next_seed.value += 1
