@@ -128,6 +128,12 @@ LOGS = (
         patch=together(
             bent(rejoin, "plan_rejoin", ("votes = record.needs_vote_of(facts.member_id)", "votes = False")),
             bent(Rejoining, "rejoin", ("if record.needs_vote_of(c.volume.state.member_id):", "if False:")),
+            bent(
+                Rejoining,
+                "_copy_from_primary",
+                ("if c.record.needs_vote_of(c.volume.state.member_id):", "if False:"),
+                ("await c.volume.save(lambda state: replace(state, member_id=None))", "pass"),
+            ),
         ),
         scenario=Scenario(
             durability="preferred",
