@@ -100,6 +100,9 @@ class Rejoining:
             raise OperationFailed("the cluster has no history yet")
         async with c.voting:
             end = await self._end_before_following(record, record.chain)
+            if end is not None and not record.chain.contains(end):
+                # Nothing is received any more, so that this very end is what the next decision sees.
+                await c.database.stop_following(record.chain, deadline_s=c.configuration.timings.promise_timeout_s)
         if end is None or not record.chain.contains(end):
             raise OperationFailed(f"this log ends at {end}: it cannot follow")
         async with c.voting:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+import msgspec
 from simulated_server import PostgresServer
 from simulated_sessions import Session
 from simulated_syncrep import Commit
@@ -16,7 +17,7 @@ from simulated_wal import Entry
 
 from instance_manager.core.types import Timeline
 from instance_manager.drill.checker import Asynchronous, describe, judge
-from instance_manager.drill.history import Outcome, Read, Seen, Write, whole_read
+from instance_manager.drill.history import Outcome, Read, Row, Seen, Write, whole_read
 
 if TYPE_CHECKING:
     from simulated_cluster import SimulatedCluster
@@ -128,6 +129,8 @@ class Writer:
                     self._again()
 
         def answered(outcome: str, entry: Entry) -> None:
+            if outcome in ("cancelled_wait", "unknown"):
+                clients.cut.add((self._number, number))
             clients.to_client(name, lambda: record(_OUTCOMES[outcome], entry.timeline))
 
         def arrive() -> None:
@@ -157,6 +160,9 @@ class Clients:
         self.names = cluster.names
         self.writes: list[Write] = []
         self.reads: list[Read] = []
+        self.cut: set[Row] = set()
+        """Rows whose wait was cut on the server: they are shown, and promised to nobody (P13). When the answer is lost too,
+        only the simulation knows."""
         self.stopped = False
         self._writers = [
             Writer(self, 0, patience_s=PATIENCE_S, pause_s=(0.05, 0.6)),
@@ -240,9 +246,15 @@ class Clients:
             if holder is not None:
                 self._read(holder.name)
             world.run(world.now_s + 0.5)
-        findings = judge(self.writes, (), self.reads, asynchronous=self._leave())
+        writes = [self._as_the_server_knows(write) for write in self.writes]
+        findings = judge(writes, (), self.reads, asynchronous=self._leave())
         if findings.breaks_the_promise:
             raise HistoryViolation(describe(findings.contradictions))
+
+    def _as_the_server_knows(self, write: Write) -> Write:
+        if write.outcome is Outcome.UNKNOWN and (write.client, write.number) in self.cut:
+            return msgspec.structs.replace(write, outcome=Outcome.CANCELLED_WAIT)
+        return write
 
     def _leave(self) -> Asynchronous | None:
         """Where losses are allowed, the promise checker has judged each takeover; here only that all else holds."""
