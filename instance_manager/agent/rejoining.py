@@ -78,11 +78,16 @@ class Rejoining:
         """Follow nobody: `primary_conninfo` stays empty until a promise is persisted (R5)."""
         c = self._c
         state = c.volume.state
-        record = c.keeper.record or state.remembered()
+        # A Lease that was put back knows an older history than this log may have.
+        known = [each for each in (c.keeper.record, state.remembered()) if each is not None]
+        record = max(known, key=lambda each: each.epoch, default=None)
         if record is not None and record.chain is not None:
             facts = await c.database.stopped_facts(record.chain)
             if facts.needs is not None:
                 raise OperationFailed(f"it must receive up to {facts.needs} before it is consistent, from nobody yet")
+            if facts.end is None:
+                # It might be never consistent, take no connection, and could not be told whom to follow.
+                raise OperationFailed("the end of its log cannot be told: it is not started to follow nobody")
         if state.member_id is None:
             await c.volume.new_member(c.configuration.name)
         await c.volume.save(lambda before: replace(before, starts=before.starts + 1))
