@@ -5,10 +5,13 @@ Every call that leaves the process has a deadline in seconds; no port retries by
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -92,25 +95,108 @@ class PeerCaller(Protocol):
         ...
 
 
+class ObjectStoreError(Exception):
+    """The store did not do it, or it is not known whether it did. Says nothing of whether an object is there."""
+
+
+class StoreUnreachable(ObjectStoreError):
+    """No answer in time, a broken connection, or a store that is busy or failing: worth another try.
+
+    After a `create` it is unknown whether the object is there: the next attempt may meet its own.
+    """
+
+
+class StoreForbidden(ObjectStoreError):
+    """The store refuses these credentials, or has none to try; another try without a change does not help."""
+
+
+class StoreMissing(ObjectStoreError):
+    """The bucket or the directory itself is not there."""
+
+
+class StoreRefused(ObjectStoreError):
+    """The store understood the request and will not do it; another try without a change does not help."""
+
+
+class StoreNotConditional(ObjectStoreError):
+    """The store ignores or refuses `If-None-Match`: two writers could overwrite each other's objects."""
+
+
+class ContentDamaged(ObjectStoreError):
+    """What was stored, or what came back, is not what was sent."""
+
+
 class ObjectExists(Exception):
     """A conditional create met an object of that name: nothing was written. Whether it is the same is the caller's question."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What the store tells of an object without sending its content."""
+
+    name: str
+    size_bytes: int
+    metadata: Mapping[str, str]
+    """What was given at its creation; keys in lower case."""
+    vouched: bool = False
+    """The store itself has confirmed, by a digest of its own, that its content is what `metadata` was written for."""
+
+
+class Content(Protocol):
+    """What an object is made of. Read in a thread of the store, from the start each time it is asked."""
+
+    @property
+    def size_bytes(self) -> int | None:
+        """None: not known before it is read; then it is sent in parts."""
+        ...
+
+    def chunks(self) -> Iterator[bytes]: ...
 
 
 class ObjectStore(Protocol):
     """Where the archive lies: objects are created once and never overwritten (DESIGN.md section 7).
 
-    Names are relative, with `/` between their parts. An error other than the stated ones says nothing of whether the
-    object is there: "absent" is only what the store itself said.
+    Names are relative, with `/` between their parts. Every call raises ObjectStoreError by its subclass; "absent" is
+    only what the store itself said, never the outcome of an error. A deadline that passes is StoreUnreachable.
     """
 
-    async def create(self, name: str, content: bytes, *, deadline_s: float) -> None:
-        """Durable when it returns; ObjectExists."""
+    async def create(
+        self, name: str, content: Content, *, metadata: Mapping[str, str] | None = None, deadline_s: float
+    ) -> None:
+        """Durable, and confirmed to be what was sent, when it returns. ObjectExists: nothing was written."""
         ...
 
-    async def read(self, name: str, *, deadline_s: float) -> bytes | None:
-        """The whole object; None only when the store said that there is none."""
+    async def receive(
+        self,
+        name: str,
+        receiver: Callable[[ObjectInfo, Iterator[bytes]], T],
+        *,
+        byte_range: tuple[int, int] | None = None,
+        deadline_s: float,
+    ) -> T | None:
+        """What `receiver` returns, run in a thread of the store over the object's content; None: there is none.
+
+        `byte_range` is (first, behind the last). Bytes that are missing at the end raise in the receiver's iteration,
+        and so does the deadline: the receiver owns, and clears up, what it writes.
+        """
         ...
 
-    def names(self, prefix: str) -> AsyncIterator[str]:
-        """Every name that begins with `prefix`, in order."""
+    async def info(self, name: str, *, deadline_s: float) -> ObjectInfo | None:
+        """None only when the store said that there is none."""
         ...
+
+    def entries(
+        self, prefix: str, *, after: str = "", shallow: bool = False, deadline_s: float
+    ) -> AsyncIterator[ObjectInfo]:
+        """Every object whose name begins with `prefix` and comes after `after`, in order; without metadata.
+
+        `shallow`: what lies behind a further `/` is one entry, its name with the `/` at the end, of size 0. The deadline
+        is for each page of the answer.
+        """
+        ...
+
+    async def delete(self, name: str, *, deadline_s: float) -> None:
+        """Gone when it returns; also when it was not there."""
+        ...
+
+    async def close(self) -> None: ...

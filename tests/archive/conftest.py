@@ -1,0 +1,64 @@
+"""Fixtures of the archive: stores behind the port, and real Postgres by the fixtures of tests/postgres."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from s3_server import FaultProxy, make_bucket, s3_server, settings_for
+
+from instance_manager.archive.stores.directory import DirectoryStore
+from instance_manager.archive.stores.s3 import S3Store
+from instance_manager.ports import ObjectStore
+
+sys.path.append(str(Path(__file__).parent.parent / "postgres"))
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def session_proxy(s3_url: str) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_url).running() as made:
+        yield made
+
+
+@pytest.fixture
+def proxy(session_proxy: FaultProxy) -> Iterator[FaultProxy]:
+    """Without faults at the beginning of each test."""
+    session_proxy.heal()
+    session_proxy.requests.clear()
+    session_proxy.delay_s = 0
+    yield session_proxy
+    session_proxy.heal()
+
+
+@pytest.fixture
+def bucket(s3_url: str) -> str:
+    return make_bucket(s3_url)
+
+
+@pytest.fixture
+async def s3(proxy: FaultProxy, bucket: str) -> AsyncIterator[S3Store]:
+    made = S3Store(settings_for(proxy.url, bucket, page_entries=10))
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def directory_store(tmp_path: Path) -> DirectoryStore:
+    root = tmp_path / "archive"
+    root.mkdir()
+    return DirectoryStore(root, page_entries=10)
+
+
+@pytest.fixture(params=["directory", "s3"])
+def store(request: pytest.FixtureRequest) -> ObjectStore:
+    """Both, for what every store must do."""
+    made: ObjectStore = request.getfixturevalue("directory_store" if request.param == "directory" else "s3")
+    return made
