@@ -1,0 +1,118 @@
+"""Compression of what lies in the archive. One codec per archive; each is readable by the usual tools of its name."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import lz4.frame
+import zstandard
+
+from instance_manager.ports import ContentDamaged
+
+CodecName = Literal["zstd", "lz4", "gzip", "none"]
+"""What may be chosen for an archive of ours."""
+
+SUFFIXES = {"zstd": ".zst", "lz4": ".lz4", "gzip": ".gz", "none": "", "bzip2": ".bz2", "xz": ".xz"}
+"""Of every codec that can be read, as barman-cloud names them."""
+
+_GZIP = 31
+_DEFAULT_LEVELS = {"zstd": 1, "lz4": 0, "gzip": 1}
+_ERRORS = (zstandard.ZstdError, zlib.error, OSError, EOFError, lzma.LZMAError, RuntimeError, ValueError)
+
+
+class _Compressor(Protocol):
+    def compress(self, chunk: bytes) -> bytes: ...
+    def flush(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """How to write, and to read again. Both work on chunks, so memory does not grow with the object."""
+
+    name: str
+    level: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        return SUFFIXES[self.name]
+
+    def compressed(self, chunks: Iterable[bytes], size_bytes: int) -> Iterator[bytes]:
+        """The chunks, which have `size_bytes` together, in the archive's form."""
+        if self.name == "none":
+            yield from chunks
+            return
+        compressor = self._compressor(size_bytes)
+        for chunk in chunks:
+            if done := compressor.compress(chunk):
+                yield done
+        if done := compressor.flush():
+            yield done
+
+    def decompressed(self, chunks: Iterable[bytes], *, limit_bytes: int) -> Iterator[bytes]:
+        """The content again. ContentDamaged: not of this codec, cut off, or more than `limit_bytes`."""
+        length = 0
+        for chunk in chunks if self.name == "none" else self._decompressed(chunks):
+            length += len(chunk)
+            if length > limit_bytes:
+                raise ContentDamaged(f"more than {limit_bytes} bytes come out of it")
+            yield chunk
+
+    def _compressor(self, size_bytes: int) -> _Compressor:
+        if self.name not in _DEFAULT_LEVELS:
+            raise ValueError(f"{self.name} can be read but not written")
+        level = _DEFAULT_LEVELS[self.name] if self.level is None else self.level
+        if self.name == "zstd":
+            return zstandard.ZstdCompressor(level=level).compressobj(size=size_bytes)
+        if self.name == "lz4":
+            return _Lz4(level, size_bytes)
+        return zlib.compressobj(level, zlib.DEFLATED, _GZIP)
+
+    def _decompressed(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        decompressor = self._decompressor()
+        for chunk in chunks:
+            try:
+                done = decompressor.decompress(chunk)
+            except _ERRORS as error:
+                raise ContentDamaged(f"not {self.name}: {error}") from error
+            if done:
+                yield done
+        if not decompressor.eof:
+            raise ContentDamaged(f"its {self.name} stream ends too early")
+
+    def _decompressor(self) -> Any:
+        makers: dict[str, Any] = {
+            "zstd": lambda: zstandard.ZstdDecompressor().decompressobj(),
+            "lz4": lz4.frame.LZ4FrameDecompressor,
+            "gzip": lambda: zlib.decompressobj(_GZIP),
+            "bzip2": bz2.BZ2Decompressor,
+            "xz": lzma.LZMADecompressor,
+        }
+        return makers[self.name]()
+
+
+class _Lz4:
+    """lz4's frame compressor, which wants to be begun."""
+
+    def __init__(self, level: int, size_bytes: int) -> None:
+        self._frame = lz4.frame.LZ4FrameCompressor(compression_level=level)
+        self._head: bytes = self._frame.begin(size_bytes)
+
+    def compress(self, chunk: bytes) -> bytes:
+        head, self._head = self._head, b""
+        return b"".join((head, self._frame.compress(chunk)))
+
+    def flush(self) -> bytes:
+        return b"".join((self._head, self._frame.flush()))
+
+
+def codec_of_suffix(name: str) -> Codec:
+    """The codec by which an object of this name is read."""
+    for codec, suffix in SUFFIXES.items():
+        if suffix and name.endswith(suffix):
+            return Codec(codec)
+    return Codec("none")

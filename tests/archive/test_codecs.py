@@ -1,0 +1,70 @@
+"""Every codec gives back what it took, is readable by its usual tool, and tells damage from an end."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import subprocess
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from instance_manager.archive.codecs import SUFFIXES, Codec, codec_of_suffix
+from instance_manager.ports import ContentDamaged
+
+WRITABLE = ("zstd", "lz4", "gzip", "none")
+CONTENT = os.urandom(100_000) + bytes(900_000)
+
+
+def packed(codec: Codec, content: bytes, chunk: int = 1 << 16) -> bytes:
+    chunks = [content[start : start + chunk] for start in range(0, len(content), chunk)]
+    return b"".join(codec.compressed(chunks, len(content)))
+
+
+def unpacked(codec: Codec, stored: bytes, limit_bytes: int = 1 << 24, chunk: int = 1000) -> bytes:
+    chunks = (stored[start : start + chunk] for start in range(0, len(stored), chunk))
+    return b"".join(codec.decompressed(chunks, limit_bytes=limit_bytes))
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+@given(content=st.binary(max_size=5000), chunk=st.integers(1, 3000))
+@settings(max_examples=40, deadline=None)
+def test_what_goes_in_comes_out(name: str, content: bytes, chunk: int) -> None:
+    codec = Codec(name)
+    assert unpacked(codec, packed(codec, content, chunk), chunk=chunk) == content
+
+
+@pytest.mark.parametrize(("name", "tool"), [("zstd", "zstd"), ("lz4", "lz4"), ("gzip", "gzip")])
+def test_the_usual_tool_reads_it(name: str, tool: str) -> None:
+    done = subprocess.run([tool, "-dc"], input=packed(Codec(name), CONTENT), capture_output=True, check=True)
+    assert done.stdout == CONTENT
+
+
+@pytest.mark.parametrize("name", ["bzip2", "xz"])
+def test_codecs_of_other_tools_are_read_but_not_written(name: str) -> None:
+    stored = subprocess.run([name, "-c"], input=CONTENT, capture_output=True, check=True).stdout
+    assert unpacked(codec_of_suffix(f"x{SUFFIXES[name]}"), stored) == CONTENT
+    with pytest.raises(ValueError, match="not written"):
+        packed(Codec(name), b"x")
+
+
+@pytest.mark.parametrize("name", ["zstd", "lz4", "gzip"])
+def test_a_stream_that_is_cut_off_or_damaged_is_no_content(name: str) -> None:
+    stored = packed(Codec(name), CONTENT)
+    for cut in (0, 10, len(stored) // 2, len(stored) - 1):
+        with pytest.raises(ContentDamaged):
+            unpacked(Codec(name), stored[:cut])
+    with pytest.raises(ContentDamaged):
+        unpacked(Codec(name), b"not compressed at all")
+
+
+@pytest.mark.parametrize("name", WRITABLE)
+def test_more_than_a_segment_is_refused(name: str) -> None:
+    with pytest.raises(ContentDamaged, match="more than 999999 bytes"):
+        unpacked(Codec(name), packed(Codec(name), CONTENT), limit_bytes=999_999)
+
+
+def test_the_level_is_the_callers() -> None:
+    assert len(packed(Codec("gzip", 0), CONTENT)) > len(CONTENT) > len(packed(Codec("gzip"), CONTENT))
+    assert gzip.decompress(packed(Codec("gzip"), CONTENT)) == CONTENT
