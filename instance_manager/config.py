@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ from instance_manager.core.timing import Timings
 from instance_manager.core.types import MEMBER_NAME_PATTERN, MemberName
 
 Durability = Literal["preferred", "required", "asynchronous"]
+ARCHIVE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
@@ -94,6 +96,41 @@ class PostgresSection(Section, frozen=True):
     application_owner: str = "app"
 
 
+class S3Section(Section, frozen=True):
+    """An S3 bucket. What is left out is taken from the environment, as AWS's own tools do (a web identity too)."""
+
+    bucket: str
+    prefix: str = ""
+    endpoint: str | None = None
+    region: str | None = None
+    path_style: bool = False
+    """Bucket in the path instead of the host's name, as most stores other than AWS want it."""
+    credentials_file: Path | None = None
+    """In the form of `~/.aws/credentials`; read again when the store refuses."""
+    profile: str | None = None
+    ca_file: Path | None = None
+    """Certificates of the authority that signed the endpoint's."""
+    server_side_encryption: Literal["AES256", "aws:kms"] | None = None
+    kms_key_id: str | None = None
+    conditional_writes: Literal["required", "emulated"] = "required"
+    """`emulated`, for a store that ignores `If-None-Match`: look before each write. Not safe against two writers at once."""
+
+
+class ArchiveSection(Section, frozen=True):
+    directory: Path | None = None
+    """A file system that survives the loss of this instance's volume; this or `s3`."""
+    s3: S3Section | None = None
+    server_name: str | None = None
+    """The archive's name in the store, by default the cluster's; one per cluster for ever."""
+    codec: Literal["zstd", "lz4", "gzip", "none"] = "zstd"
+    """Fixed when the archive is begun."""
+    level: int | None = None
+    parallel: Annotated[int, msgspec.Meta(ge=1, le=12)] = 4
+    stream_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    """How much the loss of every volume at once may cost, besides the upload; 0: only finished segments are archived."""
+    prefetch_bytes: Annotated[int, msgspec.Meta(ge=0)] = 128 * 1024 * 1024
+
+
 class Configuration(Section, frozen=True):
     cluster: ClusterSection
     instance: InstanceSection
@@ -101,6 +138,7 @@ class Configuration(Section, frozen=True):
     coordination: CoordinationSection
     secrets: SecretsSection
     postgres: PostgresSection = PostgresSection()
+    archive: ArchiveSection | None = None
     timings: Timings = Timings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -142,6 +180,10 @@ class Configuration(Section, frozen=True):
     @property
     def control_socket(self) -> Path:
         return self.instance.directory / "control.sock"
+
+    @property
+    def archive_socket(self) -> Path:
+        return self.instance.directory / "archive.sock"
 
     @property
     def lock_file(self) -> Path:
@@ -194,6 +236,8 @@ def check(configuration: Configuration) -> tuple[str, ...]:
         found.append(
             f"cluster.synchronous_standbys: {wanted} needs at least {wanted + 1} members, there are {len(names)}"
         )
+    if configuration.archive is not None:
+        found += _check_archive(configuration.archive)
     # A Unix socket's path is limited to 107 bytes by the kernel.
     longest = configuration.socket_directory / f".s.PGSQL.{65535}.lock"
     if len(os.fsencode(longest)) > 107:
@@ -208,3 +252,29 @@ def check(configuration: Configuration) -> tuple[str, ...]:
                 f"instance.run_as: there is no user {configuration.instance.run_as!r}, and Postgres refuses to run as root"
             )
     return tuple(found)
+
+
+def _check_archive(archive: ArchiveSection) -> list[str]:
+    found = []
+    if (archive.directory is None) == (archive.s3 is None):
+        found.append("archive: give either directory or s3, and not both")
+    if archive.directory is not None and not archive.directory.is_absolute():
+        found.append(f"archive.directory: {archive.directory} must be an absolute path")
+    if archive.server_name is not None and ARCHIVE_NAME_PATTERN.fullmatch(archive.server_name) is None:
+        found.append(
+            "archive.server_name: letters, digits, '.', '_' and '-', beginning with a letter or a digit, 100 at most"
+        )
+    levels = {"zstd": (1, 19), "lz4": (0, 16), "gzip": (0, 9), "none": None}[archive.codec]
+    if archive.level is not None and (levels is None or not levels[0] <= archive.level <= levels[1]):
+        found.append(
+            f"archive.level: {archive.level} is no level of {archive.codec}"
+            + (f" ({levels[0]} to {levels[1]})" if levels else "")
+        )
+    s3 = archive.s3
+    if s3 is not None and s3.kms_key_id is not None and s3.server_side_encryption != "aws:kms":
+        found.append("archive.s3.kms_key_id: needs server_side_encryption: aws:kms")
+    if s3 is not None and s3.prefix and any(not ARCHIVE_NAME_PATTERN.fullmatch(part) for part in s3.prefix.split("/")):
+        found.append(
+            "archive.s3.prefix: names of letters, digits, '.', '_' and '-' with one / between them, none at the ends"
+        )
+    return found

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from archive_harness import Desk, desk_at
 from s3_server import FaultProxy, make_bucket, s3_server, settings_for
 
 from instance_manager.archive.stores.directory import DirectoryStore
@@ -62,3 +63,22 @@ def store(request: pytest.FixtureRequest) -> ObjectStore:
     """Both, for what every store must do."""
     made: ObjectStore = request.getfixturevalue("directory_store" if request.param == "directory" else "s3")
     return made
+
+
+@pytest.fixture
+async def desk(tmp_path: Path, store: ObjectStore) -> AsyncIterator[Desk]:
+    """An archiver's parts over each of the stores."""
+    async with desk_at(tmp_path / "instance", store) as made:
+        yield made
+
+
+@pytest.fixture
+async def s3_desk(tmp_path: Path, s3: S3Store) -> AsyncIterator[Desk]:
+    async with desk_at(tmp_path / "instance", s3) as made:
+        yield made
+
+
+@pytest.fixture
+async def local_desk(tmp_path: Path, directory_store: DirectoryStore) -> AsyncIterator[Desk]:
+    async with desk_at(tmp_path / "instance", directory_store) as made:
+        yield made

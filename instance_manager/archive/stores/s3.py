@@ -48,6 +48,7 @@ T = TypeVar("T")
 Encryption = Literal["AES256", "aws:kms"]
 SINGLE_PUT_MAX_BYTES = 32 << 20
 PART_BYTES = 8 << 20
+RENEWAL_INTERVAL_S = 10.0
 _READ_BYTES = 256 << 10
 _DIGEST_KEY = "stored-md5"
 
@@ -85,6 +86,7 @@ class S3Store:
         self._base = f"{check_name(settings.prefix)}/" if settings.prefix else ""
         self._threads = Threads(f"S3 {settings.bucket}")
         self._client: S3Client | None = None
+        self._next_renewal_s = 0.0
         self._client_mutex = threading.Lock()
 
     async def create(
@@ -168,7 +170,9 @@ class S3Store:
     def _refreshing(self, error: Exception) -> Exception:
         if isinstance(error, StoreForbidden):
             with self._client_mutex:
-                self._client = None  # a mounted secret may have been renewed
+                if monotonic_s() >= self._next_renewal_s:
+                    self._next_renewal_s = monotonic_s() + RENEWAL_INTERVAL_S
+                    self._client = None  # a mounted secret may have been renewed
         return error
 
     @property

@@ -1,0 +1,140 @@
+"""`python -m instance_manager.archive --config FILE`: started by the supervisor where archiving is configured."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import asyncpg
+
+from instance_manager.archive.archiver import Archiver, ArchiverSettings
+from instance_manager.archive.fetch import FetchSettings
+from instance_manager.archive.stores.directory import DirectoryStore
+from instance_manager.archive.stores.s3 import S3Settings, S3Store
+from instance_manager.archive.streaming import FLUSHED_QUERY, Flushed
+from instance_manager.config import ArchiveSection, Configuration, ConfigurationError, load_configuration
+from instance_manager.core.types import Timeline, parse_lsn
+from instance_manager.logs import logging_to
+from instance_manager.ports import ObjectStore
+from instance_manager.postgres.server import LocalServer, RunAs
+from instance_manager.postgres.sql import LocalSql, SqlUnavailable
+
+log = logging.getLogger("instance_manager.archive")
+
+POSTGRES_DEADLINE_S = 5.0
+
+
+def make_store(archive: ArchiveSection) -> ObjectStore:
+    """The store that the configuration names; nothing is asked of it yet."""
+    if archive.directory is not None:
+        return DirectoryStore(archive.directory)
+    s3 = archive.s3
+    if s3 is None:
+        raise ConfigurationError("archive: give either directory or s3")
+    return S3Store(
+        S3Settings(
+            bucket=s3.bucket,
+            prefix=s3.prefix,
+            endpoint=s3.endpoint,
+            region=s3.region,
+            path_style=s3.path_style,
+            credentials_file=s3.credentials_file,
+            profile=s3.profile,
+            ca_file=s3.ca_file,
+            encryption=s3.server_side_encryption,
+            kms_key_id=s3.kms_key_id,
+            emulate_conditional_writes=s3.conditional_writes == "emulated",
+        )
+    )
+
+
+def settings_of(configuration: Configuration, archive: ArchiveSection, run_as: RunAs | None) -> ArchiverSettings:
+    """The archiver's part of the configuration."""
+    return ArchiverSettings(
+        instance=configuration.instance.name,
+        cluster_uid=configuration.cluster.uid,
+        server_name=archive.server_name or configuration.cluster.name,
+        wal_directory=configuration.data_directory / "pg_wal",
+        socket=configuration.archive_socket,
+        postgres_uid=None if run_as is None else run_as.uid,
+        codec=archive.codec,
+        level=archive.level,
+        parallel=archive.parallel,
+        stream_interval_s=archive.stream_interval_s,
+        fetch=FetchSettings(parallel=archive.parallel, prefetch_bytes=archive.prefetch_bytes),
+    )
+
+
+class FlushedBySql:
+    """The flush position of the local server, over one session that is kept."""
+
+    def __init__(self, server: LocalServer) -> None:
+        self._sql = LocalSql(server)
+
+    async def __call__(self) -> Flushed | None:
+        """None: it is no primary. LocalPostgresError: no answer."""
+        try:
+            row = await self._sql.fetchrow(FLUSHED_QUERY, deadline_s=POSTGRES_DEADLINE_S)
+        except asyncpg.PostgresError as error:
+            raise SqlUnavailable(str(error), error.sqlstate) from error
+        return None if row is None else Flushed(Timeline(int(row["timeline"], 16)), parse_lsn(row["lsn"]))
+
+
+async def run(configuration: Configuration, archive: ArchiveSection) -> None:
+    """Until SIGTERM or SIGINT."""
+    run_as = RunAs.of_user(configuration.instance.run_as) if os.geteuid() == 0 else None
+    server = LocalServer(
+        data_directory=configuration.data_directory,
+        socket_directory=configuration.socket_directory,
+        state_directory=configuration.state_directory,
+        listen_address=configuration.listen_host,
+        port=configuration.me.postgres_port,
+        bin_directory=configuration.postgres.bin_directory or Path("/"),
+        run_as=run_as,
+    )
+    archiver = Archiver(settings_of(configuration, archive, run_as), make_store(archive), FlushedBySql(server))
+    task = asyncio.create_task(archiver.run())
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    gc.freeze()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def main() -> int:
+    """The exit code: 2 for a configuration that cannot be used."""
+    parser = argparse.ArgumentParser(prog="instance_manager.archive", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="the instance's configuration file")
+    arguments = parser.parse_args()
+    try:
+        configuration = load_configuration(arguments.config)
+    except ConfigurationError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if configuration.archive is None:
+        print(f"{arguments.config}: there is no section `archive`: nothing to do", file=sys.stderr)
+        return 2
+    with logging_to(configuration.instance.name, configuration.log_level):
+        # Each request of boto3 would be a line.
+        for noisy in ("botocore", "boto3", "urllib3"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        try:
+            asyncio.run(run(configuration, configuration.archive))
+        except* OSError as errors:
+            log.error("the archiver cannot run: %s", errors.exceptions[0])  # noqa: TRY400 - the text says it all
+            return_code = 1
+        else:
+            return_code = 0
+    return return_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

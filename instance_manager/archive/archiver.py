@@ -1,0 +1,166 @@
+"""The archiver: its parts put together, its tasks, and its answers over the socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from instance_manager.archive.backlog import BacklogWatch, Thresholds
+from instance_manager.archive.codecs import Codec, CodecName
+from instance_manager.archive.counters import ArchiverStatus
+from instance_manager.archive.fetch import MODES, Fetched, Fetcher, FetchSettings, NotFetched
+from instance_manager.archive.gate import ArchiveGate
+from instance_manager.archive.layout import Layout
+from instance_manager.archive.orders import OrderBook, OrdersRefused, parse_orders
+from instance_manager.archive.push import Pusher
+from instance_manager.archive.server import ArchiverSocket
+from instance_manager.archive.stores.patience import Patience
+from instance_manager.archive.streaming import FlushedPosition, Streamer, StreamingTask
+from instance_manager.archive.upload import NotArchived, Uploader
+from instance_manager.codec import to_json
+from instance_manager.ports import ObjectStore
+from instance_manager.threads import monotonic_s
+
+log = logging.getLogger("instance_manager.archive")
+
+SPOOL = ".instance-manager-restore"
+BACKLOG_INTERVAL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiverSettings:
+    """What the archiver is told at its start; the rest comes as orders."""
+
+    instance: str
+    cluster_uid: str
+    server_name: str
+    wal_directory: Path
+    socket: Path
+    postgres_uid: int | None = None
+    codec: CodecName = "zstd"
+    level: int | None = None
+    parallel: int = 4
+    stream_interval_s: float = 1.0
+    """0: no streaming."""
+    patience: Patience = Patience(total_s=30.0, attempt_s=20.0)
+    fetch: FetchSettings = FetchSettings()
+    thresholds: Thresholds = field(default_factory=Thresholds)
+
+
+class Archiver:
+    """One per instance, in a process of its own; `run` until cancelled."""
+
+    def __init__(
+        self,
+        settings: ArchiverSettings,
+        store: ObjectStore,
+        flushed: FlushedPosition,
+        now_s: Callable[[], float] = monotonic_s,
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self.status = ArchiverStatus()
+        self.orders = OrderBook(now_s)
+        layout = Layout(settings.server_name, Codec(settings.codec, settings.level))
+        gate = ArchiveGate(store, layout, settings.cluster_uid, settings.codec, self.status)
+        self._uploader = Uploader(store, layout, self.orders, settings.instance, settings.patience, self.status.push)
+        self.streamer = Streamer(
+            settings.wal_directory,
+            store,
+            layout,
+            self._uploader,
+            self.status.stream,
+            flushed,
+            ensure_archive=gate.require_writable,
+        )
+        self.pusher = Pusher(
+            settings.wal_directory,
+            store,
+            layout,
+            self._uploader,
+            self.status.push,
+            parallel=settings.parallel,
+            ensure_archive=gate.require_writable,
+            on_durable=self.streamer.segment_is_durable,
+        )
+        self.fetcher = Fetcher(
+            settings.wal_directory,
+            settings.wal_directory / SPOOL,
+            store,
+            layout,
+            self.orders,
+            self.status.fetch,
+            settings.fetch,
+            require_archive=gate.require_readable,
+        )
+        self._backlog = BacklogWatch(settings.wal_directory, now_s, settings.thresholds)
+
+    async def run(self) -> None:
+        """Serve the socket, watch the backlog, stream. OSError: the socket cannot be bound."""
+        handlers = {"push": self._push, "fetch": self._fetch, "orders": self._take_orders, "status": self._tell_status}
+        server = ArchiverSocket(
+            self._settings.socket,
+            handlers,
+            postgres_uid=self._settings.postgres_uid,
+            owned_verbs=frozenset({"orders"}),
+        )
+        await server.start()
+        log.info("archiver of %s listens at %s", self._settings.instance, self._settings.socket)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._watch_backlog(), name="backlog")
+                if self._settings.stream_interval_s > 0:
+                    task = StreamingTask(self.streamer, self._settings.stream_interval_s, self._is_behind)
+                    tasks.create_task(task.run(), name="streaming")
+        finally:
+            await server.close()
+            await self.pusher.close()
+            await self.fetcher.close()
+            await self._store.close()
+
+    async def _push(self, words: list[str]) -> str:
+        if len(words) != 1:
+            return "failed push takes one name"
+        try:
+            await self.pusher.push(words[0])
+        except NotArchived as error:
+            return f"failed {error}"
+        return "done"
+
+    async def _fetch(self, words: list[str]) -> str:
+        if len(words) != 3 or words[0] not in MODES:
+            return f"failed fetch takes a mode ({', '.join(MODES)}), a name and a path"
+        mode = next(each for each in MODES if each == words[0])
+        try:
+            answer = await self.fetcher.fetch(mode, words[1], Path(words[2]))
+        except NotFetched as error:
+            return f"failed {error}"
+        return "done" if answer is Fetched.PRESENT else "absent"
+
+    async def _take_orders(self, words: list[str]) -> str:
+        try:
+            self.orders.take(parse_orders("\t".join(words)))
+        except OrdersRefused as error:
+            return f"failed {error}"
+        return "done"
+
+    async def _tell_status(self, words: list[str]) -> str:
+        return to_json(self.status).decode()
+
+    async def _watch_backlog(self) -> None:
+        level = "calm"
+        while True:
+            try:
+                self.status.backlog = await asyncio.to_thread(self._backlog.look)
+            except OSError as error:
+                log.debug("pg_wal cannot be looked at: %s", error)
+            if self.status.backlog.level != level:
+                level = self.status.backlog.level
+                log.warning("archiving is %s: %d files wait", level, self.status.backlog.ready)
+            await asyncio.sleep(BACKLOG_INTERVAL_S)
+
+    def _is_behind(self) -> bool:
+        return self.status.backlog.level != "calm"

@@ -1,0 +1,89 @@
+"""What the archiver has done and what is wrong, as plain numbers and texts for status and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class PushCounters:
+    """Since the start of this process."""
+
+    archived: int = 0
+    """Files made durable by this process."""
+    already_there: int = 0
+    """Files that were found in the archive with the same content."""
+    past_the_fork: int = 0
+    """Files that were left out because the accepted history does not contain them."""
+    other_partials: int = 0
+    refused: int = 0
+    retries: int = 0
+    conflicts: int = 0
+    """Attempts that met other content under the same name."""
+    wal_bytes: int = 0
+    stored_bytes: int = 0
+    look_ahead_hits: int = 0
+    last_archived: str = ""
+    last_error: str = ""
+
+
+@dataclass(slots=True)
+class StreamCounters:
+    """The unfinished segment."""
+
+    pieces: int = 0
+    piece_bytes: int = 0
+    removed: int = 0
+    failures: int = 0
+    durable_lsn: int = 0
+    """Everything before it is in the archive as segments or pieces, as far as this process has put it there."""
+    last_error: str = ""
+
+
+@dataclass(slots=True)
+class FetchCounters:
+    """restore_command."""
+
+    restored: int = 0
+    from_prefetch: int = 0
+    joined_tails: int = 0
+    cut_at_fork: int = 0
+    absent: int = 0
+    withheld: int = 0
+    failures: int = 0
+    damaged: int = 0
+    retries: int = 0
+    last_restored: str = ""
+    last_error: str = ""
+
+
+@dataclass(slots=True)
+class Backlog:
+    """What waits in pg_wal/archive_status, and how full the volume is, at the last look."""
+
+    ready: int = 0
+    oldest: str = ""
+    oldest_age_s: float = 0.0
+    """How long this process has seen the same file be the oldest."""
+    free_bytes: int = 0
+    volume_bytes: int = 0
+    level: str = "calm"
+
+
+@dataclass(slots=True)
+class ArchiverStatus:
+    """All of it."""
+
+    archive: str = "not looked at yet"
+    """`ok`, or what is wrong with the archive as a whole."""
+    push: PushCounters = field(default_factory=PushCounters)
+    stream: StreamCounters = field(default_factory=StreamCounters)
+    fetch: FetchCounters = field(default_factory=FetchCounters)
+    backlog: Backlog = field(default_factory=Backlog)
+
+
+def look_at_outcome(task: asyncio.Task[object]) -> None:
+    """So that asyncio does not report the error of a task that nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()

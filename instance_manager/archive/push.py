@@ -1,0 +1,222 @@
+"""WAL push: what `archive_command` asks for, and what it will ask for next.
+
+Postgres asks for one file at a time. While that one goes out, the files behind it, found by counting up their names, go out
+too, and are acknowledged one by one when they are asked for. What is known of them is in memory only, and belongs to the
+very file: after a crash everything is asked again and found in the archive. A failure of a file that was not asked for is
+nobody's until it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from instance_manager.archive.accepted import Verdict, verdict_on
+from instance_manager.archive.counters import PushCounters, look_at_outcome
+from instance_manager.archive.layout import Layout
+from instance_manager.archive.orders import Orders
+from instance_manager.archive.upload import ArchiveConflict, NotArchived, Prepared, Uploader, file_identity, prepare
+from instance_manager.archive.wal_names import timeline_of, wal_kind
+from instance_manager.core.types import Timeline, format_lsn
+from instance_manager.ports import ObjectStore, ObjectStoreError
+from instance_manager.postgres.histories import history_file_name
+from instance_manager.threads import Threads
+
+log = logging.getLogger("instance_manager.archive.push")
+
+PREPARE_DEADLINE_S = 60.0
+Identity = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    identity: Identity
+    task: asyncio.Task[None]
+
+    @property
+    def has_failed(self) -> bool:
+        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
+
+
+class Pusher:
+    """One per archiver. `push` is called by one or several callers; each file is uploaded by one task only."""
+
+    def __init__(
+        self,
+        wal_directory: Path,
+        store: ObjectStore,
+        layout: Layout,
+        uploader: Uploader,
+        counters: PushCounters,
+        *,
+        parallel: int,
+        ensure_archive: Callable[[Orders], Awaitable[None]],
+        on_durable: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._wal_directory = wal_directory
+        self._store = store
+        self._layout = layout
+        self._uploader = uploader
+        self._counters = counters
+        self._turns = asyncio.Semaphore(parallel)
+        self._window = 2 * parallel
+        self._ensure_archive = ensure_archive
+        self._on_durable = on_durable
+        self._begun: dict[str, _Begun] = {}
+        self._histories: set[Timeline] = set()
+        self._history_turn = asyncio.Lock()
+        self._threads = Threads("compression")
+
+    async def push(self, name: str) -> None:
+        """Returns when `name` is durable in the archive, or proven to be no part of the accepted history.
+
+        NotArchived: what Postgres's log is to say; it will ask again.
+        """
+        try:
+            await self._push(name)
+        except ValueError as error:
+            raise self._refused(NotArchived(str(error))) from error
+        except (ObjectStoreError, OSError) as error:
+            raise self._refused(NotArchived(f"{name}: {error}")) from error
+        except NotArchived as error:
+            raise self._refused(error) from None
+
+    async def close(self) -> None:
+        """Cancel what is under way; nothing of it has been acknowledged."""
+        tasks = [begun.task for begun in self._begun.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _push(self, name: str) -> None:
+        wal_kind(name)
+        orders = self._uploader.require_permit()
+        await self._ensure_archive(orders)
+        if self._is_left_out(name, orders):
+            return
+        begun = self._begin(name, orders)
+        self._look_ahead(name, orders)
+        try:
+            # Shielded: an impatient client does not end the upload that its next one will ask for.
+            await asyncio.shield(begun.task)
+        finally:
+            if begun.task.done() and self._begun.get(name) is begun:
+                del self._begun[name]
+        self._counters.last_archived = name
+
+    def _is_left_out(self, name: str, orders: Orders) -> bool:
+        verdict = verdict_on(name, orders.size, orders.chain)
+        if verdict is Verdict.NOT_YET:
+            raise NotArchived(f"{name} is of a timeline that the agent has not told of yet")
+        is_empty_history = wal_kind(name) == "history" and (self._wal_directory / name).stat().st_size == 0
+        if verdict is Verdict.ARCHIVE and not is_empty_history:
+            return False
+        self._counters.past_the_fork += 1
+        where = "the history of a dead end" if is_empty_history else f"not part of {_told(orders)}"
+        log.warning("%s is not archived: it is %s", name, where)
+        return True
+
+    def _begin(self, name: str, orders: Orders) -> _Begun:
+        identity = file_identity(self._wal_directory / name)
+        begun = self._begun.get(name)
+        if begun is not None and begun.identity == identity and not begun.has_failed:
+            self._counters.look_ahead_hits += begun.task.done()
+            return begun
+        begun = _Begun(identity, asyncio.create_task(self._upload_in_turn(name, orders), name=f"archive {name}"))
+        begun.task.add_done_callback(look_at_outcome)
+        self._begun[name] = begun
+        return begun
+
+    def _look_ahead(self, name: str, orders: Orders) -> None:
+        """Begin files behind `name` that are ready, as far as the window allows: one look at the disk for each new one."""
+        if wal_kind(name) != "segment":
+            return
+        for behind in [each for each, begun in self._begun.items() if each < name and begun.task.done()]:
+            del self._begun[behind]  # Postgres asks in order: nobody will
+        following = name
+        for _ in range(self._window - 1):
+            following = orders.size.next_name(following)
+            begun = self._begun.get(following)
+            if begun is not None:
+                continue
+            if len(self._begun) >= 2 * self._window or not self._is_ready(following):
+                return
+            if verdict_on(following, orders.size, orders.chain) is not Verdict.ARCHIVE:
+                return
+            try:
+                self._begin(following, orders)
+            except OSError as error:
+                log.debug("%s cannot be sent ahead: %s", following, error)
+                return
+
+    def _is_ready(self, name: str) -> bool:
+        return (self._wal_directory / "archive_status" / f"{name}.ready").exists()
+
+    async def _upload_in_turn(self, name: str, orders: Orders) -> None:
+        async with self._turns:
+            await self._ensure_history(timeline_of(name), name, orders)
+            await self._upload(name, orders)
+
+    async def _upload(self, name: str, orders: Orders) -> None:
+        prepared = await self._prepared(name, orders)
+        try:
+            is_new = await self._uploader.create(self._layout.wal(name), prepared, orders.epoch)
+        except ArchiveConflict as conflict:
+            if wal_kind(name) != "partial":
+                log.error("%s", conflict)  # noqa: TRY400 - the text says it all
+                raise
+            # Two promotions may leave one timeline at different places: nobody asks for either by name.
+            is_new = await self._uploader.create(
+                self._layout.other_partial(name, prepared.sha256), prepared, orders.epoch
+            )
+            self._counters.other_partials += 1
+        if is_new:
+            self._counters.archived += 1
+            self._counters.wal_bytes += prepared.file_bytes
+        else:
+            self._counters.already_there += 1
+        if wal_kind(name) == "history":
+            self._histories.add(timeline_of(name))
+        self._on_durable(name)
+
+    async def _prepared(self, name: str, orders: Orders) -> Prepared:
+        path = self._wal_directory / name
+        try:
+            return await self._threads.call(
+                lambda: prepare(path, name, self._layout.codec, orders.size, orders.system),
+                deadline_s=PREPARE_DEADLINE_S,
+            )
+        except TimeoutError:
+            raise NotArchived(f"{name}: not read within {PREPARE_DEADLINE_S:g} s: is the disk stalled?") from None
+
+    async def _ensure_history(self, timeline: Timeline, name: str, orders: Orders) -> None:
+        """No file of a timeline goes out before its history: without that recovery never finds the timeline."""
+        if timeline == 1 or timeline in self._histories:
+            return
+        async with self._history_turn:
+            history = history_file_name(timeline)
+            if timeline in self._histories or name == history:
+                return
+            if (self._wal_directory / history).exists():
+                await self._upload(history, orders)
+                return
+            if await self._store.info(self._layout.wal(history), deadline_s=self._uploader.attempt_s) is None:
+                raise NotArchived(
+                    f"{name} waits: {history}, which must be archived first, is neither in pg_wal nor in the archive"
+                )
+            self._histories.add(timeline)
+
+    def _refused(self, error: NotArchived) -> NotArchived:
+        self._counters.refused += 1
+        self._counters.last_error = str(error)
+        return error
+
+
+def _told(orders: Orders) -> str:
+    if orders.chain is None:
+        return "the accepted history"
+    left = ", ".join(f"{switch.parent} until {format_lsn(switch.switch_lsn)}" for switch in orders.chain.switches)
+    return f"the accepted history (timelines {left + ', ' if left else ''}{orders.chain.current})"

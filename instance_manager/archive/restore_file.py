@@ -1,0 +1,138 @@
+"""One object of the archive into a file: decompressed, verified, flushed. A file that is there is whole and right."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from instance_manager.archive.codecs import codec_of_suffix
+from instance_manager.archive.layout import Layout, without_suffix
+from instance_manager.archive.upload import SMALL_FILE_LIMIT_BYTES
+from instance_manager.archive.wal_names import SegmentSize, wal_kind
+from instance_manager.archive.wal_page import HEADER_BYTES, WrongSegment, check_first_page
+from instance_manager.ports import ContentDamaged, ObjectInfo, ObjectStore
+
+ZEROS = bytes(1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What a restored file must be."""
+
+    name: str
+    size: SegmentSize
+    system_identifier: int
+    keep_bytes: int
+    """Of a segment: what follows is zeros (the whole segment's size: nothing is)."""
+
+    @property
+    def is_segment(self) -> bool:
+        return wal_kind(self.name) in ("segment", "partial")
+
+    @property
+    def limit_bytes(self) -> int:
+        return self.size.size_bytes if self.is_segment else SMALL_FILE_LIMIT_BYTES
+
+
+class RestoreFile:
+    """A file that appears under its name only when it is whole; it grows in `spool`, on the same file system."""
+
+    def __init__(self, path: Path, spool: Path, owner: tuple[int, int] | None) -> None:
+        self._path = path
+        self._spool = spool
+        self._owner = owner
+
+    def write(self, chunks: Iterator[bytes]) -> None:
+        """All chunks, flushed. OSError, and whatever the chunks raise. Blocks."""
+        temporary = self._spool / f"{self._path.name}.{secrets.token_hex(4)}.new"
+        try:
+            with temporary.open("xb", buffering=0) as file:
+                os.fchmod(file.fileno(), 0o600)
+                if self._owner is not None:
+                    os.fchown(file.fileno(), *self._owner)
+                for chunk in chunks:
+                    view = memoryview(chunk)
+                    while view:
+                        view = view[file.write(view) :]
+                os.fsync(file.fileno())
+            temporary.replace(self._path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+
+
+def verified(chunks: Iterator[bytes], info: ObjectInfo, expected: Expected) -> Iterator[bytes]:
+    """The chunks of a WAL file, cut where the expectation says; ContentDamaged: anything about them is wrong."""
+    digest = hashlib.sha256()
+    length = 0
+    head = b""
+    for chunk in chunks:
+        digest.update(chunk)
+        if expected.is_segment:
+            if length < HEADER_BYTES:
+                head += chunk[:HEADER_BYTES]
+                _check_head(head, info, expected)
+            kept = max(0, min(len(chunk), expected.keep_bytes - length))
+            if kept:
+                yield chunk[:kept]
+            yield from zeros(len(chunk) - kept)
+        else:
+            yield chunk
+        length += len(chunk)
+    if expected.is_segment and length != expected.size.size_bytes:
+        raise ContentDamaged(f"{info.name} holds {length} bytes, a segment has {expected.size.size_bytes}")
+    told = info.metadata.get("sha256")
+    if told is not None and told != digest.hexdigest():
+        raise ContentDamaged(
+            f"{info.name} holds other content than was archived: sha256 {digest.hexdigest()}, not {told}"
+        )
+
+
+def _check_head(head: bytes, info: ObjectInfo, expected: Expected) -> None:
+    if len(head) < HEADER_BYTES:
+        return  # the length tells when nothing more comes
+    try:
+        check_first_page(head, expected.size.parse(expected.name), expected.size, expected.system_identifier)
+    except (WrongSegment, ValueError) as error:
+        raise ContentDamaged(f"{info.name} is not what its name says: {error}") from error
+
+
+def zeros(length: int) -> Iterator[bytes]:
+    """That many zero bytes."""
+    while length > 0:
+        part = ZEROS[:length]
+        length -= len(part)
+        yield part
+
+
+async def restore_object(
+    store: ObjectStore, object_name: str, expected: Expected, target: RestoreFile, *, deadline_s: float
+) -> bool:
+    """The object, verified, as a file; False: the store said that there is none. ContentDamaged; ObjectStoreError."""
+    codec = codec_of_suffix(object_name)
+
+    def receive(info: ObjectInfo, chunks: Iterator[bytes]) -> bool:
+        content = codec.decompressed(chunks, limit_bytes=expected.limit_bytes)
+        target.write(verified(content, info, expected))
+        return True
+
+    return bool(await store.receive(object_name, receive, deadline_s=deadline_s))
+
+
+async def restore_wal(
+    store: ObjectStore, layout: Layout, expected: Expected, target: RestoreFile, *, deadline_s: float
+) -> bool:
+    """A WAL file, whatever codec it lies in. False is proven twice: no such object, and none listed under its name."""
+    own = layout.wal(expected.name)
+    if await restore_object(store, own, expected, target, deadline_s=deadline_s):
+        return True
+    stem = layout.wal_stem(expected.name)
+    async for entry in store.entries(stem, deadline_s=deadline_s):
+        if without_suffix(entry.name) == stem:
+            return await restore_object(store, entry.name, expected, target, deadline_s=deadline_s)
+    return False

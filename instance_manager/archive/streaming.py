@@ -1,0 +1,232 @@
+"""The unfinished segment, in pieces: losing every volume at once costs `interval_s` and an upload, not a segment.
+
+What has been flushed is asked of Postgres by SQL (`pg_current_wal_flush_lsn`, and the timeline by the name of the segment it is
+in) and read from pg_wal: bytes before the flush position are on disk and never change. A walsender would say the same with
+a protocol of its own, a slot, and a place among the standbys that count for synchronous replication.
+
+Pieces are kept few by merging as a binary counter does: the n-th replaces as many before it as n has zeros at its end,
+so that after n of them log n are left, and each byte was sent log n times. A piece is removed only when one that covers it
+is durable; all of them when the whole segment is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from instance_manager.archive.content import MemoryContent
+from instance_manager.archive.counters import StreamCounters
+from instance_manager.archive.layout import Layout, Piece, joined_pieces
+from instance_manager.archive.orders import Orders
+from instance_manager.archive.upload import NotArchived, Prepared, Uploader
+from instance_manager.archive.wal_names import Segment, wal_kind
+from instance_manager.core.types import Lsn, Timeline
+from instance_manager.ports import ObjectInfo, ObjectStore, ObjectStoreError
+from instance_manager.postgres.server import LocalPostgresError
+from instance_manager.threads import Threads
+
+log = logging.getLogger("instance_manager.archive.streaming")
+
+READ_DEADLINE_S = 10.0
+LARGEST_PIECE_BYTES = 16 << 20
+FLUSHED_QUERY = """
+SELECT pg_current_wal_flush_lsn()::text AS lsn, substr(pg_walfile_name(pg_current_wal_flush_lsn()), 1, 8) AS timeline
+WHERE NOT pg_is_in_recovery()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Flushed:
+    """How far the log of this primary is on its disk."""
+
+    timeline: Timeline
+    lsn: Lsn
+
+
+FlushedPosition = Callable[[], Awaitable[Flushed | None]]
+"""Port: asks Postgres; None: it is no primary. LocalPostgresError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A piece and how many merges have made it."""
+
+    piece: Piece
+    rank: int
+
+
+def next_piece(pieces: list[Ranked], end: int) -> tuple[Ranked, list[Ranked]]:
+    """The piece to make towards covering everything before `end`, and those that it replaces."""
+    start = pieces[-1].piece.end if pieces else 0
+    end = min(end, start + LARGEST_PIECE_BYTES)
+    rank = 0
+    replaced: list[Ranked] = []
+    for last in reversed(pieces):
+        if last.rank != rank or end - last.piece.start > LARGEST_PIECE_BYTES:
+            break
+        start, rank = last.piece.start, rank + 1
+        replaced.append(last)
+    return Ranked(Piece(start, end), rank), replaced
+
+
+class Streamer:
+    """Sends what was flushed since the last time. `step` is called again and again by one task."""
+
+    def __init__(
+        self,
+        wal_directory: Path,
+        store: ObjectStore,
+        layout: Layout,
+        uploader: Uploader,
+        counters: StreamCounters,
+        flushed: FlushedPosition,
+        *,
+        ensure_archive: Callable[[Orders], Awaitable[None]],
+    ) -> None:
+        self._wal_directory = wal_directory
+        self._store = store
+        self._layout = layout
+        self._uploader = uploader
+        self._counters = counters
+        self._flushed = flushed
+        self._ensure_archive = ensure_archive
+        self._segment: Segment | None = None
+        self._pieces: list[Ranked] = []
+        self._durable: set[str] = set()
+        self._threads = Threads("streaming")
+
+    def segment_is_durable(self, name: str) -> None:
+        """The whole segment is in the archive: its pieces go at the next step."""
+        if wal_kind(name) == "segment":
+            self._durable.add(name)
+
+    async def step(self) -> bool:
+        """Send the new part, if there is one; whether something was sent. Failures are counted, and tried again later."""
+        try:
+            return await self._step()
+        except (ObjectStoreError, LocalPostgresError, NotArchived, OSError, TimeoutError) as error:
+            self._counters.failures += 1
+            self._counters.last_error = str(error) or type(error).__name__
+            # What reached the store is not known: it is listed again before the next piece.
+            self._segment = None
+            return False
+
+    async def _step(self) -> bool:
+        await self._remove_durable()
+        try:
+            orders = self._uploader.require_permit()
+        except NotArchived:
+            self._segment = None
+            return False
+        flushed = await self._flushed()
+        if flushed is None or (orders.chain is not None and flushed.timeline != orders.chain.current):
+            return False
+        segment = orders.size.containing(flushed.timeline, flushed.lsn)
+        end = flushed.lsn - orders.size.start_lsn(segment)
+        if segment != self._segment:
+            await self._ensure_archive(orders)
+            self._pieces = await self._resumed(segment, end, orders)
+            self._segment = segment
+        if end <= (self._pieces[-1].piece.end if self._pieces else 0):
+            return False
+        made, replaced = next_piece(self._pieces, end)
+        await self._send(segment, made.piece, orders)
+        self._pieces = [*self._pieces[: len(self._pieces) - len(replaced)], made]
+        self._counters.durable_lsn = orders.size.start_lsn(segment) + made.piece.end
+        for each in replaced:
+            await self._remove(self._layout.piece(orders.size.name(segment), each.piece))
+        return True
+
+    async def _resumed(self, segment: Segment, end: int, orders: Orders) -> list[Ranked]:
+        """Pieces of a former archiver, as far as they are what this disk holds; others are removed and sent again.
+
+        They differ when a crash lost what had been flushed: the log then went another way from there.
+        """
+        name = orders.size.name(segment)
+        found = []
+        async for entry in self._store.entries(self._layout.pieces(name), deadline_s=self._uploader.attempt_s):
+            piece = self._layout.piece_of(entry.name)
+            if piece is not None:
+                info = await self._store.info(entry.name, deadline_s=self._uploader.attempt_s)
+                if piece.end <= end and info is not None and await self._is_same(name, piece, info):
+                    found.append(piece)
+                else:
+                    log.warning("%s is not what the log holds: it is removed, and sent again", entry.name)
+                    await self._remove(entry.name)
+        kept = joined_pieces(found)
+        for piece in set(found) - set(kept):
+            await self._remove(self._layout.piece(name, piece))
+        # The highest rank first, so that the merging goes on as if it had never stopped.
+        return [Ranked(piece, len(kept) - number) for number, piece in enumerate(kept, 1)]
+
+    async def _is_same(self, name: str, piece: Piece, info: ObjectInfo) -> bool:
+        content = await self._read(name, piece)
+        return info.metadata.get("sha256") == hashlib.sha256(content).hexdigest()
+
+    async def _send(self, segment: Segment, piece: Piece, orders: Orders) -> None:
+        name = orders.size.name(segment)
+        content = await self._read(name, piece)
+        if len(content) != piece.end - piece.start:
+            raise NotArchived(f"{name} holds only {piece.start + len(content)} bytes of {piece.end} that were flushed")
+        codec = self._layout.codec
+        packed = await self._threads.call(
+            lambda: tuple(codec.compressed([content], len(content))), deadline_s=READ_DEADLINE_S
+        )
+        prepared = Prepared(MemoryContent(packed), hashlib.sha256(content).hexdigest(), len(content))
+        await self._uploader.create(self._layout.piece(name, piece), prepared, orders.epoch)
+        self._counters.pieces += 1
+        self._counters.piece_bytes += len(content)
+
+    async def _read(self, name: str, piece: Piece) -> bytes:
+        def read() -> bytes:
+            with (self._wal_directory / name).open("rb", buffering=0) as file:
+                file.seek(piece.start)
+                return file.read(piece.end - piece.start)
+
+        return await self._threads.call(read, deadline_s=READ_DEADLINE_S)
+
+    async def _remove_durable(self) -> None:
+        for name in sorted(self._durable):
+            async for entry in self._store.entries(self._layout.pieces(name), deadline_s=self._uploader.attempt_s):
+                await self._remove(entry.name)
+            self._durable.discard(name)
+
+    async def _remove(self, object_name: str) -> None:
+        await self._store.delete(object_name, deadline_s=self._uploader.attempt_s)
+        self._counters.removed += 1
+
+
+async def sweep_pieces(store: ObjectStore, layout: Layout, current: str, *, deadline_s: float) -> int:
+    """Remove the pieces of segments that are whole in the archive, left behind by crashes; how many."""
+    removed = 0
+    async for folder in store.entries(layout.all_pieces, shallow=True, deadline_s=deadline_s):
+        name = folder.name.rstrip("/").rpartition("/")[2]
+        if name == current or wal_kind(name) != "segment":
+            continue
+        if await store.info(layout.wal(name), deadline_s=deadline_s) is None:
+            continue
+        async for entry in store.entries(folder.name, deadline_s=deadline_s):
+            await store.delete(entry.name, deadline_s=deadline_s)
+            removed += 1
+    return removed
+
+
+class StreamingTask:
+    """Steps for ever, `interval_s` after the last one began at the earliest."""
+
+    def __init__(self, streamer: Streamer, interval_s: float, is_paused: Callable[[], bool]) -> None:
+        self._streamer = streamer
+        self._interval_s = interval_s
+        self._is_paused = is_paused
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due_s = loop.time() + self._interval_s
+            if not self._is_paused():
+                await self._streamer.step()
+            await asyncio.sleep(max(0.0, due_s - loop.time()))

@@ -1,0 +1,199 @@
+"""One file of pg_wal into the archive: checked, compressed, created once, and compared where the name is taken."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from instance_manager.archive.codecs import Codec
+from instance_manager.archive.content import FileContent, MemoryContent, file_chunks
+from instance_manager.archive.counters import PushCounters
+from instance_manager.archive.layout import Layout
+from instance_manager.archive.orders import OrderBook, Orders
+from instance_manager.archive.stores.patience import Patience
+from instance_manager.archive.wal_names import LARGEST_SEGMENT_BYTES, SegmentSize, timeline_of, wal_kind
+from instance_manager.archive.wal_page import WrongSegment, check_first_page
+from instance_manager.core.types import Epoch
+from instance_manager.ports import Content, ObjectExists, ObjectInfo, ObjectStore, StoreUnreachable
+from instance_manager.postgres.histories import HistoryInvalid, parse_history
+
+SMALL_FILE_LIMIT_BYTES = 1 << 20
+IN_MEMORY_SEGMENT_MAX_BYTES = 32 << 20
+
+
+class NotArchived(Exception):
+    """The file is not durable in the archive; the text is for Postgres's log."""
+
+
+class ArchiveConflict(NotArchived):
+    """Other content lies under this name. Nothing is overwritten, and nothing acknowledged, for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What will be created: its content in the archive's form, and the digest of the file itself."""
+
+    content: Content
+    sha256: str
+    file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedFile:
+    """A file too large to hold: compressed as it is sent, again for each attempt."""
+
+    path: Path
+    codec: Codec
+    file_bytes: int
+
+    @property
+    def size_bytes(self) -> None:
+        return None
+
+    def chunks(self) -> Iterator[bytes]:
+        return self.codec.compressed(file_chunks(self.path), self.file_bytes)
+
+
+def prepare(path: Path, name: str, codec: Codec, size: SegmentSize, system_identifier: int) -> Prepared:
+    """Read, check and compress. NotArchived: not what its name says. OSError. Blocks: call it in a thread."""
+    before = path.stat()
+    kind = wal_kind(name)
+    is_segment = kind in ("segment", "partial")
+    if is_segment and before.st_size != size.size_bytes:
+        raise NotArchived(f"{name} has {before.st_size} bytes, a segment has {size.size_bytes}")
+    if not is_segment and before.st_size > SMALL_FILE_LIMIT_BYTES:
+        raise NotArchived(f"{name} has {before.st_size} bytes: no such file is as long as that")
+    digest = hashlib.sha256()
+
+    def checked() -> Iterator[bytes]:
+        for number, chunk in enumerate(file_chunks(path)):
+            if number == 0 and is_segment:
+                _check(chunk, name, size, system_identifier)
+            digest.update(chunk)
+            yield chunk
+
+    content: Content
+    if is_segment and (codec.name == "none" or size.size_bytes > IN_MEMORY_SEGMENT_MAX_BYTES):
+        for _ in checked():
+            pass
+        content = (
+            FileContent(path, before.st_size) if codec.name == "none" else CompressedFile(path, codec, before.st_size)
+        )
+    else:
+        content = MemoryContent(tuple(codec.compressed(checked(), before.st_size)))
+    if kind == "history":
+        _check_history(path, name)
+    after = path.stat()
+    if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+        raise NotArchived(f"{name} changed while it was read")
+    return Prepared(content, digest.hexdigest(), before.st_size)
+
+
+def _check(start: bytes, name: str, size: SegmentSize, system_identifier: int) -> None:
+    try:
+        check_first_page(start, size.parse(name), size, system_identifier)
+    except (WrongSegment, ValueError) as error:
+        raise NotArchived(f"{name} is not what its name says: {error}") from error
+
+
+def _check_history(path: Path, name: str) -> None:
+    try:
+        parents = parse_history(timeline_of(name), path.read_text(errors="replace"))
+    except HistoryInvalid as error:
+        raise NotArchived(str(error)) from error
+    if not parents:
+        raise NotArchived(f"{name} names no parent: it is the history of nothing")
+
+
+def content_digest(codec: Codec, _: ObjectInfo, chunks: Iterator[bytes]) -> str:
+    """SHA-256 of what is compressed in an object; a receiver."""
+    digest = hashlib.sha256()
+    for chunk in codec.decompressed(chunks, limit_bytes=LARGEST_SEGMENT_BYTES):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Uploader:
+    """Creates objects for files; retries what may pass, within `patience`; writes only under a valid permit."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        layout: Layout,
+        orders: OrderBook,
+        instance: str,
+        patience: Patience,
+        counters: PushCounters,
+    ) -> None:
+        self._store = store
+        self._layout = layout
+        self._orders = orders
+        self._instance = instance
+        self._patience = patience
+        self._counters = counters
+
+    async def create(self, object_name: str, prepared: Prepared, epoch: Epoch) -> bool:
+        """Durable when it returns; False: it was there with the same content. ArchiveConflict; ObjectStoreError.
+
+        NotArchived: the permit is over, or of another epoch.
+        """
+        metadata = {"sha256": prepared.sha256, "epoch": str(epoch), "instance": self._instance}
+
+        async def attempt(deadline_s: float) -> bool:
+            self.require_permit(epoch)
+            try:
+                await self._store.create(object_name, prepared.content, metadata=metadata, deadline_s=deadline_s)
+            except ObjectExists:
+                await self._compare(object_name, prepared.sha256, deadline_s)
+                return False
+            return True
+
+        is_new = await self._patience.call(attempt, on_retry=self._count_retry)
+        if is_new:
+            self._counters.stored_bytes += prepared.content.size_bytes or 0
+        return is_new
+
+    @property
+    def attempt_s(self) -> float:
+        """Deadline of one request."""
+        return self._patience.attempt_s
+
+    def require_permit(self, epoch: Epoch | None = None) -> Orders:
+        """The orders under which may be written now. NotArchived."""
+        orders = self._orders.permitted()
+        if orders is None:
+            raise NotArchived("this instance has no valid write permit now: only the primary archives")
+        if epoch is not None and orders.epoch != epoch:
+            raise NotArchived(f"epoch {epoch} is over, {orders.epoch} has begun")
+        return orders
+
+    async def _compare(self, object_name: str, sha256: str, deadline_s: float) -> None:
+        info = await self._store.info(object_name, deadline_s=deadline_s)
+        if info is None:
+            raise StoreUnreachable(f"{object_name} was there and is gone")
+        found = info.metadata.get("sha256") if info.vouched else None
+        if found is None:
+            # Written by another tool, or by a store that does not vouch: only its content tells.
+            receiver = partial(content_digest, self._layout.codec)
+            found = await self._store.receive(object_name, receiver, deadline_s=deadline_s)
+        if found is None:
+            raise StoreUnreachable(f"{object_name} was there and is gone")
+        if found != sha256:
+            self._counters.conflicts += 1
+            raise ArchiveConflict(
+                f"{object_name} is in the archive with other content (sha256 {found[:16]}..., this file has {sha256[:16]}...): "
+                "two servers have written the same name. Nothing is overwritten; find out which is right, and move "
+                "the other away"
+            )
+
+    def _count_retry(self) -> None:
+        self._counters.retries += 1
+
+
+def file_identity(path: Path) -> tuple[int, int, int]:
+    """What changes when another file takes the name. OSError."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
