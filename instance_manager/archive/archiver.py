@@ -18,16 +18,17 @@ from instance_manager.archive.orders import OrderBook, OrdersRefused, parse_orde
 from instance_manager.archive.push import Pusher
 from instance_manager.archive.server import ArchiverSocket
 from instance_manager.archive.stores.patience import Patience
-from instance_manager.archive.streaming import FlushedPosition, Streamer, StreamingTask
+from instance_manager.archive.streaming import FlushedPosition, Streamer, StreamingTask, sweep_pieces
 from instance_manager.archive.upload import NotArchived, Uploader
 from instance_manager.codec import to_json
-from instance_manager.ports import ObjectStore
+from instance_manager.ports import ObjectStore, ObjectStoreError
 from instance_manager.threads import monotonic_s
 
 log = logging.getLogger("instance_manager.archive")
 
 SPOOL = ".instance-manager-restore"
 BACKLOG_INTERVAL_S = 5.0
+SWEEP_INTERVAL_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +65,7 @@ class Archiver:
         self._store = store
         self.status = ArchiverStatus()
         self.orders = OrderBook(now_s)
-        layout = Layout(settings.server_name, Codec(settings.codec, settings.level))
+        layout = self._layout = Layout(settings.server_name, Codec(settings.codec, settings.level))
         gate = ArchiveGate(store, layout, settings.cluster_uid, settings.codec, self.status)
         self._uploader = Uploader(store, layout, self.orders, settings.instance, settings.patience, self.status.push)
         self.streamer = Streamer(
@@ -112,6 +113,7 @@ class Archiver:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch_backlog(), name="backlog")
+                tasks.create_task(self._sweep(), name="sweep")
                 if self._settings.stream_interval_s > 0:
                     task = StreamingTask(self.streamer, self._settings.stream_interval_s, self._is_behind)
                     tasks.create_task(task.run(), name="streaming")
@@ -161,6 +163,21 @@ class Archiver:
                 level = self.status.backlog.level
                 log.warning("archiving is %s: %d files wait", level, self.status.backlog.ready)
             await asyncio.sleep(BACKLOG_INTERVAL_S)
+
+    async def _sweep(self) -> None:
+        """What crashes have left of streamed segments; never in the way of anything."""
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            if self.orders.permitted() is None:
+                continue
+            try:
+                removed = await sweep_pieces(
+                    self._store, self._layout, self.streamer.current_name, deadline_s=self._settings.patience.attempt_s
+                )
+            except ObjectStoreError as error:
+                log.info("pieces of finished segments could not be looked for: %s", error)
+            else:
+                self.status.stream.removed += removed
 
     def _is_behind(self) -> bool:
         return self.status.backlog.level != "calm"

@@ -7,6 +7,7 @@ drops all of it: a timeline change, a restart of recovery.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,8 @@ from pathlib import Path
 from instance_manager.archive.counters import look_at_outcome
 from instance_manager.archive.restore_file import RestoreFile
 from instance_manager.ports import ObjectStoreError
+
+log = logging.getLogger("instance_manager.archive.prefetch")
 
 Get = Callable[[str, Path], Awaitable[bool]]
 """Restore the segment of this name as this file; False: proven absent."""
@@ -50,6 +53,7 @@ class Prefetch:
         task = self._under_way.pop(name, None)
         if task is None:
             await self.drop()
+            await self.prepare()
             found = await get(name, destination)
         else:
             found = await self._handed_over(name, task, destination) or await get(name, destination)
@@ -60,6 +64,8 @@ class Prefetch:
     async def drop(self) -> None:
         """Forget everything; `prepare` deletes it."""
         tasks = list(self._under_way.values())
+        if not tasks:
+            return
         self._under_way.clear()
         for task in tasks:
             task.cancel()
@@ -70,15 +76,17 @@ class Prefetch:
         """False: it has to be asked for again, whatever became of it."""
         try:
             found = await task
-        except (ObjectStoreError, OSError):
+            if found:
+                await asyncio.to_thread((self._spool / name).replace, destination)
+        except (ObjectStoreError, OSError) as error:
+            log.debug("%s was not brought ahead of need: %s", name, error)
             return False
-        if found:
-            await asyncio.to_thread((self._spool / name).replace, destination)
         return found
 
     def _begin(self, names: list[str], get: Get) -> None:
         for name in [each for each in self._under_way if each not in names]:
             self._under_way.pop(name).cancel()
+            (self._spool / name).unlink(missing_ok=True)
         for name in names:
             if name not in self._under_way:
                 task = asyncio.create_task(self._ahead(name, get), name=f"prefetch {name}")

@@ -95,9 +95,15 @@ class Streamer:
         self._flushed = flushed
         self._ensure_archive = ensure_archive
         self._segment: Segment | None = None
+        self._name = ""
         self._pieces: list[Ranked] = []
         self._durable: set[str] = set()
         self._threads = Threads("streaming")
+
+    @property
+    def current_name(self) -> str:
+        """The segment that was streamed last; empty: none."""
+        return self._name
 
     def segment_is_durable(self, name: str) -> None:
         """The whole segment is in the archive: its pieces go at the next step."""
@@ -130,7 +136,7 @@ class Streamer:
         if segment != self._segment:
             await self._ensure_archive(orders)
             self._pieces = await self._resumed(segment, end, orders)
-            self._segment = segment
+            self._segment, self._name = segment, orders.size.name(segment)
         if end <= (self._pieces[-1].piece.end if self._pieces else 0):
             return False
         made, replaced = next_piece(self._pieces, end)

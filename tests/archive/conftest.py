@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from archive_harness import Desk, desk_at
+from barman_programs import barman_programs
 from s3_server import FaultProxy, make_bucket, s3_server, settings_for
 
 from instance_manager.archive.stores.directory import DirectoryStore
 from instance_manager.archive.stores.s3 import S3Store
 from instance_manager.ports import ObjectStore
 
+# Real servers, as the tests of Postgres use them.
 sys.path.append(str(Path(__file__).parent.parent / "postgres"))
+from harness import Cluster, make_template
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +87,29 @@ async def s3_desk(tmp_path: Path, s3: S3Store) -> AsyncIterator[Desk]:
 async def local_desk(tmp_path: Path, directory_store: DirectoryStore) -> AsyncIterator[Desk]:
     async with desk_at(tmp_path / "instance", directory_store) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def postgres_template() -> Iterator[Path]:
+    """A stopped data directory with segments of 1 MiB, made by initdb once per session."""
+    directory = Path(tempfile.mkdtemp(prefix="im-pg-template-"))
+    try:
+        yield make_template(directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(postgres_template: Path) -> Iterator[Cluster]:
+    """Servers of one test; all are killed and deleted at its end."""
+    made = Cluster(postgres_template)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="session")
+def barman() -> Path:
+    """Folder of barman-cloud's programs, in a virtual environment of their own: their pins are not ours."""
+    return barman_programs()

@@ -329,6 +329,18 @@ async def test_segments_ahead_are_there_before_they_are_asked_for(desk: Desk) ->
     assert desk.archiver.status.fetch.from_prefetch >= 6
 
 
+async def test_what_has_come_ahead_is_kept_until_it_is_asked_for(local_desk: Desk) -> None:
+    desk = local_desk
+    await fill(desk, A, B, C, D)
+    for number, name in enumerate((A, B, C, D)):
+        assert await fetch(desk, name) is PRESENT
+        assert restored(desk) == segment_content(name)
+        under_way = desk.archiver.fetcher._prefetch._under_way
+        await until(lambda: all(task.done() for task in under_way.values()))  # noqa: B023
+        there = {path.name for path in (desk.wal / ".instance-manager-restore").iterdir()}
+        assert there == set((B, C, D)[number:])
+
+
 async def test_what_was_not_there_ahead_is_asked_for_again(local_desk: Desk) -> None:
     """A peer's flag of an end once seen ended every restore after it."""
     desk = local_desk

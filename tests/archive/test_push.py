@@ -408,6 +408,7 @@ class CountingPath:
         monkeypatch.setattr(Path, "iterdir", iterated)
 
 
+@pytest.mark.timeout(300)
 async def test_a_backlog_of_50_000_files_is_worked_off_at_a_constant_cost_for_each(
     local_desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -425,7 +426,6 @@ async def test_a_backlog_of_50_000_files_is_worked_off_at_a_constant_cost_for_ea
     counting = CountingPath(monkeypatch)
     for name in names:
         await desk.archiver.pusher.push(name)
-        (desk.wal / "archive_status" / f"{name}.ready").unlink()
     assert sent == names
     assert counting.listings == 0
     assert counting.looks < 6 * count

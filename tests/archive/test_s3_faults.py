@@ -49,7 +49,6 @@ async def read(store: S3Store, name: str = NAME, deadline_s: float = DEADLINE_S)
         ("400 ExpiredToken", StoreForbidden),
         ("404 NoSuchBucket", StoreMissing),
         ("404", StoreRefused),
-        ("301 PermanentRedirect", StoreRefused),
         ("400 InvalidRequest", StoreRefused),
         ("429 TooManyRequests", StoreUnreachable),
         ("500 InternalError", StoreUnreachable),
@@ -95,6 +94,12 @@ async def test_nobody_listening_is_unreachable_at_once() -> None:
     store = S3Store(settings_for("http://127.0.0.1:9", "bucket"))
     with pytest.raises(StoreUnreachable):
         await read(store)
+
+
+async def test_redirections_without_an_end_are_refused_with_what_to_mend(s3: S3Store, proxy: FaultProxy) -> None:
+    proxy.fail("301 PermanentRedirect")
+    with pytest.raises(StoreRefused, match=r"mend archive\.s3\.region or endpoint"):
+        await read(s3, deadline_s=60)
 
 
 async def test_an_error_page_of_a_proxy_in_between_is_no_absence(s3: S3Store, proxy: FaultProxy) -> None:
