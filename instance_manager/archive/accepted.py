@@ -29,6 +29,11 @@ def switch_position(chain: TimelineChain, timeline: Timeline) -> Lsn | None:
     raise KeyError(timeline)
 
 
+def history_until(chain: TimelineChain, timeline: Timeline) -> tuple[tuple[Timeline, Lsn], ...]:
+    """What the history file of an accepted timeline ends with: (parent, where it was left); empty for the first."""
+    return tuple((switch.parent, switch.switch_lsn) for switch in chain.switches if switch.timeline <= timeline)
+
+
 def verdict_on(name: str, size: SegmentSize, chain: TimelineChain | None) -> Verdict:
     """Of a file in pg_wal that Postgres wants to archive. ValueError: not the name of a WAL file.
 

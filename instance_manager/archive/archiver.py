@@ -68,15 +68,6 @@ class Archiver:
         layout = self._layout = Layout(settings.server_name, Codec(settings.codec, settings.level))
         gate = ArchiveGate(store, layout, settings.cluster_uid, settings.codec, self.status)
         self._uploader = Uploader(store, layout, self.orders, settings.instance, settings.patience, self.status.push)
-        self.streamer = Streamer(
-            settings.wal_directory,
-            store,
-            layout,
-            self._uploader,
-            self.status.stream,
-            flushed,
-            ensure_archive=gate.require_writable,
-        )
         self.pusher = Pusher(
             settings.wal_directory,
             store,
@@ -85,7 +76,17 @@ class Archiver:
             self.status.push,
             parallel=settings.parallel,
             ensure_archive=gate.require_writable,
-            on_durable=self.streamer.segment_is_durable,
+            on_durable=self._is_durable,
+        )
+        self.streamer = Streamer(
+            settings.wal_directory,
+            store,
+            layout,
+            self._uploader,
+            self.status.stream,
+            flushed,
+            ensure_archive=gate.require_writable,
+            ensure_history=self.pusher.ensure_history,
         )
         self.fetcher = Fetcher(
             settings.wal_directory,
@@ -95,7 +96,7 @@ class Archiver:
             self.orders,
             self.status.fetch,
             settings.fetch,
-            require_archive=gate.require_readable,
+            gate=gate,
         )
         self._backlog = BacklogWatch(settings.wal_directory, now_s, settings.thresholds)
 
@@ -107,6 +108,8 @@ class Archiver:
             handlers,
             postgres_uid=self._settings.postgres_uid,
             owned_verbs=frozenset({"orders"}),
+            # An upload goes on for the next who asks; a restored file must find nobody's place.
+            ended_with_client=frozenset({"fetch"}),
         )
         await server.start()
         log.info("archiver of %s listens at %s", self._settings.instance, self._settings.socket)
@@ -178,6 +181,9 @@ class Archiver:
                 log.info("pieces of finished segments could not be looked for: %s", error)
             else:
                 self.status.stream.removed += removed
+
+    def _is_durable(self, name: str) -> None:
+        self.streamer.segment_is_durable(name)
 
     def _is_behind(self) -> bool:
         return self.status.backlog.level != "calm"

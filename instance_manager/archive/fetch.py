@@ -12,17 +12,19 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from instance_manager.archive.accepted import Served, served_part
 from instance_manager.archive.counters import FetchCounters
+from instance_manager.archive.gate import ArchiveGate
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import OrderBook, Orders
 from instance_manager.archive.prefetch import Prefetch
-from instance_manager.archive.restore_file import Expected, RestoreFile, restore_wal
+from instance_manager.archive.restore_file import Expected, restore_wal
+from instance_manager.archive.spool import Spool
 from instance_manager.archive.stores.patience import Patience
 from instance_manager.archive.tail import ArchiveEnd, GapInArchive, chain_of_archive
 from instance_manager.archive.wal_names import Segment, timeline_of, wal_kind
@@ -58,8 +60,22 @@ class FetchSettings:
     prefetch_bytes: int = 128 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One question of Postgres, under the orders that held when it came."""
+
+    mode: Mode
+    name: str
+    orders: Orders
+    patience: Patience
+
+    @property
+    def whole(self) -> Served:
+        return Served(self.orders.size.size_bytes)
+
+
 class Fetcher:
-    """One per archiver."""
+    """One per archiver. Postgres asks for one file at a time: a new request ends the one before."""
 
     def __init__(
         self,
@@ -71,7 +87,7 @@ class Fetcher:
         counters: FetchCounters,
         settings: FetchSettings,
         *,
-        require_archive: Callable[[Orders], Awaitable[None]],
+        gate: ArchiveGate,
     ) -> None:
         self._wal_directory = wal_directory
         self._store = store
@@ -79,15 +95,23 @@ class Fetcher:
         self._orders = orders
         self._counters = counters
         self._settings = settings
-        self._require_archive = require_archive
-        self._prefetch = Prefetch(spool, parallel=settings.parallel)
+        self._gate = gate
+        self._spool = Spool(spool)
+        self._prefetch = Prefetch(self._spool, parallel=settings.parallel)
         self._absent_until_s: dict[str, float] = {}
         self._found_chain: TimelineChain | None = None
+        self._under_way: asyncio.Task[Path | None] | None = None
 
     async def fetch(self, mode: Mode, name: str, destination: Path) -> Fetched:
-        """PRESENT: `destination` is the file, whole and verified. ABSENT: proven, or withheld. NotFetched."""
+        """PRESENT: `destination` is the file, whole and verified. ABSENT: proven, or withheld. NotFetched.
+
+        Cancelled, or followed by another request, it puts nothing at `destination` any more.
+        """
         try:
-            answer = await self._fetch(mode, name, self._checked(destination))
+            place = self._checked(destination)
+            found = await self._superseding(self._fetch(mode, name))
+            if found is not None:
+                found.replace(place)
         except (ValueError, GapInArchive) as error:
             raise self._failed(str(error)) from error
         except (ObjectStoreError, OSError) as error:
@@ -95,132 +119,124 @@ class Fetcher:
             raise self._failed(f"{name}: {error}") from error
         except NotFetched as error:
             raise self._failed(str(error)) from None
-        if answer is Fetched.ABSENT:
+        if found is None:
             self._counters.absent += 1
-        else:
-            self._counters.restored += 1
-            self._counters.last_restored = name
-        return answer
+            return Fetched.ABSENT
+        self._counters.restored += 1
+        self._counters.last_restored = name
+        return Fetched.PRESENT
 
     async def close(self) -> None:
+        await _end(self._under_way)
         await self._prefetch.drop()
 
-    async def _fetch(self, mode: Mode, name: str, destination: Path) -> Fetched:
+    async def _superseding(self, request: Coroutine[None, None, Path | None]) -> Path | None:
+        """A client that was killed leaves its request behind: its file must not take the place of a later one's.
+
+        Nothing may be awaited between the return of this and what is done with the file.
+        """
+        task = asyncio.create_task(request)
+        before, self._under_way = self._under_way, task
+        try:
+            await _end(before)
+            await asyncio.wait({task})
+        finally:
+            task.cancel()
+        if self._under_way is not task or task.cancelled():
+            raise NotFetched("another request has come since")
+        return task.result()
+
+    async def _fetch(self, mode: Mode, name: str) -> Path | None:
         kind = wal_kind(name)
         orders = self._orders.current
         if orders is None:
             raise NotFetched("the agent has not told the archiver yet which cluster this is")
         if mode == "standby" and self._is_withheld(name, orders):
             self._counters.withheld += 1
-            return Fetched.ABSENT
+            return None
         patience = self._settings.standby if mode == "standby" else self._settings.recovery
-        await patience.call(lambda _: self._require_archive(orders), on_retry=self._count_retry)
-        await self._prefetch.prepare()
-        target = self._prefetch.file(destination)
+        request = _Request(mode, name, orders, patience)
+        await patience.call(lambda _: self._gate.require_readable(orders), on_retry=self._count_retry)
+        await self._spool.prepare()
         if mode == "rewind" or kind in ("label", "partial"):
-            expected = Expected(name, orders.size, orders.system, orders.size.size_bytes)
-            return await self._plain(expected, target, patience)
-        chain = await self._chain(orders, is_history=kind == "history", patience=patience)
+            return await self._restore(request, name, request.whole)
+        chain = await self._chain(request, is_history=kind == "history")
         if kind == "history":
-            return await self._history(mode, name, chain, orders, target, patience)
-        return await self._segment(mode, name, chain, orders, destination, patience)
+            return await self._history(request, chain)
+        return await self._segment(request, chain)
 
     def _is_withheld(self, name: str, orders: Orders) -> bool:
         is_promised = orders.is_withholding and wal_kind(name) == "segment"
         return is_promised or orders.is_streaming or self._absent_until_s.get(name, 0.0) > monotonic_s()
 
-    async def _plain(self, expected: Expected, target: RestoreFile, patience: Patience) -> Fetched:
-        found = await patience.call(
-            lambda left_s: restore_wal(self._store, self._layout, expected, target, deadline_s=left_s),
+    async def _restore(self, request: _Request, name: str, part: Served) -> Path | None:
+        expected = Expected(name, request.orders.size, request.orders.system, part.bytes)
+        return await request.patience.call(
+            lambda left_s: restore_wal(self._store, self._layout, expected, self._spool, deadline_s=left_s),
             on_retry=self._count_retry,
         )
-        return Fetched.PRESENT if found else Fetched.ABSENT
 
-    async def _history(
-        self, mode: Mode, name: str, chain: TimelineChain, orders: Orders, target: RestoreFile, patience: Patience
-    ) -> Fetched:
-        timeline = timeline_of(name)
+    async def _history(self, request: _Request, chain: TimelineChain) -> Path | None:
+        timeline = timeline_of(request.name)
         if timeline > chain.current or timeline < chain.first:
-            return Fetched.ABSENT
+            return None
         if timeline != chain.first and not chain.knows(timeline):
             # Numbers that no accepted timeline has: Postgres looks for newer ones up to the first that is missing (P4).
-            await asyncio.to_thread(target.write, iter(()))
-            return Fetched.PRESENT
-        expected = Expected(name, orders.size, orders.system, 0)
-        answer = await self._plain(expected, target, patience)
-        if answer is Fetched.ABSENT and mode == "recovery" and timeline != chain.first:
+            return await asyncio.to_thread(self._spool.write, request.name, iter(()))
+        found = await self._restore(request, request.name, request.whole)
+        if found is None and request.mode == "recovery" and timeline != chain.first:
             raise NotFetched(
-                f"{name} is not in the archive, although timeline {timeline} is part of the accepted history"
+                f"{request.name} is not in the archive, although timeline {timeline} is part of the accepted history"
             )
-        return answer
+        return found
 
-    async def _segment(
-        self, mode: Mode, name: str, chain: TimelineChain, orders: Orders, destination: Path, patience: Patience
-    ) -> Fetched:
-        segment = orders.size.parse(name)
-        part = served_part(segment, orders.size, chain)
+    async def _segment(self, request: _Request, chain: TimelineChain) -> Path | None:
+        segment = request.orders.size.parse(request.name)
+        part = served_part(segment, request.orders.size, chain)
         if part is None:
-            return Fetched.ABSENT
-        is_cut = part.bytes < orders.size.size_bytes
-        if is_cut:
-            await self._prefetch.drop()
-            found = await self._get(name, part, orders, destination, patience)
+            return None
+        if part == request.whole:
+            found = await self._through_prefetch(request, segment, chain)
         else:
-            found = await self._through_prefetch(segment, chain, orders, destination, patience)
-        if found:
-            self._counters.cut_at_fork += is_cut
-            return Fetched.PRESENT
-        if mode == "recovery":
-            return await self._tail(segment, part, chain, orders, destination, patience)
-        self._absent_until_s = {name: monotonic_s() + _ABSENCE_HOLDS_S}
-        return Fetched.ABSENT
+            await self._prefetch.drop()
+            await self._spool.prepare()
+            found = await self._restore(request, request.name, part)
+            self._counters.cut_at_fork += found is not None
+        if found is None and request.mode == "recovery":
+            return await self._tail(request, segment, part, chain)
+        if found is None:
+            self._absent_until_s = {request.name: monotonic_s() + _ABSENCE_HOLDS_S}
+        return found
 
-    async def _through_prefetch(
-        self, segment: Segment, chain: TimelineChain, orders: Orders, destination: Path, patience: Patience
-    ) -> bool:
-        size = orders.size
-        count = max(0, self._settings.prefetch_bytes // size.size_bytes)
+    async def _through_prefetch(self, request: _Request, segment: Segment, chain: TimelineChain) -> Path | None:
+        size = request.orders.size
+        count = self._settings.prefetch_bytes // size.size_bytes
         ahead = [Segment(segment.timeline, segment.number + step) for step in range(1, count + 1)]
-        names = [size.name(each) for each in ahead if served_part(each, size, chain) == Served(size.size_bytes)]
+        names = [size.name(each) for each in ahead if served_part(each, size, chain) == request.whole]
+        self._counters.from_prefetch += self._prefetch.has(request.name)
+        return await self._prefetch.take(request.name, names, lambda name: self._restore(request, name, request.whole))
 
-        def get(name: str, target: Path) -> Awaitable[bool]:
-            return self._get(name, Served(size.size_bytes), orders, target, patience)
-
-        name = size.name(segment)
-        self._counters.from_prefetch += self._prefetch.has(name)
-        return await self._prefetch.take(name, names, destination, get)
-
-    async def _get(self, name: str, part: Served, orders: Orders, target: Path, patience: Patience) -> bool:
-        expected = Expected(name, orders.size, orders.system, part.bytes)
-        return await self._plain(expected, self._prefetch.file(target), patience) is Fetched.PRESENT
-
-    async def _tail(
-        self,
-        segment: Segment,
-        part: Served,
-        chain: TimelineChain,
-        orders: Orders,
-        destination: Path,
-        patience: Patience,
-    ) -> Fetched:
+    async def _tail(self, request: _Request, segment: Segment, part: Served, chain: TimelineChain) -> Path | None:
+        """Recovery ends with what this returns, so the whole archive is looked at once more."""
+        orders, patience = request.orders, request.patience
+        await patience.call(lambda _: self._gate.require_readable(orders, again=True), on_retry=self._count_retry)
         end = ArchiveEnd(self._store, self._layout, orders.size, orders.system, chain)
         await patience.call(lambda left_s: end.require_no_later(segment, deadline_s=left_s), on_retry=self._count_retry)
-        target = self._prefetch.file(destination)
         found = await patience.call(
-            lambda left_s: end.restore_tail(segment, part.bytes, target, deadline_s=left_s), on_retry=self._count_retry
+            lambda left_s: end.restore_tail(segment, part.bytes, self._spool, deadline_s=left_s),
+            on_retry=self._count_retry,
         )
-        if not found:
-            return Fetched.ABSENT
-        self._counters.joined_tails += 1
-        log.info("%s was never finished: what was streamed of it is restored", orders.size.name(segment))
-        return Fetched.PRESENT
+        if found is not None:
+            self._counters.joined_tails += 1
+            log.info("%s was never finished: what was streamed of it is restored", request.name)
+        return found
 
-    async def _chain(self, orders: Orders, *, is_history: bool, patience: Patience) -> TimelineChain:
+    async def _chain(self, request: _Request, *, is_history: bool) -> TimelineChain:
         """The one that the agent told, else that of the newest timeline in the archive, looked at with each history."""
-        if orders.chain is not None:
-            return orders.chain
+        if request.orders.chain is not None:
+            return request.orders.chain
         if self._found_chain is None or is_history:
-            self._found_chain = await patience.call(
+            self._found_chain = await request.patience.call(
                 lambda left_s: chain_of_archive(self._store, self._layout, deadline_s=left_s),
                 on_retry=self._count_retry,
             )
@@ -240,3 +256,9 @@ class Fetcher:
 
     def _count_retry(self) -> None:
         self._counters.retries += 1
+
+
+async def _end(task: asyncio.Task[Path | None] | None) -> None:
+    if task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait({task})

@@ -55,9 +55,12 @@ class ArchiveGate:
             self._writable_for = self._readable_for = orders.system_identifier
             self._status.archive = "ok"
 
-    async def require_readable(self, orders: Orders) -> None:
-        """StoreRefused: nothing there is this system's, so nothing may be told as absent. ObjectStoreError otherwise."""
-        if self._readable_for == orders.system_identifier:
+    async def require_readable(self, orders: Orders, *, again: bool = False) -> None:
+        """StoreRefused: nothing there is this system's, so nothing may be told as absent. ObjectStoreError otherwise.
+
+        `again`: look although it was found right before; an archive may be emptied while it is read.
+        """
+        if self._readable_for == orders.system_identifier and not again:
             return
         async with self._turn:
             try:

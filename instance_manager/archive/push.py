@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from instance_manager.archive.accepted import Verdict, verdict_on
+from instance_manager.archive.accepted import Verdict, history_until, verdict_on
 from instance_manager.archive.counters import PushCounters, look_at_outcome
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import Orders
@@ -22,7 +22,7 @@ from instance_manager.archive.upload import ArchiveConflict, NotArchived, Prepar
 from instance_manager.archive.wal_names import timeline_of, wal_kind
 from instance_manager.core.types import Timeline, format_lsn
 from instance_manager.ports import ObjectStore, ObjectStoreError
-from instance_manager.postgres.histories import history_file_name
+from instance_manager.postgres.histories import ends_as, history_file_name, read_history
 from instance_manager.threads import Threads
 
 log = logging.getLogger("instance_manager.archive.push")
@@ -83,6 +83,10 @@ class Pusher:
             raise self._refused(NotArchived(f"{name}: {error}")) from error
         except NotArchived as error:
             raise self._refused(error) from None
+
+    async def ensure_history(self, timeline: Timeline, orders: Orders) -> None:
+        """The history of `timeline` is durable in the archive when it returns. NotArchived; ObjectStoreError; OSError."""
+        await self._ensure_history(timeline, "the unfinished segment", orders)
 
     async def close(self) -> None:
         """Cancel what is under way; nothing of it has been acknowledged."""
@@ -162,6 +166,8 @@ class Pusher:
 
     async def _upload(self, name: str, orders: Orders) -> None:
         prepared = await self._prepared(name, orders)
+        if wal_kind(name) == "history":
+            await asyncio.to_thread(self._check_accepted, name, orders)
         try:
             is_new = await self._uploader.create(self._layout.wal(name), prepared, orders.epoch)
         except ArchiveConflict as conflict:
@@ -181,6 +187,12 @@ class Pusher:
         if wal_kind(name) == "history":
             self._histories.add(timeline_of(name))
         self._on_durable(name)
+
+    def _check_accepted(self, name: str, orders: Orders) -> None:
+        """A timeline of the accepted history has that history, and no other that happens to bear its number."""
+        wanted = () if orders.chain is None else history_until(orders.chain, timeline_of(name))
+        if wanted and not ends_as(read_history(self._wal_directory, timeline_of(name)), wanted):
+            raise NotArchived(f"{name} is not the history that was accepted for its timeline: {_told(orders)}")
 
     async def _prepared(self, name: str, orders: Orders) -> Prepared:
         path = self._wal_directory / name

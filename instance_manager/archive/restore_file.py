@@ -1,17 +1,15 @@
-"""One object of the archive into a file: decompressed, verified, flushed. A file that is there is whole and right."""
+"""One object of the archive into a file: decompressed and verified. A file that is there is whole and right."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from instance_manager.archive.codecs import codec_of_suffix
 from instance_manager.archive.layout import Layout, without_suffix
+from instance_manager.archive.spool import Spool
 from instance_manager.archive.upload import SMALL_FILE_LIMIT_BYTES
 from instance_manager.archive.wal_names import SegmentSize, wal_kind
 from instance_manager.archive.wal_page import HEADER_BYTES, WrongSegment, check_first_page
@@ -37,33 +35,6 @@ class Expected:
     @property
     def limit_bytes(self) -> int:
         return self.size.size_bytes if self.is_segment else SMALL_FILE_LIMIT_BYTES
-
-
-class RestoreFile:
-    """A file that appears under its name only when it is whole; it grows in `spool`, on the same file system."""
-
-    def __init__(self, path: Path, spool: Path, owner: tuple[int, int] | None) -> None:
-        self._path = path
-        self._spool = spool
-        self._owner = owner
-
-    def write(self, chunks: Iterator[bytes]) -> None:
-        """All chunks, flushed. OSError, and whatever the chunks raise. Blocks."""
-        temporary = self._spool / f"{self._path.name}.{secrets.token_hex(4)}.new"
-        try:
-            with temporary.open("xb", buffering=0) as file:
-                os.fchmod(file.fileno(), 0o600)
-                if self._owner is not None:
-                    os.fchown(file.fileno(), *self._owner)
-                for chunk in chunks:
-                    view = memoryview(chunk)
-                    while view:
-                        view = view[file.write(view) :]
-                os.fsync(file.fileno())
-            temporary.replace(self._path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
 
 
 def verified(chunks: Iterator[bytes], info: ObjectInfo, expected: Expected) -> Iterator[bytes]:
@@ -111,28 +82,28 @@ def zeros(length: int) -> Iterator[bytes]:
 
 
 async def restore_object(
-    store: ObjectStore, object_name: str, expected: Expected, target: RestoreFile, *, deadline_s: float
-) -> bool:
-    """The object, verified, as a file; False: the store said that there is none. ContentDamaged; ObjectStoreError."""
+    store: ObjectStore, object_name: str, expected: Expected, spool: Spool, *, deadline_s: float
+) -> Path | None:
+    """The object, verified, as a file; None: the store said that there is none. ContentDamaged; ObjectStoreError."""
     codec = codec_of_suffix(object_name)
 
-    def receive(info: ObjectInfo, chunks: Iterator[bytes]) -> bool:
+    def receive(info: ObjectInfo, chunks: Iterator[bytes]) -> Path:
         content = codec.decompressed(chunks, limit_bytes=expected.limit_bytes)
-        target.write(verified(content, info, expected))
-        return True
+        return spool.write(expected.name, verified(content, info, expected))
 
-    return bool(await store.receive(object_name, receive, deadline_s=deadline_s))
+    return await store.receive(object_name, receive, deadline_s=deadline_s)
 
 
 async def restore_wal(
-    store: ObjectStore, layout: Layout, expected: Expected, target: RestoreFile, *, deadline_s: float
-) -> bool:
-    """A WAL file, whatever codec it lies in. False is proven twice: no such object, and none listed under its name."""
+    store: ObjectStore, layout: Layout, expected: Expected, spool: Spool, *, deadline_s: float
+) -> Path | None:
+    """A WAL file, whatever codec it lies in. None is proven twice: no such object, and none listed under its name."""
     own = layout.wal(expected.name)
-    if await restore_object(store, own, expected, target, deadline_s=deadline_s):
-        return True
+    found = await restore_object(store, own, expected, spool, deadline_s=deadline_s)
+    if found is not None:
+        return found
     stem = layout.wal_stem(expected.name)
     async for entry in store.entries(stem, deadline_s=deadline_s):
         if without_suffix(entry.name) == stem:
-            return await restore_object(store, entry.name, expected, target, deadline_s=deadline_s)
-    return False
+            return await restore_object(store, entry.name, expected, spool, deadline_s=deadline_s)
+    return None

@@ -36,12 +36,19 @@ class ArchiverSocket:
     """Listens at `path`; a stale socket file is replaced."""
 
     def __init__(
-        self, path: Path, handlers: Mapping[str, Handler], *, postgres_uid: int | None, owned_verbs: frozenset[str]
+        self,
+        path: Path,
+        handlers: Mapping[str, Handler],
+        *,
+        postgres_uid: int | None,
+        owned_verbs: frozenset[str] = frozenset(),
+        ended_with_client: frozenset[str] = frozenset(),
     ) -> None:
         self._path = path
         self._handlers = handlers
         self._postgres_uid = postgres_uid
         self._owned_verbs = owned_verbs
+        self._ended_with_client = ended_with_client
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -89,10 +96,25 @@ class ArchiverSocket:
         if verb in self._owned_verbs and uid not in (0, os.geteuid()):
             return f"failed user {uid} may not give {verb}"
         try:
+            if verb in self._ended_with_client:
+                return await _while_connected(handler(words), reader)
             return await handler(words)
         except Exception as error:
             log.exception("%s failed", verb)
             return f"failed {type(error).__name__}: {error}"
+
+
+async def _while_connected(answering: Awaitable[str], reader: asyncio.StreamReader) -> str:
+    """Cancelled when the client goes."""
+    answer, gone = asyncio.ensure_future(answering), asyncio.ensure_future(reader.read(1))
+    try:
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+        if not answer.done():
+            answer.cancel()
+            await asyncio.wait({answer})
+    return "failed the client is gone" if answer.cancelled() else answer.result()
 
 
 def _peer_uid(writer: asyncio.StreamWriter) -> int:

@@ -86,6 +86,7 @@ class Streamer:
         flushed: FlushedPosition,
         *,
         ensure_archive: Callable[[Orders], Awaitable[None]],
+        ensure_history: Callable[[Timeline, Orders], Awaitable[None]],
     ) -> None:
         self._wal_directory = wal_directory
         self._store = store
@@ -94,6 +95,7 @@ class Streamer:
         self._counters = counters
         self._flushed = flushed
         self._ensure_archive = ensure_archive
+        self._ensure_history = ensure_history
         self._segment: Segment | None = None
         self._name = ""
         self._pieces: list[Ranked] = []
@@ -135,6 +137,8 @@ class Streamer:
         end = flushed.lsn - orders.size.start_lsn(segment)
         if segment != self._segment:
             await self._ensure_archive(orders)
+            # Without its history recovery never finds the timeline, whatever is streamed of it.
+            await self._ensure_history(segment.timeline, orders)
             self._pieces = await self._resumed(segment, end, orders)
             self._segment, self._name = segment, orders.size.name(segment)
         if end <= (self._pieces[-1].piece.end if self._pieces else 0):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from instance_manager.archive.accepted import served_part
 from instance_manager.archive.codecs import codec_of_suffix
 from instance_manager.archive.content import sha256_of
 from instance_manager.archive.layout import Layout, Piece, joined_pieces
-from instance_manager.archive.restore_file import Expected, RestoreFile, restore_wal, verified, zeros
+from instance_manager.archive.restore_file import Expected, restore_wal, verified, zeros
+from instance_manager.archive.spool import Spool
 from instance_manager.archive.wal_names import Segment, SegmentSize, wal_kind
 from instance_manager.core.types import Epoch, Timeline, TimelineChain, TimelineSwitch
 from instance_manager.ports import ContentDamaged, ObjectInfo, ObjectStore
@@ -47,17 +49,18 @@ class ArchiveEnd:
                         "segment back (a standby or an old primary may still have it in pg_wal), or recover to a target before it"
                     )
 
-    async def restore_tail(self, segment: Segment, keep_bytes: int, target: RestoreFile, *, deadline_s: float) -> bool:
-        """What was archived of a segment that was never finished, the rest zeros; False: nothing was."""
+    async def restore_tail(self, segment: Segment, keep_bytes: int, spool: Spool, *, deadline_s: float) -> Path | None:
+        """What was archived of a segment that was never finished, the rest zeros; None: nothing was."""
         name = self.size.name(segment)
         pieces = joined_pieces(await self._pieces(name, deadline_s))
         covered = pieces[-1].end if pieces else 0
         if covered < keep_bytes and (covered == 0 or keep_bytes < self.size.size_bytes):
             partial = Expected(f"{name}.partial", self.size, self.system_identifier, keep_bytes)
-            if await restore_wal(self.store, self.layout, partial, target, deadline_s=deadline_s):
-                return True
+            found = await restore_wal(self.store, self.layout, partial, spool, deadline_s=deadline_s)
+            if found is not None:
+                return found
         if not pieces:
-            return False
+            return None
         expected = Expected(name, self.size, self.system_identifier, min(covered, keep_bytes))
         info = ObjectInfo(self.layout.pieces(name), covered, {})
         loop = asyncio.get_running_loop()
@@ -71,8 +74,7 @@ class ArchiveEnd:
                 end = piece.end
             yield from zeros(self.size.size_bytes - end)
 
-        await asyncio.to_thread(target.write, verified(joined(), info, expected))
-        return True
+        return await asyncio.to_thread(spool.write, name, verified(joined(), info, expected))
 
     def _after(self, timeline: Timeline) -> list[Timeline]:
         return [switch.timeline for switch in self.chain.switches if switch.timeline > timeline]

@@ -129,6 +129,10 @@ class FaultProxy:
         await asyncio.sleep(3600)
         raise AssertionError
 
+    async def _slow(self, request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.5)
+        return await self._forward(request)
+
     async def _stored_but_silent(self, request: web.Request) -> web.StreamResponse:
         await self._forward(request)
         return await self._reset(request)

@@ -192,6 +192,24 @@ async def test_an_impatient_client_does_not_end_the_upload(line: Line) -> None:
     assert await line.push(A) == (0, "")
 
 
+async def test_a_client_that_goes_ends_its_restore(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def hanging(mode: str, name: str) -> None:
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(line.desk.archiver.fetcher, "_fetch", hanging)
+    _, writer = await asyncio.open_unix_connection(str(line.path))
+    writer.write(f"fetch\trecovery\t{A}\t{line.desk.wal / 'RECOVERYXLOG'}\n".encode())
+    await asyncio.wait_for(begun.wait(), 5)
+    writer.close()
+    await asyncio.wait_for(ended.wait(), 5)
+
+
 async def test_orders_and_status_over_the_socket(line: Line) -> None:
     orders = line.desk.primary(epoch=5)
     assert await ask(line.path, "orders\t" + to_json(orders).decode()) == "done\n"

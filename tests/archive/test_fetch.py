@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import bz2
 from pathlib import Path
 
 import pytest
 from archive_harness import SERVER, Desk, chain_of, desk_at, until
 from fault_proxy import FaultProxy
+from s3_server import admin
 from wal_builders import SIZE, SYSTEM, history_content, make_ready, segment_content
 
 from instance_manager.archive.codecs import Codec
@@ -337,7 +339,7 @@ async def test_what_has_come_ahead_is_kept_until_it_is_asked_for(local_desk: Des
         assert restored(desk) == segment_content(name)
         under_way = desk.archiver.fetcher._prefetch._under_way
         await until(lambda: all(task.done() for task in under_way.values()))  # noqa: B023
-        there = {path.name for path in (desk.wal / ".instance-manager-restore").iterdir()}
+        there = {path.name[:24] for path in (desk.wal / ".instance-manager-restore").iterdir()}
         assert there == set((B, C, D)[number:])
 
 
@@ -364,7 +366,47 @@ async def test_a_restart_of_recovery_drops_what_was_ahead_and_leaves_nothing_beh
         spool = restarted.wal / ".instance-manager-restore"
         known = set(restarted.archiver.fetcher._prefetch._under_way)
         await until(lambda: all(task.done() for task in restarted.archiver.fetcher._prefetch._under_way.values()))
-        assert {path.name for path in spool.iterdir()} <= known
+        assert {path.name[:24] for path in spool.iterdir()} <= known
+
+
+async def test_a_request_that_was_left_behind_never_takes_a_later_ones_place(s3_desk: Desk, proxy: FaultProxy) -> None:
+    """Postgres was killed while it waited, started again, and asked for another file under the same path."""
+    await fill(s3_desk, A, B)
+    assert await fetch(s3_desk, B) is PRESENT
+    await s3_desk.archiver.fetcher.close()
+    fault = proxy.fail("slow", path=A)
+    left_behind = asyncio.create_task(fetch(s3_desk, A))
+    await until(lambda: fault.met)
+    assert await fetch(s3_desk, B) is PRESENT
+    with pytest.raises(NotFetched, match="another request"):
+        await left_behind
+    await until(lambda: s3_desk.store._threads._in_flight == 0)  # type: ignore[attr-defined]
+    assert restored(s3_desk) == segment_content(B)
+
+
+async def test_a_cancelled_request_puts_nothing_in_place(s3_desk: Desk, proxy: FaultProxy) -> None:
+    await fill(s3_desk, A)
+    fault = proxy.fail("slow", path=A)
+    cancelled = asyncio.create_task(fetch(s3_desk, A))
+    await until(lambda: fault.met)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    await until(lambda: s3_desk.store._threads._in_flight == 0)  # type: ignore[attr-defined]
+    assert not (s3_desk.wal / "RECOVERYXLOG").exists()
+
+
+async def test_an_archive_that_is_emptied_while_it_is_read_has_not_ended(
+    s3_desk: Desk, bucket: str, s3_url: str
+) -> None:
+    await fill(s3_desk, A, B)
+    assert await fetch(s3_desk, A) is PRESENT
+    await s3_desk.archiver.fetcher.close()
+    client = admin(s3_url)
+    for each in client.list_objects_v2(Bucket=bucket)["Contents"]:
+        client.delete_object(Bucket=bucket, Key=each["Key"])
+    with pytest.raises(NotFetched, match="there is no archive"):
+        await fetch(s3_desk, B)
 
 
 async def test_only_a_file_in_pg_wal_is_ever_written(local_desk: Desk, tmp_path: Path) -> None:

@@ -302,6 +302,16 @@ async def test_a_history_that_cannot_be_is_not_archived(local_desk: Desk, conten
     assert await local_desk.object_names() == []
 
 
+async def test_a_history_other_than_the_accepted_one_is_not_archived(local_desk: Desk) -> None:
+    desk = local_desk
+    desk.command(desk.primary(epoch=3, chain=chain_of((2, 1, 0x700100), (5, 2, 0x900000))))
+    make_ready(desk.wal, "00000005.history", history_content((1, 0x700100), (2, 0x900008)))
+    with pytest.raises(NotArchived, match="not the history that was accepted"):
+        await desk.push("00000005.history")
+    make_ready(desk.wal, "00000005.history", history_content((1, 0x700100), (2, 0x900000)))
+    await desk.push("00000005.history")
+
+
 async def test_nothing_past_the_fork_is_archived_and_it_does_not_stop_what_comes_after(local_desk: Desk) -> None:
     """A former primary that is primary again: what it wrote alone is no part of the accepted history."""
     desk = local_desk

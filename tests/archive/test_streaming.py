@@ -9,7 +9,7 @@ from archive_harness import SERVER, Desk, chain_of, desk_at
 from fault_proxy import FaultProxy
 from hypothesis import given
 from hypothesis import strategies as st
-from wal_builders import SIZE, make_ready, segment_content
+from wal_builders import SIZE, history_content, make_ready, segment_content
 
 from instance_manager.archive.fetch import Fetched
 from instance_manager.archive.layout import Piece, joined_pieces
@@ -155,6 +155,18 @@ async def test_nothing_is_streamed_without_a_permit_or_by_a_standby_or_off_the_a
     desk.command(desk.primary(epoch=2, chain=chain_of((2, 1, START + 100))))
     assert not await desk.archiver.streamer.step()
     assert await desk.object_names("") == []
+
+
+async def test_a_timelines_history_is_there_before_its_first_piece(desk: Desk) -> None:
+    name = "000000020000000000000005"
+    desk.command(desk.primary(epoch=2, chain=chain_of((2, 1, START + 100))))
+    flush(desk, 1000, timeline=2, name=name)
+    assert not await desk.archiver.streamer.step()
+    assert "00000002.history" in desk.archiver.status.stream.last_error
+    make_ready(desk.wal, "00000002.history", history_content((1, START + 100)))
+    assert await desk.archiver.streamer.step()
+    assert await desk.object_names() == [desk.layout.wal("00000002.history")]
+    assert await pieces(desk, name) == [Piece(0, 1000)]
 
 
 async def test_a_postgres_that_does_not_answer_is_counted_and_waited_for(local_desk: Desk) -> None:

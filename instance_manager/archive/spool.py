@@ -1,0 +1,68 @@
+"""Restored files before they are handed over: on the file system of pg_wal, whole, each under a name of its own.
+
+Whoever asked for a file renames it himself, in the event loop: a request that is over can no longer put anything into
+Postgres's place, whatever its threads still do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class Spool:
+    """One directory; `prepare` empties it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._is_prepared = False
+
+    async def prepare(self) -> None:
+        """The directory is there, and at the first call after `abandon`, empty. OSError."""
+        if not self._is_prepared:
+            await asyncio.to_thread(self._make)
+            self._is_prepared = True
+
+    def abandon(self) -> None:
+        """Nothing in it is wanted any more: the next `prepare` deletes it."""
+        self._is_prepared = False
+
+    def write(self, name: str, chunks: Iterator[bytes]) -> Path:
+        """A file of these chunks, flushed. Whatever the chunks raise leaves none. Blocks."""
+        path = self._directory / f"{name}.{secrets.token_hex(4)}"
+        try:
+            with path.open("xb", buffering=0) as file:
+                os.fchmod(file.fileno(), 0o600)
+                owner = self._owner
+                if owner is not None:
+                    os.fchown(file.fileno(), *owner)
+                for chunk in chunks:
+                    view = memoryview(chunk)
+                    while view:
+                        view = view[file.write(view) :]
+                os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
+        return path
+
+    @property
+    def _owner(self) -> tuple[int, int] | None:
+        """Whose the files must be: the owner of pg_wal, where this process is root."""
+        if os.geteuid() != 0:
+            return None
+        found = self._directory.parent.stat()
+        return found.st_uid, found.st_gid
+
+    def _make(self) -> None:
+        # What an abandoned thread still writes there is in the way at most until the next time.
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        if self._owner is not None:
+            os.chown(self._directory, *self._owner)
