@@ -8,25 +8,28 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from instance_manager.archive.backfill import backfill, local_segments
 from instance_manager.archive.backlog import BacklogWatch, Thresholds
 from instance_manager.archive.codecs import Codec, CodecName
-from instance_manager.archive.counters import ArchiverStatus
+from instance_manager.archive.counters import ArchiverStatus, BackfillState
 from instance_manager.archive.fetch import MODES, Fetched, Fetcher, FetchSettings, NotFetched
 from instance_manager.archive.gate import ArchiveGate
 from instance_manager.archive.layout import Layout
-from instance_manager.archive.orders import OrderBook, OrdersRefused, parse_orders
+from instance_manager.archive.orders import OrderBook, Orders, OrdersRefused, parse_orders
 from instance_manager.archive.push import Pusher
 from instance_manager.archive.server import ArchiverSocket
 from instance_manager.archive.stores.patience import Patience
 from instance_manager.archive.streaming import FlushedPosition, Streamer, StreamingTask, sweep_pieces
 from instance_manager.archive.upload import NotArchived, Uploader
 from instance_manager.codec import to_json
+from instance_manager.core.types import TimelineChain
 from instance_manager.ports import ObjectStore, ObjectStoreError
 from instance_manager.threads import monotonic_s
 
 log = logging.getLogger("instance_manager.archive")
 
 SPOOL = ".instance-manager-restore"
+BACKFILL_INTERVAL_S = 1.0
 BACKLOG_INTERVAL_S = 5.0
 SWEEP_INTERVAL_S = 60.0
 
@@ -117,6 +120,7 @@ class Archiver:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch_backlog(), name="backlog")
                 tasks.create_task(self._sweep(), name="sweep")
+                tasks.create_task(self._backfill(), name="backfill")
                 if self._settings.stream_interval_s > 0:
                     task = StreamingTask(self.streamer, self._settings.stream_interval_s, self._is_behind)
                     tasks.create_task(task.run(), name="streaming")
@@ -166,6 +170,29 @@ class Archiver:
                 level = self.status.backlog.level
                 log.warning("archiving is %s: %d files wait", level, self.status.backlog.ready)
             await asyncio.sleep(BACKLOG_INTERVAL_S)
+
+    async def _backfill(self) -> None:
+        """Once for each timeline of this primary, tried until it is done."""
+        done_for = None
+        while True:
+            await asyncio.sleep(BACKFILL_INTERVAL_S)
+            orders = self.orders.permitted()
+            if orders is None or orders.chain is None or orders.chain == done_for:
+                continue
+            try:
+                await self.backfill_once(orders, orders.chain)
+            except (NotArchived, ObjectStoreError, OSError) as error:
+                self.status.backfill.last_error = str(error)
+                log.warning("what the last primary did not archive cannot be looked for: %s", error)
+            else:
+                done_for = orders.chain
+
+    async def backfill_once(self, orders: Orders, chain: TimelineChain) -> None:
+        """NotArchived; ObjectStoreError; OSError: try again."""
+        local = await asyncio.to_thread(local_segments, self._settings.wal_directory, orders, chain)
+        attempt_s = self._settings.patience.attempt_s
+        done = await backfill(self._store, self._layout, self.pusher, orders, local, deadline_s=attempt_s)
+        self.status.backfill = BackfillState(orders.epoch, len(done.uploaded), done.gaps)
 
     async def _sweep(self) -> None:
         """What crashes have left of streamed segments; never in the way of anything."""

@@ -72,6 +72,18 @@ class Backlog:
 
 
 @dataclass(slots=True)
+class BackfillState:
+    """After the last promotion."""
+
+    epoch: int = 0
+    """Of the primary for which it was done; 0: not yet."""
+    uploaded: int = 0
+    gaps: tuple[str, ...] = ()
+    """Segments of the accepted history that are not in the archive: no recovery passes them."""
+    last_error: str = ""
+
+
+@dataclass(slots=True)
 class ArchiverStatus:
     """All of it."""
 
@@ -81,6 +93,7 @@ class ArchiverStatus:
     stream: StreamCounters = field(default_factory=StreamCounters)
     fetch: FetchCounters = field(default_factory=FetchCounters)
     backlog: Backlog = field(default_factory=Backlog)
+    backfill: BackfillState = field(default_factory=BackfillState)
 
 
 def look_at_outcome(task: asyncio.Task[object]) -> None:

@@ -88,6 +88,12 @@ class Pusher:
         """The history of `timeline` is durable in the archive when it returns. NotArchived; ObjectStoreError; OSError."""
         await self._ensure_history(timeline, "the unfinished segment", orders)
 
+    async def upload_again(self, name: str, orders: Orders) -> None:
+        """A segment that Postgres does not ask for (`backfill`); durable when it returns. NotArchived; ObjectStoreError."""
+        self._uploader.require_permit(orders.epoch)
+        await self._ensure_archive(orders)
+        await self._upload_in_turn(name, orders)
+
     async def close(self) -> None:
         """Cancel what is under way; nothing of it has been acknowledged."""
         tasks = [begun.task for begun in self._begun.values()]
