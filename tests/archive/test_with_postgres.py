@@ -16,8 +16,9 @@ import pytest
 from archive_harness import until
 from archiving_server import ArchivingServer, all_archived, archiving, archiving_primary
 from fault_proxy import FaultProxy
-from harness import Cluster, PostgresProcess, conninfo, wait_until
+from harness import Cluster, PostgresProcess, conninfo, run_as, wait_until
 from s3_server import REGION
+from wal_builders import make_ready
 
 from instance_manager.archive.codecs import Codec
 from instance_manager.archive.layout import Layout
@@ -256,6 +257,44 @@ async def test_recovery_follows_a_promotion_and_nothing_behind_the_fork(
         assert await recovery.rows() == set(range(6000))
 
 
+async def test_a_rewind_gets_the_log_that_its_directory_no_longer_has(
+    cluster: Cluster, directory_section: dict[str, Any]
+) -> None:
+    old, new = cluster.add("p"), cluster.add("s")
+    with archiving(old, directory_section) as made:
+        system = await prepared(cluster, made, wal_keep_size=0)
+        cluster.follow(new, old)
+        await new.start()
+        await insert(old, 0, 3000)
+        await cluster.wait_streaming(old, "s")
+        new.set_dynamic(primary_conninfo="", synchronous_standby_names="")
+        await new.reload()
+        await wait_until(lambda: new.fetchval("SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)"))
+        await new.execute("SELECT pg_promote()")
+        await new.execute("CHECKPOINT")
+        for number in range(4):
+            await insert(old, 100_000 + number * 3000, 3000)
+            await all_archived(old)
+            await old.execute("CHECKPOINT")
+        await old.stop()
+        made.order("standby", system)
+        old.configure(**made.restore_settings("rewind"))
+        argv = [
+            *(old.bin_directory / "pg_rewind", f"--target-pgdata={old.data}"),
+            f"--source-server=host=127.0.0.1 port={new.port} user=postgres dbname=postgres",
+        ]
+        without = await run([*argv, "--dry-run"], as_postgres=True)
+        assert without.returncode != 0, "the log is still there: this proves nothing"
+        done = await run([*argv, "--restore-target-wal"], as_postgres=True)
+        assert done.returncode == 0, done.stderr
+        assert made.status()["fetch"]["restored"] > 0
+    old.configure(restore_command="", archive_mode="off")
+    cluster.follow(old, new)
+    await old.start()
+    await cluster.wait_streaming(new, "p")
+    assert await old.fetchval("SELECT count(*) FROM t WHERE n >= 100000") == 0
+
+
 async def test_a_standby_without_a_stream_catches_up_from_the_archive(
     cluster: Cluster, directory_section: dict[str, Any]
 ) -> None:
@@ -322,10 +361,19 @@ async def test_a_fast_shutdown_does_not_wait_for_a_store_that_hangs_longer_than_
         proxy.heal()
 
 
-async def run(argv: list[Any]) -> subprocess.CompletedProcess[str]:
+async def run(argv: list[Any], *, as_postgres: bool = False) -> subprocess.CompletedProcess[str]:
+    user = run_as() if as_postgres else None
     return await asyncio.to_thread(
         lambda: subprocess.run(
-            argv, env={**os.environ, "AWS_DEFAULT_REGION": REGION}, capture_output=True, text=True, check=False
+            argv,
+            env={**os.environ, "AWS_DEFAULT_REGION": REGION},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+            user=None if user is None else user.uid,
+            group=None if user is None else user.gid,
+            extra_groups=None if user is None else [],
         )
     )
 
@@ -385,3 +433,12 @@ async def test_what_barman_cloud_pushed_is_restored_and_never_overwritten(
         text = command.replace("%p", str(target)).replace("%%", "%")
         assert (await asyncio.to_thread(subprocess.run, ["sh", "-c", text])).returncode == 0
         assert target.read_bytes() == wal.read_bytes()
+        target.unlink()
+        reading.order("primary", system, epoch=2)
+        push = reading.archive_settings()["archive_command"].replace("%f", wal.name).replace("%%", "%")
+        content = wal.read_bytes()
+        for attempt, code in ((content, 0), (content[:-1] + b"!", 1)):
+            make_ready(other.data / "pg_wal", wal.name, attempt)
+            assert (await asyncio.to_thread(subprocess.run, ["sh", "-c", push])).returncode == code
+        status = reading.status()["push"]
+        assert (status["already_there"], status["archived"], status["conflicts"]) == (1, 0, 1)
