@@ -59,7 +59,6 @@ def settings_of(configuration: Configuration, archive: ArchiveSection, run_as: R
     """The archiver's part of the configuration."""
     return ArchiverSettings(
         instance=configuration.instance.name,
-        cluster_uid=configuration.cluster.uid,
         server_name=archive.server_name or configuration.cluster.name,
         wal_directory=configuration.data_directory / "pg_wal",
         socket=configuration.archive_socket,

@@ -39,7 +39,6 @@ class ArchiverSettings:
     """What the archiver is told at its start; the rest comes as orders."""
 
     instance: str
-    cluster_uid: str
     server_name: str
     wal_directory: Path
     socket: Path
@@ -69,7 +68,7 @@ class Archiver:
         self.status = ArchiverStatus()
         self.orders = OrderBook(now_s)
         layout = self._layout = Layout(settings.server_name, Codec(settings.codec, settings.level))
-        gate = ArchiveGate(store, layout, settings.cluster_uid, settings.codec, self.status)
+        gate = ArchiveGate(store, layout, settings.codec, self.status)
         self._uploader = Uploader(store, layout, self.orders, settings.instance, settings.patience, self.status.push)
         self.pusher = Pusher(
             settings.wal_directory,

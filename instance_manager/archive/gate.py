@@ -19,24 +19,22 @@ GATE_DEADLINE_S = 20.0
 class ArchiveGate:
     """Opens for writing after probe and claim, for reading after the lineage fits; stays open for that system."""
 
-    def __init__(
-        self, store: ObjectStore, layout: Layout, cluster_uid: str, codec: CodecName, status: ArchiverStatus
-    ) -> None:
+    def __init__(self, store: ObjectStore, layout: Layout, codec: CodecName, status: ArchiverStatus) -> None:
         self._store = store
         self._layout = layout
-        self._cluster_uid = cluster_uid
         self._codec: CodecName = codec
         self._status = status
         self._turn = asyncio.Lock()
-        self._writable_for: str | None = None
+        self._writable_for: tuple[str, str] | None = None
         self._readable_for: str | None = None
 
     async def require_writable(self, orders: Orders) -> None:
         """NotArchived: the store cannot be trusted, or the archive is another's; says what to do."""
-        if self._writable_for == orders.system_identifier:
+        whose = (orders.system_identifier, orders.cluster_uid)
+        if self._writable_for == whose:
             return
         async with self._turn:
-            if self._writable_for == orders.system_identifier:
+            if self._writable_for == whose:
                 return
             try:
                 await probe(self._store, self._layout.probe, deadline_s=GATE_DEADLINE_S)
@@ -44,7 +42,7 @@ class ArchiveGate:
                     self._store,
                     self._layout,
                     system_identifier=orders.system,
-                    cluster_uid=self._cluster_uid,
+                    cluster_uid=orders.cluster_uid,
                     size=orders.size,
                     codec=self._codec,
                     deadline_s=GATE_DEADLINE_S,
@@ -52,7 +50,7 @@ class ArchiveGate:
             except (ObjectStoreError, ForeignArchive) as error:
                 self._status.archive = str(error)
                 raise NotArchived(str(error)) from error
-            self._writable_for = self._readable_for = orders.system_identifier
+            self._writable_for, self._readable_for = whose, orders.system_identifier
             self._status.archive = "ok"
 
     async def require_readable(self, orders: Orders, *, again: bool = False) -> None:

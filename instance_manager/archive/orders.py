@@ -32,6 +32,8 @@ class Orders:
     epoch: Epoch
     permit_until_s: float = 0.0
     """Absolute CLOCK_BOOTTIME until which this instance may write to the archive; for a primary only."""
+    cluster_uid: str
+    """Of the record: whose archive it must be."""
     system_identifier: str
     wal_segment_bytes: int
     chain: TimelineChain | None = None
@@ -58,6 +60,8 @@ def parse_orders(content: bytes | str) -> Orders:
         int(orders.system_identifier)
     except (msgspec.MsgspecError, ValueError) as error:
         raise OrdersRefused(f"not an order: {error}") from error
+    if not orders.cluster_uid:
+        raise OrdersRefused("not an order: cluster_uid is empty")
     if not math.isfinite(orders.permit_until_s) or orders.epoch < 0:
         raise OrdersRefused("not an order: epoch or permit_until_s is out of range")
     if orders.chain is not None and orders.chain.first < 1:

@@ -48,7 +48,6 @@ class Desk:
         self.flushed: Flushed | None = None
         settings = ArchiverSettings(
             instance="orders-1",
-            cluster_uid="uid-1",
             server_name=SERVER,
             wal_directory=self.wal,
             socket=root / "archive.sock",
@@ -69,9 +68,15 @@ class Desk:
 
     @staticmethod
     def primary(
-        epoch: int = 1, *, chain: TimelineChain | None = None, until_s: float = 1060.0, system: int = SYSTEM
+        epoch: int = 1,
+        *,
+        chain: TimelineChain | None = None,
+        until_s: float = 1060.0,
+        system: int = SYSTEM,
+        cluster_uid: str = "uid-1",
     ) -> Orders:
         return Orders(
+            cluster_uid=cluster_uid,
             role="primary",
             epoch=Epoch(epoch),
             permit_until_s=until_s,
@@ -84,6 +89,7 @@ class Desk:
     def standby(epoch: int = 1, *, chain: TimelineChain | None = None, **flags: bool) -> Orders:
         return Orders(
             role="standby",
+            cluster_uid="uid-1",
             epoch=Epoch(epoch),
             system_identifier=str(SYSTEM),
             wal_segment_bytes=SIZE.size_bytes,

@@ -113,6 +113,7 @@ class ArchivingServer:
         orders = Orders(
             role="primary" if role == "primary" else "standby",
             epoch=Epoch(epoch),
+            cluster_uid="0123456789abcdef",
             permit_until_s=time.clock_gettime(time.CLOCK_BOOTTIME) + 600 if role == "primary" else 0.0,
             system_identifier=str(system_identifier),
             wal_segment_bytes=SEGMENT_BYTES,

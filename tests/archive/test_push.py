@@ -375,7 +375,8 @@ async def test_what_is_no_wal_file_is_refused(local_desk: Desk, name: str) -> No
 async def test_another_clusters_archive_is_never_written_to(tmp_path: Path, desk: Desk) -> None:
     desk.ready(A)
     await desk.push(A)
-    async with desk_at(tmp_path / "copy", desk.store, cluster_uid="uid-2") as copy:
+    async with desk_at(tmp_path / "copy", desk.store) as copy:
+        copy.command(copy.primary(cluster_uid="uid-2"))
         copy.ready(B)
         with pytest.raises(NotArchived, match=r"restored copy.*archive\.server_name"):
             await copy.push(B)
