@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from archive_harness import until
 from harness import Cluster, PostgresProcess, run_as
-from s3_server import CREDENTIALS
+from s3_server import CREDENTIALS, REGION
 
 from instance_manager.archive import commands
 from instance_manager.archive.fetch import Mode
@@ -176,3 +176,41 @@ async def all_archived(server: PostgresProcess, *, deadline_s: float = 60.0) -> 
             return name
         assert time.monotonic() < end_s, (dict(row), server.log_text()[-2000:])
         await asyncio.sleep(0.05)
+
+
+async def cold_copy(cluster: Cluster, source: PostgresProcess) -> Path:
+    """The directory of a server that is not running, to recover from."""
+    copy = cluster.root / "cold"
+    await asyncio.to_thread(subprocess.run, ["cp", "-a", str(source.data), str(copy)], check=True)
+    return copy
+
+
+async def insert(server: PostgresProcess, first: int, count: int) -> None:
+    await server.fetchval(INSERT, first, first + count - 1)
+
+
+INSERT = "INSERT INTO t SELECT n, repeat(md5(n::text), 8) FROM generate_series($1::int, $2::int) n"
+
+
+async def prepared(cluster: Cluster, made: ArchivingServer, **settings: str | int) -> int:
+    """A primary with a table, archiving, and a cold copy of it from before."""
+    system = await archiving_primary(cluster, made, **settings)
+    await made.server.execute("CREATE TABLE t (n int PRIMARY KEY, filler text)")
+    return system
+
+
+async def run(argv: list[Any], *, as_postgres: bool = False) -> subprocess.CompletedProcess[str]:
+    user = run_as() if as_postgres else None
+    return await asyncio.to_thread(
+        lambda: subprocess.run(
+            argv,
+            env={**os.environ, "AWS_DEFAULT_REGION": REGION},
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd="/",
+            user=None if user is None else user.uid,
+            group=None if user is None else user.gid,
+            extra_groups=None if user is None else [],
+        )
+    )

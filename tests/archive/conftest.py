@@ -7,11 +7,12 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from archive_harness import Desk, desk_at
 from barman_programs import barman_programs
-from s3_server import FaultProxy, make_bucket, s3_server, settings_for
+from s3_server import REGION, FaultProxy, make_bucket, s3_server, settings_for
 
 from instance_manager.archive.stores.directory import DirectoryStore
 from instance_manager.archive.stores.s3 import S3Store
@@ -113,3 +114,21 @@ def cluster(postgres_template: Path) -> Iterator[Cluster]:
 def barman() -> Path:
     """Folder of barman-cloud's programs, in a virtual environment of their own: their pins are not ours."""
     return barman_programs()
+
+
+@pytest.fixture
+def s3_section(proxy: FaultProxy, bucket: str) -> dict[str, Any]:
+    return {"s3": {"bucket": bucket, "prefix": "pre/fix", "endpoint": proxy.url, "region": REGION, "path_style": True}}
+
+
+@pytest.fixture
+def directory_section(cluster: Cluster) -> dict[str, Any]:
+    root = cluster.root / "archive"
+    root.mkdir()
+    return {"directory": str(root)}
+
+
+@pytest.fixture(params=["directory", "s3"])
+def section(request: pytest.FixtureRequest) -> dict[str, Any]:
+    made: dict[str, Any] = request.getfixturevalue(f"{request.param}_section")
+    return made

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import ssl
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -56,23 +57,26 @@ class FaultProxy:
     @contextlib.contextmanager
     def running(self, tls: ssl.SSLContext | None = None) -> Iterator[FaultProxy]:
         """In a thread of its own, so that it also serves what blocks the test's."""
-        ready, stop = threading.Event(), asyncio.Event()
-        loop = asyncio.new_event_loop()
+        ready = threading.Event()
+        stop: list[Callable[[], object]] = []
 
         async def serve() -> None:
+            ended = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            stop.append(functools.partial(loop.call_soon_threadsafe, ended.set))
             async with self._serving(tls):
                 ready.set()
-                await stop.wait()
+                await ended.wait()
 
-        thread = threading.Thread(target=lambda: loop.run_until_complete(serve()), daemon=True)
+        # `asyncio.run` also ends the requests that are left hanging on purpose.
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
         thread.start()
         assert ready.wait(10)
         try:
             yield self
         finally:
-            loop.call_soon_threadsafe(stop.set)
+            stop[0]()
             thread.join(10)
-            loop.close()
 
     @contextlib.asynccontextmanager
     async def _serving(self, tls: ssl.SSLContext | None) -> AsyncIterator[None]:

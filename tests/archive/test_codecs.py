@@ -1,10 +1,12 @@
-"""Every codec gives back what it took, is readable by its usual tool, and tells damage from an end."""
+"""Every codec gives back what it took, and tells damage from an end."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import os
-import subprocess
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -35,16 +37,9 @@ def test_what_goes_in_comes_out(name: str, content: bytes, chunk: int) -> None:
     assert unpacked(codec, packed(codec, content, chunk), chunk=chunk) == content
 
 
-@pytest.mark.parametrize(("name", "tool"), [("zstd", "zstd"), ("lz4", "lz4"), ("gzip", "gzip")])
-def test_the_usual_tool_reads_it(name: str, tool: str) -> None:
-    done = subprocess.run([tool, "-dc"], input=packed(Codec(name), CONTENT), capture_output=True, check=True)
-    assert done.stdout == CONTENT
-
-
-@pytest.mark.parametrize("name", ["bzip2", "xz"])
-def test_codecs_of_other_tools_are_read_but_not_written(name: str) -> None:
-    stored = subprocess.run([name, "-c"], input=CONTENT, capture_output=True, check=True).stdout
-    assert unpacked(codec_of_suffix(f"x{SUFFIXES[name]}"), stored) == CONTENT
+@pytest.mark.parametrize(("name", "compress"), [("bzip2", bz2.compress), ("xz", lzma.compress)])
+def test_codecs_of_other_tools_are_read_but_not_written(name: str, compress: Callable[[bytes], bytes]) -> None:
+    assert unpacked(codec_of_suffix(f"x{SUFFIXES[name]}"), compress(CONTENT)) == CONTENT
     with pytest.raises(ValueError, match="not written"):
         packed(Codec(name), b"x")
 

@@ -4,66 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from archive_harness import until
-from archiving_server import ArchivingServer, all_archived, archiving, archiving_primary
+from archiving_server import (
+    INSERT,
+    ArchivingServer,
+    all_archived,
+    archiving,
+    cold_copy,
+    insert,
+    prepared,
+    run,
+)
 from fault_proxy import FaultProxy
-from harness import Cluster, PostgresProcess, conninfo, run_as, wait_until
-from s3_server import REGION
-from wal_builders import make_ready
+from harness import Cluster, conninfo, wait_until
 
 from instance_manager.archive.codecs import Codec
 from instance_manager.archive.layout import Layout
 
 pytestmark = pytest.mark.timeout(240)
 LAYOUT = Layout("orders", Codec("zstd"))
-
-
-@pytest.fixture
-def s3_section(proxy: FaultProxy, bucket: str) -> dict[str, Any]:
-    return {"s3": {"bucket": bucket, "prefix": "pre/fix", "endpoint": proxy.url, "region": REGION, "path_style": True}}
-
-
-@pytest.fixture
-def directory_section(cluster: Cluster) -> dict[str, Any]:
-    root = cluster.root / "archive"
-    root.mkdir()
-    return {"directory": str(root)}
-
-
-@pytest.fixture(params=["directory", "s3"])
-def section(request: pytest.FixtureRequest) -> dict[str, Any]:
-    made: dict[str, Any] = request.getfixturevalue(f"{request.param}_section")
-    return made
-
-
-async def cold_copy(cluster: Cluster, source: PostgresProcess) -> Path:
-    """The directory of a server that is not running, to recover from."""
-    copy = cluster.root / "cold"
-    await asyncio.to_thread(subprocess.run, ["cp", "-a", str(source.data), str(copy)], check=True)
-    return copy
-
-
-async def insert(server: PostgresProcess, first: int, count: int) -> None:
-    await server.fetchval(_INSERT, first, first + count - 1)
-
-
-_INSERT = "INSERT INTO t SELECT n, repeat(md5(n::text), 8) FROM generate_series($1::int, $2::int) n"
-
-
-async def prepared(cluster: Cluster, made: ArchivingServer, **settings: str | int) -> int:
-    """A primary with a table, archiving, and a cold copy of it from before."""
-    system = await archiving_primary(cluster, made, **settings)
-    await made.server.execute("CREATE TABLE t (n int PRIMARY KEY, filler text)")
-    return system
 
 
 class Recovery:
@@ -133,12 +99,12 @@ async def test_losing_every_volume_costs_the_streaming_interval_and_not_a_segmen
         system = await prepared(cluster, made)
         async with server.session(synchronous_commit="on") as session:
             for number in range(60):
-                await session.execute(_INSERT, number, number)
+                await session.execute(INSERT, number, number)
                 await asyncio.sleep(0.02)
             flushed = int(await session.fetchval("SELECT pg_current_wal_flush_lsn() - '0/0'"))
             await until(lambda: made.status()["stream"]["durable_lsn"] >= flushed, deadline_s=20)
             for number in range(60, 80):
-                await session.execute(_INSERT, number, number)
+                await session.execute(INSERT, number, number)
         made.kill_archiver()
         server.kill()
     async with recovery_of(cluster, copy, section, system) as recovery:
@@ -359,86 +325,3 @@ async def test_a_fast_shutdown_does_not_wait_for_a_store_that_hangs_longer_than_
         await server.execute("SELECT pg_switch_wal()")
         await server.stop(signal.SIGINT, deadline_s=90)
         proxy.heal()
-
-
-async def run(argv: list[Any], *, as_postgres: bool = False) -> subprocess.CompletedProcess[str]:
-    user = run_as() if as_postgres else None
-    return await asyncio.to_thread(
-        lambda: subprocess.run(
-            argv,
-            env={**os.environ, "AWS_DEFAULT_REGION": REGION},
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd="/",
-            user=None if user is None else user.uid,
-            group=None if user is None else user.gid,
-            extra_groups=None if user is None else [],
-        )
-    )
-
-
-@pytest.mark.parametrize("codec", ["zstd", "gzip", "none"])
-async def test_barman_cloud_restores_what_was_pushed(
-    cluster: Cluster,
-    s3_section: dict[str, Any],
-    proxy: FaultProxy,
-    bucket: str,
-    barman: Path,
-    codec: str,
-    tmp_path: Path,
-) -> None:
-    server = cluster.add("p")
-    with archiving(server, {**s3_section, "codec": codec}) as made:
-        await prepared(cluster, made, wal_keep_size="64MB")
-        await insert(server, 0, 3000)
-        name = await all_archived(server)
-        expected = (server.data / "pg_wal" / name).read_bytes()
-    target = tmp_path / "restored"
-    done = await run(
-        [
-            *(barman / "barman-cloud-wal-restore", "--cloud-provider", "aws-s3", "--endpoint-url", proxy.url),
-            *("--addressing-style", "path", f"s3://{bucket}/pre/fix", "orders", name, str(target)),
-        ],
-    )
-    assert done.returncode == 0, done.stderr
-    assert target.read_bytes() == expected
-
-
-async def test_what_barman_cloud_pushed_is_restored_and_never_overwritten(
-    cluster: Cluster, s3_section: dict[str, Any], proxy: FaultProxy, bucket: str, barman: Path
-) -> None:
-    """As a cluster that comes from CloudNativePG: its archive is taken over, if it is of this system."""
-    server = cluster.add("p")
-    with archiving(server, s3_section) as made:
-        system = await prepared(cluster, made)
-        await insert(server, 0, 3000)
-        await all_archived(server)
-        wal = sorted(path for path in (server.data / "pg_wal").iterdir() if len(path.name) == 24)[0]
-        theirs = {**s3_section, "server_name": "theirs"}
-        done = await run(
-            [
-                *(barman / "barman-cloud-wal-archive", "--cloud-provider", "aws-s3", "--endpoint-url", proxy.url),
-                *("--addressing-style", "path", "--zstd", f"s3://{bucket}/pre/fix", "theirs", str(wal)),
-            ],
-        )
-        assert done.returncode == 0, done.stderr
-        server.kill()
-    other = cluster.add("r")
-    with archiving(other, theirs) as reading:
-        await reading.start_archiver()
-        reading.order("standby", system)
-        command = reading.restore_settings("recovery")["restore_command"].replace("%f", wal.name)
-        target = other.data / "pg_wal" / "RECOVERYXLOG"
-        text = command.replace("%p", str(target)).replace("%%", "%")
-        assert (await asyncio.to_thread(subprocess.run, ["sh", "-c", text])).returncode == 0
-        assert target.read_bytes() == wal.read_bytes()
-        target.unlink()
-        reading.order("primary", system, epoch=2)
-        push = reading.archive_settings()["archive_command"].replace("%f", wal.name).replace("%%", "%")
-        content = wal.read_bytes()
-        for attempt, code in ((content, 0), (content[:-1] + b"!", 1)):
-            make_ready(other.data / "pg_wal", wal.name, attempt)
-            assert (await asyncio.to_thread(subprocess.run, ["sh", "-c", push])).returncode == code
-        status = reading.status()["push"]
-        assert (status["already_there"], status["archived"], status["conflicts"]) == (1, 0, 1)
