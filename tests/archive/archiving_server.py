@@ -168,7 +168,8 @@ async def archiving_primary(cluster: Cluster, made: ArchivingServer, **settings:
 
 async def all_archived(server: PostgresProcess, *, deadline_s: float = 60.0) -> str:
     """Finish the segment, and wait until Postgres says that it is archived; its name."""
-    name = str(await server.fetchval("SELECT pg_walfile_name(pg_switch_wal())"))
+    # A switch of an empty segment returns the boundary, which Postgres 17 and later count to the segment behind it.
+    name = str(await server.fetchval("SELECT pg_walfile_name(pg_switch_wal() - 1)"))
     end_s = time.monotonic() + deadline_s
     while True:
         row = (await server.fetch("SELECT * FROM pg_stat_archiver"))[0]
