@@ -230,8 +230,7 @@ class Agent:
             c.start_yielding("its data directory cannot be started")
         if c.database.running_read_write:
             self.primary.look()
-        # Not during recovery: a long one is no sign of bad health, as long as the process lives (cloudnative-pg#11024).
-        c.health.expect_sql(c.database.running_read_write and c.database.has_answered)
+        c.health.expect_sql(c.database.running_read_write)
         if c.link.reload_asked:
             c.link.reload_asked = False
             task = asyncio.ensure_future(self.reload())
@@ -547,9 +546,10 @@ class Agent:
         """Clone anew. Only a standby; it is no voter while it does, because its log is gone (R6)."""
         c = self.context
         record = c.record
-        if c.holds_lease or record.holder is None:
-            raise OperationFailed("only a standby with a serving primary can be cloned anew; switch over first")
         member_id = c.member_id
+        if record.holder is None or record.holder.member_id == member_id:
+            # Also under an earlier life: its log may hold what no other does.
+            raise OperationFailed("only a standby with a serving primary can be cloned anew; switch over first")
         await c.keeper.write(lambda current: replace(current, excluded=current.excluded | {member_id}))
         await c.peers.nudge(c.peers.names)
         return f"{c.configuration.name} will be set aside and cloned from {record.holder.name}"

@@ -14,6 +14,7 @@ from instance_manager.core.lease import (
     may_reaffirm,
     reaffirmed,
     released,
+    resumed,
     with_mode,
     with_voters,
     without_switchover,
@@ -108,16 +109,23 @@ class PrimaryDuties:
         grounds = record.grounds()
         # First: whatever becomes of the write, this epoch is never used again (R3).
         await c.volume.save(lambda state: state.seen(Epoch(highest + 1)))
-        stored = await c.keeper.write(
-            lambda current: reaffirmed(current, holder=holder, highest_epoch=Epoch(highest)), grounds=grounds
-        )
+        begun = record.chain.current in facts.histories
+        along = facts.recovers_along == record.chain.current
+        end = facts.end
+
+        def change(current: ClusterRecord) -> ClusterRecord:
+            return resumed(
+                current, holder=holder, highest_epoch=Epoch(highest), end=end, claim_begun=begun, writable_along=along
+            )
+
+        stored = await c.keeper.write(change, grounds=grounds)
         record = stored.record
         c.journal.note("resume", f"epoch {record.epoch}; its log ends at {facts.end}, and no voter is ahead")
         await self._remember(record)
         c.gate_open = False
         if record.chain is not None and facts.end.timeline != record.chain.current:
             # It took the Lease and ended before it took up its claim: promote, from where the claim forks.
-            await c.database.start_standby()
+            await c.database.start_standby(chain=record.chain)
         else:
             opening = self._opening_set(record)
             await c.database.start_primary(record.epoch, opening)
@@ -287,6 +295,23 @@ class PrimaryDuties:
         )
         await c.volume.save(lambda state: state.writing(stored.record, None))
 
+    async def _settled(self, record: ClusterRecord) -> ClusterRecord:
+        """The record once it is known what became of the last intention: by a write of our own (R1). A second intention
+        before that would make the volume forget the first, and take what this holder wrote for edited (R3)."""
+        c = self._c
+        if c.volume.state.intended_record is None:
+            return record
+        mine = c.holder
+
+        def unchanged(current: ClusterRecord) -> ClusterRecord:
+            if current.holder is None or current.holder != mine or current.epoch != record.epoch:
+                raise WriteRefused(f"the Lease is at epoch {current.epoch}, not this instance's of {record.epoch}")
+            return current
+
+        stored = await c.keeper.write(unchanged)
+        await c.volume.save(lambda state: state.writing(stored.record, None))
+        return stored.record
+
     async def _write(self, record: ClusterRecord, change: Change) -> StoredRecord:
         """A change by the holder of this epoch, and never on a successor's record, whatever happened meanwhile."""
         mine = self._c.holder
@@ -449,6 +474,7 @@ class PrimaryDuties:
             target = None
         named = target[1] if target is not None else c.member_id
         await c.link.revoke(record.epoch)
+        record = await self._settled(record)
         # Persisted before: after this nobody may take the release for lost and repair the Lease (R3).
         await c.volume.save(lambda state: state.writing(record, _released(record, end, holding, named, c.member_id)))
         await self._write(record, lambda current: _released(current, end, holding, named, c.member_id))

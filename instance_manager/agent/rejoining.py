@@ -110,6 +110,10 @@ class Rejoining:
                 await c.database.stop_following(record.chain, deadline_s=c.configuration.timings.promise_timeout_s)
         if end is None or not record.chain.contains(end):
             raise OperationFailed(f"this log ends at {end}: it cannot follow")
+        if not c.database.view().receiving and (dead := await c.database.dead_ends(record.chain)):
+            await self._stop(f"it recovers along timeline {dead[-1]}, which is not in the cluster's history")
+            await self._start_following(record, f"its log ends at {end}")
+            return
         async with c.voting:
             # A promise of a later epoch may have been made since the decision; then `promising` refuses.
             await c.volume.save(
@@ -167,10 +171,7 @@ class Rejoining:
                 return
             if record.needs_vote_of(c.volume.state.member_id):
                 raise OperationFailed(f"{reason}; but it is still a voter: the primary drops it first (R6)")
-            c.take_role(Role.STOPPING, reason)
-            if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
-                await c.database.kill()
-            c.take_role(Role.STOPPED, reason)
+            await self._stop(reason)
         stopped = await c.database.stopped_facts(record.chain)
         facts = DirectoryFacts(
             exists=stopped.exists,
@@ -200,6 +201,13 @@ class Rejoining:
             raise OperationFailed(plan.reason)
         else:
             await self._copy_from_primary(plan.rejoin, record, record.chain)
+
+    async def _stop(self, reason: str) -> None:
+        c = self._c
+        c.take_role(Role.STOPPING, reason)
+        if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
+            await c.database.kill()
+        c.take_role(Role.STOPPED, reason)
 
     async def _start_following(self, record: ClusterRecord, reason: str) -> None:
         """The promise of the epoch is persisted, then Postgres starts with its upstream set (R5).

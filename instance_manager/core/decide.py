@@ -265,6 +265,10 @@ def decide(o: Observation) -> Decision:
         return _without_record(o, lease.damage)
     if record is None:
         return _found_cluster(o)
+    if o.postgres.stopping_for_s >= STOPS_WITHIN * o.timings.stop_timeout_s:
+        return Decision(
+            "kill", f"Postgres has been shutting down for {o.postgres.stopping_for_s:.0f} s and does not end"
+        )
     if o.holds_lease:
         return _as_holder(o, record)
     if o.postgres.running and o.postgres.mode == "read_write":
@@ -273,10 +277,6 @@ def decide(o: Observation) -> Decision:
         return Decision(
             "kill",
             f"the Lease is {record.holder.name + chr(39) + 's' if record.holder else 'free'}, and Postgres is writable here",
-        )
-    if o.postgres.stopping_for_s >= STOPS_WITHIN * o.timings.stop_timeout_s:
-        return Decision(
-            "kill", f"Postgres has been shutting down for {o.postgres.stopping_for_s:.0f} s and does not end"
         )
     if o.name in record.fenced:
         return Decision("fence", "the record fences this instance")

@@ -68,6 +68,8 @@ class FakeDatabase:
         self.at = end(200)
         self.senders: dict[MemberId, int] = {}
         self.set: list[SynchronousSet] = []
+        self.left: tuple[Timeline, ...] = ()
+        """Timelines of histories that are not the cluster's."""
 
     def view(self) -> PostgresView:
         return PostgresView(
@@ -96,6 +98,9 @@ class FakeDatabase:
 
     async def fill_gaps(self, chain: TimelineChain) -> None:
         return None
+
+    async def dead_ends(self, chain: TimelineChain) -> tuple[Timeline, ...]:
+        return self.left
 
     async def gate_is_open(self) -> bool:
         return True
