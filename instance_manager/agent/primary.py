@@ -370,7 +370,13 @@ class PrimaryDuties:
         ends = await self.ask_ends(record)
         if not may_reaffirm(record, frozenset(ends)):
             raise OperationFailed(f"{len(ends)} of {record.quorum} voters answer that they would follow")
-        highest = max([record.epoch, *(answer.highest_epoch for answer in ends.values())])
+        # Also of those that are no voters, and would follow nobody else (R12).
+        promised = [
+            peer.state.promised_epoch
+            for peer in c.peers.views().values()
+            if peer.answers and peer.state is not None and peer.state.member_id not in record.excluded
+        ]
+        highest = max([record.epoch, *promised, *(answer.highest_epoch for answer in ends.values())])
         holder = c.holder
         if holder is None:
             raise OperationFailed("this instance is no member")

@@ -249,7 +249,8 @@ class Rejoining:
         member = self._member(source)
         # What was read for the plan may be old by now: looking at a directory on a slow disk takes its time.
         await c.keeper.read()
-        if c.record.needs_vote_of(c.volume.state.member_id):
+        # Where there is no directory there is no log to be kept for an election.
+        if rejoin is not Rejoin.CLONE and c.record.needs_vote_of(c.volume.state.member_id):
             raise OperationFailed("it has become a voter meanwhile: the primary drops it first (R6)")
         # From here on this directory is nobody's (R6, P7): whatever interrupts this, its id speaks for no log any more.
         await c.volume.save(lambda state: replace(state, member_id=None))

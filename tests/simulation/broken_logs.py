@@ -132,7 +132,7 @@ LOGS = (
             bent(
                 Rejoining,
                 "_copy_from_primary",
-                ("if c.record.needs_vote_of(c.volume.state.member_id):", "if False:"),
+                ("if rejoin is not Rejoin.CLONE and c.record.needs_vote_of(c.volume.state.member_id):", "if False:"),
                 ("await c.volume.save(lambda state: replace(state, member_id=None))", "pass"),
             ),
         ),
