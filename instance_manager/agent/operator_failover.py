@@ -75,8 +75,10 @@ async def stand_on(context: Context) -> Ground:
     c = context
     await c.keeper.read()
     damage = c.keeper.view().damage
-    if damage is None:
+    if damage is None and c.keeper.record is not None:
         return Ground(c.record, None, Epoch(max(c.record.epoch, c.volume.state.highest_epoch)))
+    # An instance that never had data does not miss a Lease that is gone; others may.
+    damage = damage or "there is no Lease"
     uid = c.configuration.cluster.uid
     answers = await c.peers.ask_all(
         c.peers.names, "end", EndRequest(cluster_uid=uid), EndAnswer, deadline_s=ASK_DEADLINE_S
