@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ async def test_r3_a_standby_is_started_by_the_later_of_the_lease_and_what_its_vo
         await a.rejoining.start_standby("the Lease is damaged")
         assert a.database.judged_by == [later.chain]
     async with Standby(tmp_path, later) as a:
-        await a.remembers(lambda state: state.saw_record(record()))
+        await a.remembers(lambda state: replace(state, known_record=record()))
         await a.rejoining.start_standby("a standby may serve reads")
         assert a.database.judged_by == [later.chain]
 
