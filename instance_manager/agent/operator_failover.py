@@ -75,7 +75,7 @@ async def stand_on(context: Context) -> Ground:
     damage = c.keeper.view().damage
     if damage is None:
         return Ground(c.record, None, Epoch(max(c.record.epoch, c.volume.state.highest_epoch)))
-    uid = c.configuration.cluster.uid
+    uid = c.cluster_uid or ""
     answers = await c.peers.ask_all(
         c.peers.names, "end", EndRequest(cluster_uid=uid), EndAnswer, deadline_s=ASK_DEADLINE_S
     )
