@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -130,7 +131,7 @@ class ApiServer:
             await self.close()  # the authority may have been replaced: its file is read again
             raise NotSent(f"{self.access.server}: {error.certificate_error}") from error
         except aiohttp.ClientConnectorError as error:
-            raise NotSent(f"{self.access.server}: {error.os_error.strerror or error.os_error}") from error
+            raise NotSent(f"{self.access.server}: {_words(error.os_error)}") from error
         except (aiohttp.ClientError, OSError, _Broken) as error:
             raise _unanswered(way, f"{type(error).__name__}: {error}") from error
         if answer.retry_after_s is not None and answer.status in (429, 503):
@@ -238,6 +239,11 @@ def _tracing() -> aiohttp.TraceConfig:
 
 def _unanswered(way: _Way, text: str) -> NotSent | NoAnswer:
     return NoAnswer(text) if way.connected else NotSent(f"not connected: {text}")
+
+
+def _words(error: OSError) -> str:
+    """asyncio's own texts name the address once more, and not what was wrong with it."""
+    return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error)
 
 
 def _object(content: bytes) -> Plain:
