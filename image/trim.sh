@@ -26,6 +26,7 @@ rm -rf /usr/share/perl/5.* /usr/lib/*/perl/5.* /usr/lib/*/perl5 /usr/lib/*/libpe
 
 # Debian's own management of clusters, and the key pair that every image would share.
 rm -rf /etc/postgresql /etc/postgresql-common /etc/ssl/private/ssl-cert-snakeoil.key /etc/ssl/certs/ssl-cert-snakeoil.pem
+find /etc/ssl/certs -xtype l -delete
 find /usr/bin /usr/sbin -lname '*/postgresql-common/*' -delete
 
 # No program may gain a user by being started.
