@@ -12,6 +12,7 @@ import pod_network
 import pytest
 from control_plane import ControlPlane, Ports
 from kube_binaries import Programs, Unavailable, find
+from kubernetes_cluster import KubernetesCluster
 from pod_image import instance_manager_image
 from pod_network import SWITCH_ADDRESS, PodNetwork
 from pod_runner import PodRunner
@@ -97,3 +98,32 @@ def running_namespace(namespace: str, runner: PodRunner, request: pytest.Fixture
     problems = [worker.problem for worker in runner.workers(namespace) if worker.problem]
     runner.remove_namespace(namespace)
     assert not problems
+
+
+@pytest.fixture(scope="module")
+def shared_cluster(
+    control_plane: ControlPlane, runner: PodRunner, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[KubernetesCluster]:
+    """The shipped manifests, installed once for a file of tests; its own namespace enforces the restricted policy."""
+    name = f"cluster-{next(_numbers)}"
+    control_plane.make_namespace(name)
+    made = KubernetesCluster(control_plane, runner, name, tmp_path_factory.mktemp(name))
+    try:
+        made.install()
+        made.wait_redundant()
+        yield made
+    except BaseException:
+        print(made.story(LOG_LINES_SHOWN))
+        raise
+    finally:
+        runner.remove_namespace(name)
+
+
+@pytest.fixture
+def cluster(shared_cluster: KubernetesCluster, request: pytest.FixtureRequest) -> Iterator[KubernetesCluster]:
+    """Fully redundant at the beginning of each test; its pods' logs are shown when the test fails."""
+    failed_before = request.session.testsfailed
+    shared_cluster.wait_redundant()
+    yield shared_cluster
+    if request.session.testsfailed > failed_before:
+        print(shared_cluster.story(LOG_LINES_SHOWN))

@@ -1,9 +1,12 @@
 """The network of the test pods, made of namespaces only: the machine's own interfaces and routes are never touched.
 
-control plane, probes, clients ── bridge ── pod 1, pod 2, ...
+control plane ──── bridge "pods" ──── pod 1, pod 2, ...
+                        │
+                     clients ──── bridge "island"
 
-The switch is a namespace with one bridge; the API server, the name server and the tests' clients stand in it at one
-address. Each pod is a namespace with one cable to the bridge, at an address that no earlier pod of the run had.
+The switch is a namespace with two bridges; the API server and the name server stand in it at one address. Each pod is a
+namespace with one cable to the bridge, at an address that no earlier pod of the run had. A pod that is cut off loses its
+cable, or finds itself on the island, where only the clients are: their open sessions with it go on.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SWITCH_ADDRESS = "10.78.0.1"
-NETWORK = "10.78.0.0/16"
+CLIENTS_ADDRESS = "10.78.255.254"
 _RUN = Path("/run/netns")
 _DEADLINE_S = 10.0
+_CLIENTS_HARDWARE_ADDRESS = "02:00:0a:4e:ff:fe"
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -51,9 +55,16 @@ class PodNetwork:
         """NetworkFailed: nothing is left."""
         try:
             self._add_namespace(self._switch)
-            self._ip(self._switch, "link", "add", "pods", "type", "bridge")
-            self._ip(self._switch, "addr", "add", f"{SWITCH_ADDRESS}/16", "dev", "pods")
-            self._ip(self._switch, "link", "set", "pods", "up")
+            self._add_namespace(self._clients)
+            for bridge in ("pods", "island"):
+                _ip("-n", self._switch, "link", "add", bridge, "type", "bridge")
+                _ip("-n", self._switch, "link", "set", bridge, "up")
+                self._add_cable(f"to-{bridge}", bridge, self._clients, bridge)
+                # One hardware address for both, so that a pod that is moved finds the clients where they were.
+                _ip("-n", self._clients, "link", "set", bridge, "address", _CLIENTS_HARDWARE_ADDRESS)
+                _ip("-n", self._clients, "link", "set", bridge, "up")
+            _ip("-n", self._switch, "addr", "add", f"{SWITCH_ADDRESS}/16", "dev", "pods")
+            _ip("-n", self._clients, "addr", "add", f"{CLIENTS_ADDRESS}/16", "dev", "pods")
         except BaseException:
             self.close()
             raise
@@ -65,8 +76,12 @@ class PodNetwork:
         self._made.clear()
 
     def enter(self) -> tuple[str, ...]:
-        """Before a command: run it where the API server and the clients are."""
+        """Before a command: run it where the API server is."""
         return ("nsenter", f"--net={_RUN / self._switch}")
+
+    def enter_clients(self) -> tuple[str, ...]:
+        """Before a command: run it where the clients are."""
+        return ("nsenter", f"--net={_RUN / self._clients}")
 
     def connect(self, host: str, port: int, timeout_s: float) -> socket.socket:
         """A connection from the switch; OSError."""
@@ -84,18 +99,26 @@ class PodNetwork:
         with self._lock:
             self._addresses += 1
             number = self._addresses
-        link = PodLink(
-            f"{self._prefix}-{number}", f"10.78.{number // 256}.{number % 256}", f"pod{number}", self._switch
-        )
+        link = PodLink(f"{self._prefix}-{number}", f"10.78.{number // 256}.{number % 256}", f"pod{number}")
         self._add_namespace(link.namespace)
-        self._ip(
-            self._switch, "link", "add", link.port, "type", "veth", "peer", "name", "eth0", "netns", link.namespace
-        )
-        self._ip(self._switch, "link", "set", link.port, "master", "pods")
-        self._ip(self._switch, "link", "set", link.port, "up")
-        self._ip(link.namespace, "addr", "add", f"{link.address}/16", "dev", "eth0")
-        self._ip(link.namespace, "link", "set", "eth0", "up")
+        self._add_cable(link.port, "pods", link.namespace, "eth0")
+        _ip("-n", link.namespace, "addr", "add", f"{link.address}/16", "dev", "eth0")
+        _ip("-n", link.namespace, "link", "set", "eth0", "up")
         return link
+
+    def cut(self, link: PodLink, *, clients_stay: bool = False) -> None:
+        """Nobody reaches the pod any more, or only the clients do; nobody is told. Its own loopback stays."""
+        # The pod's end stays up, so that what it sends is lost instead of refused.
+        if not clients_stay:
+            _ip("-n", self._switch, "link", "set", link.port, "nomaster")
+            return
+        _ip("-n", self._switch, "link", "set", link.port, "master", "island")
+        _ip("-n", self._clients, "route", "replace", f"{link.address}/32", "dev", "island", "src", CLIENTS_ADDRESS)
+
+    def join(self, link: PodLink) -> None:
+        with contextlib.suppress(NetworkFailed):
+            _ip("-n", self._clients, "route", "del", f"{link.address}/32", "dev", "island")
+        _ip("-n", self._switch, "link", "set", link.port, "master", "pods")
 
     def remove_pod(self, link: PodLink) -> None:
         with contextlib.suppress(NetworkFailed):
@@ -106,44 +129,37 @@ class PodNetwork:
     def _switch(self) -> str:
         return f"{self._prefix}-switch"
 
+    @property
+    def _clients(self) -> str:
+        return f"{self._prefix}-clients"
+
     def _add_namespace(self, name: str) -> None:
         _ip("netns", "add", name)
         self._made.append(name)
-        self._ip(name, "link", "set", "lo", "up")
+        _ip("-n", name, "link", "set", "lo", "up")
 
-    @staticmethod
-    def _ip(namespace: str, *arguments: str) -> None:
-        _ip("-n", namespace, *arguments)
+    def _add_cable(self, port: str, bridge: str, namespace: str, name: str) -> None:
+        """From a bridge of the switch to the other namespace, where its end has this name."""
+        _ip("-n", self._switch, "link", "add", port, "type", "veth", "peer", "name", name, "netns", namespace)
+        _ip("-n", self._switch, "link", "set", port, "master", bridge)
+        _ip("-n", self._switch, "link", "set", port, "up")
 
 
 class PodLink:
     """A pod's namespace and its cable."""
 
-    def __init__(self, namespace: str, address: str, port: str, switch: str) -> None:
+    def __init__(self, namespace: str, address: str, port: str) -> None:
         self.namespace = namespace
         self.address = address
         self.port = port
-        self._switch = switch
 
     @property
     def namespace_file(self) -> Path:
         return _RUN / self.namespace
 
-    def enter(self) -> tuple[str, ...]:
-        """Before a command: run it in the pod's network, beside its container."""
-        return ("nsenter", f"--net={self.namespace_file}")
-
     def connect(self, port: int, timeout_s: float) -> socket.socket:
         """A connection to the pod's address from its own node, which a cut does not hinder; OSError."""
         return _connect(self.namespace_file, self.address, port, timeout_s)
-
-    def cut(self) -> None:
-        """Nothing goes in or out any more; nobody is told. Its own loopback stays."""
-        # The pod's end stays up, so that what it sends is lost instead of refused.
-        _ip("-n", self._switch, "link", "set", self.port, "nomaster")
-
-    def join(self) -> None:
-        _ip("-n", self._switch, "link", "set", self.port, "master", "pods")
 
 
 def _connect(namespace: Path, host: str, port: int, timeout_s: float) -> socket.socket:

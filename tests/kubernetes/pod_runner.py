@@ -56,6 +56,8 @@ class PodRunner:
         self._workers: dict[str, PodWorker] = {}
         self._claims: dict[str, str] = {}
         """The uid of the pod that has a claim, by the claim's uid."""
+        self._bound: dict[str, str] = {}
+        """The node of each pod, by the pod's uid."""
         self._lock = threading.RLock()
         self._closing = False
         self._pods = Mirror(self.api, "/api/v1/pods", self._pod_changed)
@@ -98,17 +100,17 @@ class PodRunner:
 
         return wait_for(running, within_s, f"the container of pod {namespace}/{name}")
 
-    def cut_off(self, node: Node) -> None:
-        """The machine lives on, and nobody reaches it or hears from it."""
+    def cut_off(self, node: Node, *, clients_stay: bool = False) -> None:
+        """The machine lives on, and nobody reaches it or hears from it, except the clients if they stay."""
         node.cut = True
         for worker in self._on(node):
             if worker.link is not None:
-                worker.link.cut()
+                self.network.cut(worker.link, clients_stay=clients_stay)
 
     def rejoin(self, node: Node) -> None:
         for worker in self._on(node):
             if worker.link is not None:
-                worker.link.join()
+                self.network.join(worker.link)
         node.cut = False
         for worker in self._on(node):
             worker.catch_up()
@@ -154,7 +156,7 @@ class PodRunner:
         file = self._directory / f"resolv-{namespace}.conf"
         file.write_text(resolver_file(namespace, SWITCH_ADDRESS))
         script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
-        return [*self.network.enter(), "unshare", "--mount", "sh", "-c", script, str(file)]
+        return [*self.network.enter_clients(), "unshare", "--mount", "sh", "-c", script, str(file)]
 
     # --- for the workers ---
 
@@ -246,18 +248,20 @@ class PodRunner:
 
     def _bind(self, pod: Object) -> None:
         """To the node with the fewest pods of its owner, then of all; it waits if there is none."""
-        owner = [reference["uid"] for reference in pod["metadata"].get("ownerReferences", ())]
+        owner = owner_of(pod)
 
         def burden(node: Node) -> tuple[int, int]:
-            here = [other for other in self._pods.all() if other["spec"].get("nodeName") == node.name]
-            same = [o for o in here if [r["uid"] for r in o["metadata"].get("ownerReferences", ())] == owner]
+            # What was bound a moment ago is not in the mirror yet.
+            here = [each for each in self._pods.all() if self._bound.get(each["metadata"]["uid"]) == node.name]
+            same = [each for each in here if owner_of(each) == owner]
             return len(same), len(here)
 
         open_nodes = [node for node in self.nodes.values() if not node.cut and not node.cordoned]
         if not open_nodes:
             return
         namespace, name = pod["metadata"]["namespace"], pod["metadata"]["name"]
-        target = {"apiVersion": "v1", "kind": "Node", "name": min(open_nodes, key=burden).name}
+        node = self._bound[pod["metadata"]["uid"]] = min(open_nodes, key=burden).name
+        target = {"apiVersion": "v1", "kind": "Node", "name": node}
         metadata = {"name": name, "uid": pod["metadata"]["uid"]}
         binding = {"apiVersion": "v1", "kind": "Binding", "metadata": metadata, "target": target}
         try:
@@ -306,3 +310,8 @@ class PodRunner:
         self.api.patch(f"/api/v1/nodes/{node.name}/status", {"status": status})
         # A new Node is tainted until its kubelet says that it is ready.
         self.api.patch(f"/api/v1/nodes/{node.name}", {"spec": {"taints": None}})
+
+
+def owner_of(pod: Object) -> list[str]:
+    """The uid of the StatefulSet that made it."""
+    return [reference["uid"] for reference in pod["metadata"].get("ownerReferences", ())]

@@ -107,6 +107,11 @@ class PodVolumes:
             found.append(
                 {"source": str(source), "target": mount["mountPath"], "read_only": mount.get("readOnly", False)}
             )
+        for outer, inner in itertools.permutations(found, 2):
+            below = Path(inner["target"])
+            if below.is_relative_to(outer["target"]):
+                # In a read-only volume the place for another could not be made later.
+                (Path(outer["source"]) / below.relative_to(outer["target"])).mkdir(parents=True, exist_ok=True)
         return found
 
     def _own_directory(self, path: Path) -> None:
@@ -205,7 +210,7 @@ def publish(directory: Path, files: Mapping[str, File], group: int | None) -> No
         if not (directory / name).is_symlink():
             (directory / name).symlink_to(f"..data/{name}")
     for path in directory.iterdir():
-        if not path.name.startswith("..") and path.name not in files:
+        if path.is_symlink() and not path.name.startswith("..") and path.name not in files:
             path.unlink()
     if old is not None:
         shutil.rmtree(directory / old)

@@ -111,7 +111,8 @@ def test_a_container_whose_liveness_fails_is_restarted(
 
     def end() -> Object | None:
         status = container_status(pod_of(control_plane, running_namespace, "pod"))
-        return status["lastState"]["terminated"] if "terminated" in status["lastState"] else None
+        ended: Object | None = status["lastState"].get("terminated")
+        return ended
 
     assert wait_for(end, READY_S, "an end")["message"] == "told to end"
     (worker.volume("tmp") / "fail-live").unlink()
