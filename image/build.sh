@@ -65,7 +65,11 @@ choose_postgres() {
     major=${PG_MAJOR:-$([ "$source" = debian ] && echo 15 || echo 17)}
 }
 
-find_engine || { install_packages podman buildah runc && find_engine; } || fail "podman is there and does not answer; see: podman info"
+if ! find_engine; then
+    [ -z "${CONTAINER_ENGINE:-}" ] || fail "$CONTAINER_ENGINE does not answer; see: $CONTAINER_ENGINE info"
+    install_packages podman buildah runc
+    find_engine || fail "podman is there and does not answer; see: podman info"
+fi
 choose_postgres
 choose_base
 find_build_options "$base" || fail "${engine[*]} builds nothing here; see: ${engine[*]} build --network host ."
