@@ -3,7 +3,7 @@
 # BASE             any Debian bookworm, also one made by debootstrap
 # PG_MAJOR         14 to 18
 # POSTGRES_SOURCE  pgdg: apt.postgresql.org; debian: what BASE's own archive has (15)
-# WITH_JIT         yes keeps LLVM, which is 120 MB for a feature that short queries do not use
+# WITH_JIT         yes keeps LLVM, which is 160 MB for a feature that short queries do not use
 
 ARG BASE=docker.io/library/debian:bookworm-slim
 
