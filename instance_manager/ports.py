@@ -85,6 +85,10 @@ class Publication(Protocol):
         """`reason` is one word, as `kubectl get events` shows it."""
         ...
 
+    async def finish(self, *, deadline_s: float) -> None:
+        """This instance ends: what waits gets a last chance while `run` still runs."""
+        ...
+
     async def run(self) -> None: ...
 
 

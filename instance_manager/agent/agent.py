@@ -26,7 +26,6 @@ from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.decide import Decision, DirectoryView, Observation, decide, suspicion
 from instance_manager.core.lease import given_back, repair
-from instance_manager.core.record import ClusterRecord
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId, MemberName, member_name_of
 from instance_manager.http.ports import ControlProgress, ControlResult
@@ -41,6 +40,7 @@ HEARTBEAT_S = 0.5
 """The supervisor kills an agent that was silent for 3 s."""
 PAUSE_S = 1.0
 """The loop was not scheduled for this time: ages of other things are not theirs."""
+LAST_WORDS_S = 0.5
 RETRY_S = 0.5
 """A failed operation is not tried again before this time."""
 AGAIN_S = 0.1
@@ -145,6 +145,7 @@ class Agent:
                 tasks.create_task(keep_extending(c)),
             ]
             await self._loop()
+            await c.publication.finish(deadline_s=LAST_WORDS_S)
             await c.link.goodbye()
             for task in background:
                 task.cancel()
@@ -175,6 +176,7 @@ class Agent:
             self._notice_pause()
             self._follow_events()
             self._follow_members()
+            self._notice_lost_data()
             c.publish_role()
             if not self._adopted:
                 await self._adopt()
@@ -254,12 +256,14 @@ class Agent:
             names = {MemberName(member.name) for member in c.configuration.members}
             names |= {name for name in named if c.configuration.member(name) is not None}
             c.peers.set_names(frozenset(names - {c.configuration.name}))
-        self._notice_lost_data(record)
 
-    def _notice_lost_data(self, record: ClusterRecord | None) -> None:
+    def _notice_lost_data(self) -> None:
         """A Lease that outlived its cluster, or a cluster that lost every volume: only a person can tell which (R14)."""
         c = self.context
+        record = c.keeper.record
         if record is None or record.system_identifier is None or c.database.has_data:
+            return
+        if c.keeper.view().unchanged_for_s < record.lease_duration_s:
             return
         peers = c.peers.views().values()
         if all(peer.answers and peer.state is not None and not peer.state.has_data for peer in peers):

@@ -108,7 +108,7 @@ def assemble(configuration: Configuration, ports: Ports) -> Agent:
         peers=peers,
         database=database,
         health=health,
-        journal=Journal(clock, lambda what, reason: publish_note(ports.publication, what, reason)),
+        journal=Journal(clock, lambda what, why, decided: publish_note(ports.publication, what, why, decided=decided)),
         started_s=clock.now_s(),
         boot_id=ports.boot_id,
         chance=ports.chance,

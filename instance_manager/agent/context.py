@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from instance_manager.agent.database import Database
@@ -41,10 +41,10 @@ class Journal:
     A decision that only says again what the last one said is counted; steps between do not make it new.
     """
 
-    def __init__(self, clock: Clock, on_note: Callable[[str, str], None] = lambda _, __: None) -> None:
+    def __init__(self, clock: Clock, on_line: Callable[[str, str, bool], None] = lambda _, __, ___: None) -> None:
         self._clock = clock
-        self._on_note = on_note
-        """Called with each line that is not only a repetition."""
+        self._on_line = on_line
+        """Called with what, its reason and whether it is a decision, for each line that is not only a repetition."""
         self._lines: deque[tuple[float, str, str, int]] = deque(maxlen=100)
         self._last_decision = self._last_told = ("", "")
 
@@ -56,17 +56,20 @@ class Journal:
         if key == self._last_decision:
             return
         self._last_decision = key
-        self.note(act, reason)
+        self._add(act, reason, {}, decided=True)
 
     def note(self, what: str, reason: str, **inputs: object) -> None:
         """A step, or how one failed. One that only repeats what was just said is counted, and logged once."""
+        self._add(what, reason, inputs, decided=False)
+
+    def _add(self, what: str, reason: str, inputs: Mapping[str, object], *, decided: bool) -> None:
         for index, (at_s, last, last_reason, count) in enumerate(list(self._lines)[:REPEATS_WITHIN]):
             if (last, _without_numbers(last_reason)) == (what, _without_numbers(reason)):
                 self._lines[index] = (at_s, last, reason, count + 1)
                 return
         self._lines.appendleft((self._clock.now_s(), what, reason, 1))
         log.info("%s: %s", what, reason, extra={"fields": {"decision": what, **inputs}})
-        self._on_note(what, reason)
+        self._on_line(what, reason, decided)
 
     def lines(self, most: int = 20) -> tuple[DecisionLine, ...]:
         now_s = self._clock.now_s()

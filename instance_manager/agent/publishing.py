@@ -17,6 +17,9 @@ class Unpublished:
     def publish_event(self, reason: str, message: str, *, warning: bool) -> None:
         return None
 
+    async def finish(self, *, deadline_s: float) -> None:
+        return None
+
     async def run(self) -> None:
         return None
 
@@ -34,9 +37,6 @@ NORMAL = {
     "configuration": "ConfigurationReloaded",
 }
 WARNINGS = {
-    "stop": "Demoted",
-    "kill": "Fenced",
-    "fence": "FencedByUser",
     "give back": "LeaseGivenBack",
     "resume": "PrimaryRestarted",
     "reaffirm": "PrimaryReaffirmed",
@@ -50,7 +50,12 @@ WARNINGS = {
 }
 
 
-def publish_note(publication: Publication, what: str, reason: str) -> None:
-    """What is neither is for the log only."""
-    if (word := NORMAL.get(what) or WARNINGS.get(what)) is not None:
-        publication.publish_event(word, reason, warning=what in WARNINGS)
+DECISIONS = {"stop": "Demoted", "kill": "Fenced", "fence": "FencedByUser"}
+"""Warnings too, when they are decided: others tell more once they are carried out."""
+
+
+def publish_note(publication: Publication, what: str, reason: str, *, decided: bool) -> None:
+    """What is in no table is for the log only."""
+    word = DECISIONS.get(what) if decided else NORMAL.get(what) or WARNINGS.get(what)
+    if word is not None:
+        publication.publish_event(word, reason, warning=decided or what in WARNINGS)

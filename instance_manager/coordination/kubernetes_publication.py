@@ -56,6 +56,8 @@ class KubernetesPublication:
         self._published = asyncio.Event()
         self._events: deque[_Event] = deque(maxlen=EVENTS_WAITING_MAX)
         self._event_waits = asyncio.Event()
+        self._all_sent = asyncio.Event()
+        self._all_sent.set()
         self._tokens, self._counted_s = float(EVENTS_AT_ONCE), monotonic_s()
         pods.on_change = self._pod_changed
 
@@ -74,7 +76,14 @@ class KubernetesPublication:
     def publish_event(self, reason: str, message: str, *, warning: bool) -> None:
         """Of too many the oldest are given up: the log has them all."""
         self._events.append(_Event(reason, message, warning, timestamp()))
+        self._all_sent.clear()
         self._event_waits.set()
+
+    async def finish(self, *, deadline_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                await self._published.wait()
+                await self._all_sent.wait()
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -178,6 +187,7 @@ class KubernetesPublication:
             await self._event_waits.wait()
             if not self._events:
                 self._event_waits.clear()
+                self._all_sent.set()
                 continue
             await self._until_allowed()
             event = self._events.popleft()
