@@ -9,11 +9,11 @@ TEST_FOLDERS := $(sort $(dir $(wildcard tests/*/*.py)))
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci clean system
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image clean system
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci image test-image clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -76,6 +76,13 @@ drill: $(VENV)/.made
 DRILL_CI_CASES := switchover kill-all stop-supervisor-and-agent cut-primary both-standbys disk-stall standby-destroyed random
 drill-ci: DRILL_OPTIONS := --quick --seconds 60 --keep .cache/drill $(DRILL_CI_CASES:%=--case %)
 drill-ci: drill
+
+# The container image: `make image PG_MAJOR=16 IMAGE=registry.example/postgres:16`; image/README.md has every variable.
+image:
+	image/build.sh
+
+test-image: image $(VENV)/.made-for-tests
+	$(RUN) pytest $(PYTEST_OPTIONS) tests/image
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

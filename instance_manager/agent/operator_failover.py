@@ -79,12 +79,14 @@ async def stand_on(context: Context) -> Ground:
         return Ground(c.record, None, Epoch(max(c.record.epoch, c.volume.state.highest_epoch)))
     # An instance that never had data does not miss a Lease that is gone; others may.
     damage = damage or "there is no Lease"
-    uid = c.configuration.cluster.uid
+    uid = c.cluster_uid
     answers = await c.peers.ask_all(
-        c.peers.names, "end", EndRequest(cluster_uid=uid), EndAnswer, deadline_s=ASK_DEADLINE_S
+        c.peers.names, "end", EndRequest(cluster_uid=uid or ""), EndAnswer, deadline_s=ASK_DEADLINE_S
     )
     remembered = [c.volume.state.remembered(), *(answer.record for answer in answers.values())]
-    known = [record for record in remembered if record is not None and record.cluster_uid == uid]
+    known = [record for record in remembered if record is not None and uid in (None, record.cluster_uid)]
+    if len({each.cluster_uid for each in known}) > 1:
+        raise OperationFailed(f"{damage}, and the instances remember different clusters; run it where there is data")
     if not known:
         raise OperationFailed(f"{damage}, and no instance that answers remembers a record of this cluster")
     record = max(known, key=lambda each: (each.epoch, each.renewals))

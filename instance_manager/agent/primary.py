@@ -16,6 +16,7 @@ from instance_manager.core.lease import (
     released,
     resumed,
     with_mode,
+    with_switchover,
     with_voters,
     without_switchover,
 )
@@ -43,6 +44,8 @@ SWITCHOVER_MAXIMUM_LAG_BYTES = 16 * 1024 * 1024
 CHECKPOINT_DEADLINE_S = 30.0
 BARRIER_DEADLINE_S = 5.0
 GATE_DEADLINE_S = 2.0
+ROLE_DEADLINE_S = 0.3
+"""How long a handover waits at most until no new client is led here any more: usually 10 ms, beside the checkpoint."""
 
 
 class PrimaryDuties:
@@ -192,7 +195,19 @@ class PrimaryDuties:
                 c.journal.note("not open yet", str(error))
         if record.switchover is not None and record.switchover.epoch != record.epoch:
             await self._write(record, without_switchover)
+        elif record.switchover is None and await self._leave_to_a_member(record):
+            return
         await self._quorum_step(record)
+
+    async def _leave_to_a_member(self, record: ClusterRecord) -> bool:
+        """Scaled down to fewer instances than this one's ordinal: one that stays takes over before this pod is removed (R14)."""
+        c = self._c
+        if c.configuration.is_member or record.paused or not c.gate_open or self.best_target(record, None) is None:
+            return False
+        request_id = f"{c.chance.getrandbits(64):016x}"
+        await self._write(record, lambda current: with_switchover(current, request_id=request_id, target=None))
+        c.journal.note("scale down", f"{c.configuration.name} is beyond cluster.instances {c.configuration.instances}")
+        return True
 
     async def _set_synchronous_for_opening(self, record: ClusterRecord) -> None:
         c = self._c
@@ -277,7 +292,9 @@ class PrimaryDuties:
 
     async def _record_members(self, record: ClusterRecord) -> None:
         """Asynchronous: N names who may take over by time, and whom an extension asks; q stays 0 (R7, R11)."""
-        members = self._everybody() - record.excluded - record.retired
+        found = self._everybody() - record.excluded - record.retired
+        configured = self._c.configuration.is_configured
+        members = frozenset(member for member in found if configured(member_name_of(member)))
         if members and members != record.voters:
             await self._record_voters(record, members, 0)
 
@@ -335,6 +352,7 @@ class PrimaryDuties:
                 continue
             eligible = (
                 name not in record.fenced
+                and c.configuration.is_configured(name)
                 and state.member_id not in record.excluded
                 and state.member_id not in record.retired
                 and not state.terminating
@@ -401,7 +419,7 @@ class PrimaryDuties:
             state = peer.state
             if not peer.answers or state is None or state.member_id is None or (asked is not None and name != asked):
                 continue
-            if state.terminating or name in record.fenced:
+            if state.terminating or name in record.fenced or not c.configuration.is_configured(name):
                 continue
             health = self.watch.health(state.member_id, now_s, eligible=True, first=True)
             if not health.streaming or (state.lag_bytes or 0) > SWITCHOVER_MAXIMUM_LAG_BYTES:
@@ -457,10 +475,16 @@ class PrimaryDuties:
         if not c.database.running:
             c.start_yielding(reason)
             return
-        if target is not None:
-            # Before anything stops, so that the shutdown's own checkpoint is short.
-            await c.database.checkpoint(deadline_s=CHECKPOINT_DEADLINE_S)
-        c.take_role(Role.STOPPING, reason)
+        c.giving_up = True
+        c.publish_role()
+        try:
+            if target is not None:
+                # Before anything stops, so that the shutdown's own checkpoint is short.
+                await c.database.checkpoint(deadline_s=CHECKPOINT_DEADLINE_S)
+            await c.publication.role_is_published(deadline_s=ROLE_DEADLINE_S)
+            c.take_role(Role.STOPPING, reason)
+        finally:
+            c.giving_up = False
         clean = await c.database.stop(deadline_s=timings.stop_timeout_s if target else 4 * timings.stop_timeout_s)
         c.gate_open = False
         if not clean:

@@ -31,20 +31,24 @@ class Rejoining:
         c = self._c
         state = c.volume.state
         member_id = state.member_id or make_member_id(c.configuration.name, random_hex)
-        uid = c.configuration.cluster.uid
-        await c.volume.save(lambda before: replace(before, member_id=member_id, cluster_uid=uid))
+        current = c.keeper.record
+        given = c.configuration.cluster.uid
+        uid = given or (current.cluster_uid if current is not None else f"{c.chance.getrandbits(64):016x}")
+        # Another may be faster: a uid that was made here is remembered once it is the cluster's.
+        await c.volume.save(
+            lambda before: replace(before, member_id=member_id, cluster_uid=given or before.cluster_uid)
+        )
         holder = c.holder
         if holder is None:
             raise OperationFailed("the supervisor has not told its incarnation")
         asynchronous = c.configuration.cluster.durability == "asynchronous"
         first = initial_record(
             cluster_name=c.configuration.cluster.name,
-            cluster_uid=c.configuration.cluster.uid,
+            cluster_uid=uid,
             mode="asynchronous" if asynchronous else "synchronous",
             lease_duration_s=c.configuration.timings.lease_duration_s,
             holder=holder,
         )
-        current = c.keeper.record
         if current is None:
             await c.keeper.create(first)
         else:
@@ -57,7 +61,9 @@ class Rejoining:
         c.take_role(Role.INITIALISING, "this instance created the Lease")
         c.operation = "initdb"
         record = c.record
-        await c.volume.save(lambda state: replace(state.saw_record(record), initialising=True))
+        await c.volume.save(
+            lambda state: replace(state.saw_record(record), initialising=True, cluster_uid=record.cluster_uid)
+        )
         grounds = c.record.grounds()
         control = await c.database.initialise()
         stored = await c.keeper.write(
@@ -291,7 +297,7 @@ class Rejoining:
         return record.holder.name
 
     def _member(self, name: MemberName) -> MemberSection:
-        for member in self._c.configuration.members:
-            if member.name == name:
-                return member
-        raise OperationFailed(f"{name} is not among the members of the configuration")
+        member = self._c.configuration.member(name)
+        if member is None:
+            raise OperationFailed(f"{name} is not among the members of the configuration")
+        return member
