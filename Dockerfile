@@ -34,19 +34,11 @@ COPY --from=system / /
 COPY --from=package /opt/instance-manager /opt/instance-manager
 COPY image/healthcheck.py /opt/instance-manager/healthcheck.py
 
-ARG BASE
-ARG PG_MAJOR
-ARG POSTGRES_SOURCE=pgdg
-ARG VERSION=0
-ARG REVISION=unknown
+# build.sh adds the labels that differ from build to build.
 LABEL org.opencontainers.image.title="instance-manager" \
-      org.opencontainers.image.description="PostgreSQL ${PG_MAJOR} with its instance manager as PID 1" \
-      org.opencontainers.image.version="${VERSION}" \
-      org.opencontainers.image.revision="${REVISION}" \
-      org.opencontainers.image.base.name="${BASE}" \
-      dev.instance-manager.postgres.major="${PG_MAJOR}" \
-      dev.instance-manager.postgres.source="${POSTGRES_SOURCE}"
+      org.opencontainers.image.description="PostgreSQL with its instance manager as PID 1"
 
+ARG PG_MAJOR
 # `psql` and `instance-manager status` in the container need no option. The real psql comes before Debian's wrapper.
 ENV PATH=/opt/instance-manager/bin:/usr/lib/postgresql/${PG_MAJOR}/bin:/usr/local/bin:/usr/bin:/bin \
     LANG=C.UTF-8 \

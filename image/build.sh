@@ -93,13 +93,17 @@ else
     build_options+=(--format docker --timestamp "$created")
 fi
 say "building $image with ${engine[*]}: Postgres $major of $source on $base"
+# Labels by their values, and not by arguments in the Dockerfile: buildah's cache does not see that an argument has changed there.
 nice -n 5 "${engine[@]}" build "${build_options[@]}" \
     --secret "id=certificates,src=$certificates" \
     --build-arg "BASE=$base" \
     --build-arg "PG_MAJOR=$major" \
     --build-arg "POSTGRES_SOURCE=$source" \
     --build-arg "WITH_JIT=${WITH_JIT:-no}" \
-    --build-arg "VERSION=$version" \
-    --build-arg "REVISION=$revision" \
+    --label "org.opencontainers.image.version=$version" \
+    --label "org.opencontainers.image.revision=$revision" \
+    --label "org.opencontainers.image.base.name=$base" \
+    --label "dev.instance-manager.postgres.major=$major" \
+    --label "dev.instance-manager.postgres.source=$source" \
     --tag "$image" .
 say "built $image"

@@ -153,6 +153,7 @@ class KubernetesCoordination:
         if answer.status == 409 and answer.from_api_server:
             raise Conflict(str(answer))
         if method == "PUT" and answer.says_not_found("leases", self._name):
+            # Usually 409: an API server creates a missing Lease by an update, unless that names the uid it stands on.
             raise Conflict(f"the Lease is gone: {answer}")
         refused = 300 <= answer.status < 500 and answer.status not in (408, 409)
         if refused or (answer.status == 503 and answer.retry_after_s is not None):

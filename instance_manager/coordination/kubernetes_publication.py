@@ -167,7 +167,8 @@ class KubernetesPublication:
         if answer.is_good:
             self._pods.put(answer.content)
             return None
-        if answer.status == 409:
+        if answer.status in (409, 422):
+            # Changed meanwhile, or another pod of this name.
             await self._ask_for_pod()
         need = ": the Role needs `patch` on pods" if answer.status == 403 else ""
         return f"{answer}{need}"

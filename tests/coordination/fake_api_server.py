@@ -143,12 +143,19 @@ class FakeApiServer:
                     return _status(409, "AlreadyExists", f"{resource} {name!r} already exists")
                 return _json(201, self._store(resource, "ADDED", body))
         found = self.objects.get((resource, name))
+        if found is None and request.method == "PUT" and resource == "leases":
+            # A Lease is created by an update too, unless the update names the uid that it stands on.
+            if "uid" in body["metadata"]:
+                return _status(409, "Conflict", "Precondition failed: UID in precondition")
+            return _json(201, self._store(resource, "ADDED", body))
         if found is None:
             return _status(404, "NotFound", f'{resource} "{name}" not found', details={"name": name, "kind": resource})
         if request.method == "GET":
             return _json(200, found)
         changed = body if request.method == "PUT" else _merged(found, body)
         told, known = body["metadata"], found["metadata"]
+        if request.method == "PATCH" and told.get("uid", known["uid"]) != known["uid"]:
+            return _status(422, "Invalid", "metadata.uid: Invalid value: field is immutable")
         for key in ("resourceVersion", "uid"):
             if key in told and told[key] != known[key]:
                 return _status(409, "Conflict", f"the object has been modified ({key})")

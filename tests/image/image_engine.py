@@ -29,6 +29,8 @@ class Engine:
     command: tuple[str, ...]
     run_options: tuple[str, ...]
     image: str
+    built_from: str | None = None
+    """The commit that was checked out when this session built it; None: it was there, or this is no checkout."""
 
     def call(self, *arguments: str, stdin: bytes = b"", deadline_s: float = COMMAND_DEADLINE_S) -> str:
         """Standard output of one command of the engine; CommandFailed unless it exits with 0."""
@@ -63,12 +65,19 @@ def unique_name() -> str:
 @cache
 def find_engine() -> Engine:
     """Build the image, unless INSTANCE_MANAGER_IMAGE names one, and find how it runs. EngineMissing."""
-    image = os.environ.get("INSTANCE_MANAGER_IMAGE") or _build()
+    given = os.environ.get("INSTANCE_MANAGER_IMAGE")
+    built_from = None if given else _commit()
+    image = given or _build()
     found = subprocess.run([ROOT / "image" / "engine.sh", image], capture_output=True, text=True, check=False)
     if found.returncode != 0:
         raise EngineMissing(found.stderr.strip())
     command, run_options = found.stdout.splitlines()
-    return Engine(tuple(command.split()), tuple(run_options.split()), image)
+    return Engine(tuple(command.split()), tuple(run_options.split()), image, built_from)
+
+
+def _commit() -> str | None:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else None
 
 
 def _build() -> str:

@@ -33,6 +33,8 @@ def test_the_labels_name_the_versions(configuration: dict[str, object], engine: 
     assert isinstance(labels, dict)
     assert labels["org.opencontainers.image.version"] == __version__
     assert re.fullmatch(r"[0-9a-f]{40}(-changed)?|unknown", labels["org.opencontainers.image.revision"])
+    if engine.built_from is not None:
+        assert labels["org.opencontainers.image.revision"].removesuffix("-changed") == engine.built_from
     assert labels["org.opencontainers.image.base.name"]
     assert labels["dev.instance-manager.postgres.source"] in ("pgdg", "debian")
     version = engine.run(["--entrypoint", "postgres"], ["--version"])

@@ -145,17 +145,29 @@ class ControlPlane:
         self, *arguments: str, stdin: str | None = None, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """As the administrator; the caller looks at the exit code if `check` is off."""
-        done = subprocess.run(
-            [*self._enter, str(self._programs.kubectl), f"--kubeconfig={self.kubeconfig}", *arguments],
+        done = self.run([str(self._programs.kubectl), *arguments], stdin=stdin)
+        assert not check or done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
+        return done
+
+    def run(
+        self, argv: Sequence[str], *, stdin: str | None = None, deadline_s: float = KUBECTL_DEADLINE_S
+    ) -> subprocess.CompletedProcess[str]:
+        """A program that calls kubectl, where the API server is reached, as the administrator."""
+        environment = {
+            **os.environ,
+            "PATH": f"{self._programs.kubectl.parent}:{os.environ['PATH']}",
+            "KUBECONFIG": str(self.kubeconfig),
+            "HOME": str(self.directory),
+        }
+        return subprocess.run(
+            [*self._enter, *argv],
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=KUBECTL_DEADLINE_S,
+            timeout=deadline_s,
             check=False,
-            env={**os.environ, "HOME": str(self.directory), "KUBECACHEDIR": str(self.directory / "kubectl-cache")},
+            env=environment,
         )
-        assert not check or done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
-        return done
 
     def api_as(self, identity: Identity) -> Api:
         return Api(self.server, identity)

@@ -6,9 +6,7 @@ import base64
 import contextlib
 import http.client
 import json
-import os
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -24,7 +22,6 @@ from instance_manager.demo.processes import InstanceProcesses, look
 from instance_manager.status import ClusterStatus
 
 DEPLOY = ROOT / "deploy"
-SECRETS = ("peer_token", "replication_password", "application_password", "monitoring_password")
 STATUS_DEADLINE_S = 2.0
 START_DEADLINE_S = 90.0
 CLUSTER = "pg"
@@ -41,15 +38,16 @@ class KubernetesCluster:
         self.directory = directory
         self.api = control_plane.admin
         self.instances = 3
+        self.parameters: dict[str, str] = {}
+        """Of Postgres, on top of a test's own."""
 
     # --- installation ---
 
-    def install(self, *, instances: int = 3, secrets: Mapping[str, str] | None = None) -> None:
-        """The secrets, then `kubectl apply -k` of an overlay as a user writes it."""
+    def install(self, *, instances: int = 3) -> None:
+        """The secret by the shipped script, then `kubectl apply -k` of an overlay as a user writes it."""
         self.instances = instances
-        words = secrets or {key: os.urandom(16).hex() for key in SECRETS}
-        literals = [f"--from-literal={key}={word}" for key, word in words.items()]
-        self.kubectl("create", "secret", "generic", f"{CLUSTER}-secrets", *literals)
+        script = subprocess.run([DEPLOY / "make-secret.sh"], capture_output=True, text=True, check=True)
+        self.control_plane.kubectl(f"--namespace={self.namespace}", "create", "-f", "-", stdin=script.stdout)
         self.apply()
 
     def apply(self) -> None:
@@ -63,7 +61,7 @@ class KubernetesCluster:
         base = DEPLOY / "base"
         configuration = yaml.safe_load((base / "instance-manager.yaml").read_text())
         configuration["cluster"]["instances"] = self.instances
-        configuration["postgres"]["parameters"]["shared_buffers"] = "32MB"
+        configuration["postgres"]["parameters"] |= {"shared_buffers": "32MB", **self.parameters}
         kustomization = {
             "namespace": self.namespace,
             "resources": [relative(base, overlay)],
@@ -126,6 +124,11 @@ class KubernetesCluster:
     def labelled(self, role: str) -> list[str]:
         """Names of the pods that carry this role."""
         found = self.api.list(self.path("pods"), labelSelector=f"{ROLE}={role}")
+        return sorted(pod["metadata"]["name"] for pod in found)
+
+    def labelled_all(self) -> list[str]:
+        """Names of the cluster's pods."""
+        found = self.api.list(self.path("pods"), labelSelector=f"instance-manager.dev/cluster={CLUSTER}")
         return sorted(pod["metadata"]["name"] for pod in found)
 
     def events(self, reason: str | None = None) -> list[Object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -110,10 +111,11 @@ class RunningContainer:
         self._shim.wait()
         if self._end is None:
             self._end = self._ended_with(128, "ContainerCannotRun", f"the shim ended with {self._shim.returncode}")
-        assert self._shim.stdin is not None
-        self._shim.stdin.close()
-        self._shim.stdout.close()
         self._ended.set()
+        self._shim.stdout.close()
+        assert self._shim.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._shim.stdin.close()
 
     def _take(self, line: str) -> None:
         match json.loads(line or "{}"):

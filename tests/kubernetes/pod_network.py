@@ -25,6 +25,7 @@ SWITCH_ADDRESS = "10.78.0.1"
 CLIENTS_ADDRESS = "10.78.255.254"
 _RUN = Path("/run/netns")
 _DEADLINE_S = 10.0
+_SWITCH_HARDWARE_ADDRESS = "02:00:0a:4e:00:01"
 _CLIENTS_HARDWARE_ADDRESS = "02:00:0a:4e:ff:fe"
 _CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,7 +58,8 @@ class PodNetwork:
             self._add_namespace(self._switch)
             self._add_namespace(self._clients)
             for bridge in ("pods", "island"):
-                _ip("-n", self._switch, "link", "add", bridge, "type", "bridge")
+                # An address of its own: else it takes the lowest of its ports', another with every pod that comes or goes.
+                _ip("-n", self._switch, "link", "add", bridge, "address", _SWITCH_HARDWARE_ADDRESS, "type", "bridge")
                 _ip("-n", self._switch, "link", "set", bridge, "up")
                 self._add_cable(f"to-{bridge}", bridge, self._clients, bridge)
                 # One hardware address for both, so that a pod that is moved finds the clients where they were.

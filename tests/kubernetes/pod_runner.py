@@ -154,7 +154,8 @@ class PodRunner:
     def as_client(self, namespace: str) -> list[str]:
         """Before a command: run it in the network where clients are, with the cluster's names."""
         file = self._directory / f"resolv-{namespace}.conf"
-        file.write_text(resolver_file(namespace, SWITCH_ADDRESS))
+        if not file.exists():
+            file.write_text(resolver_file(namespace, SWITCH_ADDRESS))
         script = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
         return [*self.network.enter_clients(), "unshare", "--mount", "sh", "-c", script, str(file)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from statistics import median
 
 import pytest
 from cluster_load import ClusterLoad
@@ -26,18 +27,22 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def test_a_primary_whose_pod_is_deleted_hands_over(cluster: KubernetesCluster) -> None:
-    primary = cluster.wait_redundant()
-    with ClusterLoad(cluster) as load:
-        began_s = now_s()
-        cluster.kubectl("delete", "pod", primary, "--wait=false")
-        cluster.wait_other_primary(primary)
-        load.wait_writes()
-        cluster.wait_redundant()
-        ended_s = now_s()
-    found = load.judge(from_s=began_s, to_s=ended_s)
-    print(f"outage {found.longest_outage_s:.2f} s, {found.acknowledged} acknowledged")
-    assert not found.lost
-    assert found.longest_outage_s < GRACEFUL_OUTAGE_S
+    """Three times, because one outage is as much the machine's scheduling as ours; what is lost counts each time."""
+    outages_s = []
+    for _ in range(3):
+        primary = cluster.wait_redundant()
+        with ClusterLoad(cluster) as load:
+            began_s = now_s()
+            cluster.kubectl("delete", "pod", primary, "--wait=false")
+            cluster.wait_other_primary(primary)
+            load.wait_writes()
+            cluster.wait_redundant()
+            ended_s = now_s()
+        found = load.judge(from_s=began_s, to_s=ended_s)
+        assert not found.lost
+        outages_s.append(found.longest_outage_s)
+    print(f"outages {', '.join(f'{outage_s:.2f}' for outage_s in outages_s)} s")
+    assert median(outages_s) < GRACEFUL_OUTAGE_S
 
 
 def test_a_killed_container_is_replaced_as_primary(cluster: KubernetesCluster) -> None:
