@@ -544,16 +544,12 @@ class Agent:
         c = self.context
         while True:
             record = c.keeper.record
-            if (
-                record is not None
-                and record.mode == "asynchronous"
-                and record.holder is not None
-                and c.suspects is not None
-            ):
+            asynchronous = record is not None and record.mode == "asynchronous"
+            if asynchronous and record is not None and record.holder is not None and c.suspects is not None:
                 with contextlib.suppress(CoordinationError):
                     dead = await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
                     c.dead_holder = record.holder if dead else None
-            await c.clock.sleep(0.25)
+            await c.clock.sleep(0.25 if asynchronous else 1.0)
 
     # Verbs of this instance.
 

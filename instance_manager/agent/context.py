@@ -187,6 +187,9 @@ class Context:
 
     def publish_role(self) -> None:
         """`primary` only while it is open for writes, and not from the moment that it means to stop."""
+        if self.role is Role.STARTING and self.database.running_read_write:
+            # The agent restarted over a primary that serves on: what it is was published already.
+            return
         serves = self.role is Role.PRIMARY and self.gate_open and not self.giving_up
         self.publication.publish_role("primary" if serves else "replica")
 

@@ -201,6 +201,21 @@ async def test_the_role_is_primary_only_while_clients_are_let_in_and_not_while_g
         assert told.role == "replica"
 
 
+async def test_an_agent_that_restarted_over_a_serving_primary_leads_nobody_away(tmp_path: Path) -> None:
+    async with Instance(tmp_path, "p", record()) as p:
+        told = Recorded()
+        p.context.publication, p.context.role, p.context.gate_open = told, Role.STARTING, False
+        p.context.publish_role()
+        assert told.role is None
+        p.context.gate_open = True
+        p.context.take_role(Role.PRIMARY, "the agent restarted over a serving primary")
+        assert told.role == "primary"
+    async with Instance(tmp_path, "b", record()) as b:
+        b.context.publication, b.context.role = told, Role.STARTING
+        b.context.publish_role()
+        assert told.role == "replica"
+
+
 async def test_new_clients_are_led_elsewhere_before_a_primary_stops_writing(tmp_path: Path) -> None:
     async with Instance(tmp_path, "p", record()) as p:
         told = Recorded(p.events)

@@ -4,7 +4,7 @@
 
 fetches what is missing and shows progress; a first build takes long. Tests only look (`find`), so that no download and no
 build runs inside a test's deadline. The order: $KUBEBUILDER_ASSETS (as controller-runtime's envtest has it), the cache,
-the release index of envtest, the Go module of Kubernetes; etcd also from the system's package `etcd-server`.
+the release index of envtest, the Go modules of Kubernetes and etcd. The system's etcd serves too if it is new enough.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,13 @@ import yaml
 
 VERSION = "1.34.1"
 TOOLS = Path(__file__).resolve().parent / "tools"
-BUILT = ("kube-apiserver", "kube-controller-manager", "kubectl")
+PACKAGES = {
+    "etcd": "go.etcd.io/etcd/server/v3",
+    "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
+    "kube-controller-manager": "k8s.io/kubernetes/cmd/kube-controller-manager",
+    "kubectl": "k8s.io/kubernetes/cmd/kubectl",
+}
+"""The Go package of each program."""
 SYSTEM_PATH = ":/usr/bin:/usr/sbin"
 REPORT_INTERVAL_S = 15.0
 REQUEST_DEADLINE_S = 20.0
@@ -67,7 +74,7 @@ def cache_directory() -> Path:
 
 def find() -> Programs:
     """What is here already, without network and without waiting. Unavailable: something is missing."""
-    found = {name: _look(name) for name in ("etcd", *BUILT)}
+    found = {name: _look(name) for name in PACKAGES}
     missing = [name for name, path in found.items() if path is None]
     if missing:
         raise Unavailable(
@@ -97,9 +104,17 @@ def _look(name: str) -> Path | None:
     for directory in (Path(assets) if assets else None, cache_directory()):
         if directory is not None and os.access(directory / name, os.X_OK):
             return directory / name
-    # The system's kube-apiserver or kubectl could be of any version; an etcd of 3.4 or later serves them all.
+    # The system's kube-apiserver or kubectl could be of any version.
     system = shutil.which(name, path=f"{os.environ.get('PATH', '')}{SYSTEM_PATH}") if name == "etcd" else None
-    return None if system is None else Path(system)
+    return Path(system) if system is not None and _is_new_enough(system) else None
+
+
+def _is_new_enough(etcd: str) -> bool:
+    """Without progress notifications on request, as before 3.4.31 and 3.5.13, the API server refuses watches that begin
+    with what there is now."""
+    said = subprocess.run([etcd, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"etcd Version: 3\.(\d+)\.(\d+)", said)
+    return found is not None and (int(found[1]), int(found[2])) >= {"4": (4, 31)}.get(found[1], (5, 13))
 
 
 @contextlib.contextmanager
@@ -128,7 +143,7 @@ def _download(cache: Path, sources: Sources, say: Say) -> str | None:
         content = _checked(_get(release["selfLink"]), release["hash"], archive)
         with tarfile.open(fileobj=io.BytesIO(content)) as files:
             for entry in files:
-                member = files.extractfile(entry) if Path(entry.name).name in ("etcd", *BUILT) else None
+                member = files.extractfile(entry) if Path(entry.name).name in PACKAGES else None
                 if member is not None:
                     _place(cache / Path(entry.name).name, member.read())
         address = f"{sources.releases}/v{VERSION}/bin/linux/{architecture}/kube-controller-manager"
@@ -168,7 +183,7 @@ def _place(path: Path, content: bytes) -> None:
 
 def _build(cache: Path, say: Say) -> str | None:
     """Build with Go what is missing yet; the reason why not, else None."""
-    missing = [name for name in BUILT if _look(name) is None]
+    missing = [name for name in PACKAGES if _look(name) is None]
     if not missing:
         return None
     if shutil.which("go") is None:
@@ -183,7 +198,7 @@ def _build(cache: Path, say: Say) -> str | None:
 
 
 def _build_one(path: Path, say: Say) -> None:
-    package = f"k8s.io/kubernetes/cmd/{path.name}"
+    package = PACKAGES[path.name]
     environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly"}
     say(f"{path.name}: listing packages (the first time, modules are downloaded)")
     listed = subprocess.run(
