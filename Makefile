@@ -9,11 +9,11 @@ TEST_FOLDERS := $(sort $(dir $(wildcard tests/*/*.py)))
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image clean system
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image kubernetes clean system
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci image test-image clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci image test-image kubernetes clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -83,6 +83,13 @@ image:
 
 test-image: image $(VENV)/.made-for-tests
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/image
+
+# The manifests of deploy/ on a real API server, their pods as processes in namespaces. The first time programs are downloaded or built.
+kubernetes: system $(VENV)/.made-for-tests
+	@tests/install-system.sh "$(PYTHON)" drill
+	$(VENV)/bin/python tests/kubernetes/kube_binaries.py
+	$(SUDO) env XDG_CACHE_HOME="$${XDG_CACHE_HOME:-$$HOME/.cache}" CI="$$CI" KUBERNETES_TESTS="$$KUBERNETES_TESTS" \
+		$(RUN) pytest $(PYTEST_OPTIONS) tests/kubernetes
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

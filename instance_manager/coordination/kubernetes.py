@@ -207,7 +207,10 @@ def has_ended(pod: Plain, uid: str, incarnation: str) -> bool:
 
 
 async def _objects(api: ApiServer, path: str, field_selector: str) -> AsyncGenerator[Plain]:
-    async with contextlib.aclosing(api.watch(path, {"fieldSelector": field_selector})) as events:
+    # 0: from what the server has in its cache, however old. It is a hint, and is neither worth a question to etcd nor the
+    # features that newer servers need of etcd for it.
+    query = {"fieldSelector": field_selector, "resourceVersion": "0"}
+    async with contextlib.aclosing(api.watch(path, query)) as events:
         async for kind, found in events:
             if kind != "BOOKMARK":
                 yield found if kind != "DELETED" else {}

@@ -182,11 +182,11 @@ class FakeApiServer:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
         await response.prepare(request)
         wanted = _selector(request.query.get("fieldSelector", ""))
-        since = request.query.get("resourceVersion")
+        since = request.query.get("resourceVersion", "")
         at = len(self._log)
         self.watches += 1
         try:
-            if since is None:
+            if since in ("", "0"):
                 for (kind, _), found in list(self.objects.items()):
                     if kind == resource and wanted(found):
                         await _send(response, "ADDED", found)

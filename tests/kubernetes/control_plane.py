@@ -307,14 +307,14 @@ class Audited:
         return self.verb in ("create", "update", "patch", "delete", "deletecollection")
 
 
-def audited(log: Path, *, user: str | None = None) -> list[Audited]:
-    """All whole lines so far, of one user if named."""
+def audited(log: Path, *, user: str | None = None, stage: str = "ResponseComplete") -> list[Audited]:
+    """All requests so far, of one user if named: those that have ended, or watches that have begun (ResponseStarted)."""
     found = []
     for line in log.read_bytes().splitlines(keepends=True):
         if not line.endswith(b"\n"):
             break
         event = json.loads(line)
-        if user is not None and event["user"].get("username") != user:
+        if event["stage"] != stage or (user is not None and event["user"].get("username") != user):
             continue
         target = event.get("objectRef", {})
         resource = "/".join(part for part in (target.get("resource"), target.get("subresource")) if part)

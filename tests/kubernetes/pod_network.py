@@ -25,6 +25,7 @@ SWITCH_ADDRESS = "10.78.0.1"
 CLIENTS_ADDRESS = "10.78.255.254"
 _RUN = Path("/run/netns")
 _DEADLINE_S = 10.0
+_PREFIX = "imk"
 _SWITCH_HARDWARE_ADDRESS = "02:00:0a:4e:00:01"
 _CLIENTS_HARDWARE_ADDRESS = "02:00:0a:4e:ff:fe"
 _CLONE_NEWNET = 0x40000000
@@ -47,13 +48,14 @@ class PodNetwork:
     """`close` deletes all of it, whatever state it is in; the processes in it must be gone."""
 
     def __init__(self) -> None:
-        self._prefix = f"imk{os.getpid()}"
+        self._prefix = f"{_PREFIX}{os.getpid()}"
         self._made: list[str] = []
         self._addresses = 1
         self._lock = threading.Lock()
 
     def open(self) -> None:
         """NetworkFailed: nothing is left."""
+        _remove_leftovers()
         try:
             self._add_namespace(self._switch)
             self._add_namespace(self._clients)
@@ -162,6 +164,15 @@ class PodLink:
     def connect(self, port: int, timeout_s: float) -> socket.socket:
         """A connection to the pod's address from its own node, which a cut does not hinder; OSError."""
         return _connect(self.namespace_file, self.address, port, timeout_s)
+
+
+def _remove_leftovers() -> None:
+    """Namespaces of tests that were killed: their processes ended with them."""
+    for path in _RUN.glob(f"{_PREFIX}*-*"):
+        pid = path.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            with contextlib.suppress(NetworkFailed):
+                _ip("netns", "del", path.name)
 
 
 def _connect(namespace: Path, host: str, port: int, timeout_s: float) -> socket.socket:

@@ -13,6 +13,7 @@ from kube_processes import wait_for
 from kubernetes_cluster import KubernetesCluster
 
 from instance_manager.demo.processes import now_s
+from instance_manager.drill.history import Seen
 
 GRACEFUL_OUTAGE_S = 1.5
 KILLED_OUTAGE_S = 3.0
@@ -117,6 +118,9 @@ def test_a_cut_off_primary_whose_pod_is_force_deleted_acknowledges_nothing_more(
     assert not found.lost
     assert not found.by_former_primary
     assert found.longest_stale_read_s < STALE_AFTER_S
+    still = [sample for sample in load.reader.samples if sample.member == primary and sample.seen is Seen.PRIMARY]
+    assert any(began_s + 1 < sample.begin_s for sample in still), "its clients did not reach it any more"
+    assert not any(began_s + STALE_AFTER_S < sample.begin_s < ended_s for sample in still), "it had not stopped"
 
 
 def test_all_pods_at_once_come_back_with_everything(cluster: KubernetesCluster) -> None:

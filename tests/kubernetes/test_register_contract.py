@@ -5,6 +5,7 @@ This server stands on loopback, needs no root, and is reached by a kubeconfig, a
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -12,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from control_plane import ControlPlane
+from control_plane import ControlPlane, audited
 from kube_api import ApiError
 from kube_binaries import Programs
 
 from instance_manager.coordination.kubernetes_access import KubeconfigAccess
 from instance_manager.coordination.kubernetes_api import ApiServer
-from instance_manager.ports import Conflict
 
 NAMESPACE, LEASE = "test", "demo"
 """As the contract's tests name them."""
@@ -31,20 +31,34 @@ contract: Any = importlib.import_module("test_coordination_contract")
 globals().update({name: found for name, found in vars(contract).items() if name.startswith("test_")})
 
 
-async def test_a_write_on_a_record_that_is_gone_is_a_conflict(tested: Any) -> None:
-    """In place of the contract's, which asks for a word in the error: a real server answers here that the uid is another."""
-    created = await tested.store.create(contract.FIRST, deadline_s=2)
-    tested.remove()
-    with pytest.raises(Conflict):
-        await tested.store.replace(contract.FIRST, version=created.version, deadline_s=2)
-    assert await tested.store.read(deadline_s=2) is None
-
-
 @pytest.fixture(scope="module")
 def loopback(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     with ControlPlane(programs, tmp_path_factory.mktemp("loopback")) as made:
         made.make_namespace(NAMESPACE)
         yield made
+
+
+async def test_the_watch_stays_open_and_tells_of_a_deletion(loopback: ControlPlane, tested: Any) -> None:
+    """A watch that the server ends at once would hint at everything too, but late, and ask again and again."""
+    await tested.store.create(contract.FIRST, deadline_s=2)
+    hints = aiter(tested.store.changes())
+    before = watches(loopback)
+    try:
+        await anext(hints)  # at once, for what is there already
+        async with asyncio.timeout(2):
+            await anext(hints)  # of the watch: what there is
+            remove = asyncio.create_task(asyncio.to_thread(tested.remove))
+            await anext(hints)
+            await remove
+    finally:
+        await hints.aclose()
+    assert watches(loopback) - before == 1
+
+
+def watches(control_plane: ControlPlane) -> int:
+    """How many watches on Leases somebody who is no part of the server has begun so far."""
+    found = audited(control_plane.audit_log, user="admin", stage="ResponseStarted")
+    return sum(request.verb == "watch" and request.resource == "leases" for request in found)
 
 
 @pytest.fixture
