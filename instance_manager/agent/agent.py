@@ -350,6 +350,9 @@ class Agent:
             if act == "promote" and self._operation_act in TAKEOVERS:
                 # It has just taken the Lease, and goes on to promote by itself.
                 return
+            if act == "leave" and self._operation_act == "hand_over":
+                # The Lease is released already: who takes it is told yet.
+                return
             if self._operation_act in TO_THE_END and act not in ENDS_ANY:
                 return
             if act == "wait" and self._operation_act != "serve":
