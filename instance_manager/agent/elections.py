@@ -248,7 +248,8 @@ class Elections:
         stored = await c.keeper.write(change, grounds=grounds)
         c.journal.note(
             "take the Lease",
-            f"epoch {taken.epoch}, timeline {taken.highest_timeline}, voters {sorted(taken.voters)}, q {taken.quorum}: {why}",
+            f"epoch {taken.epoch}, timeline {taken.highest_timeline}, "
+            f"voters {', '.join(sorted(taken.voters)) or 'none'}, q {taken.quorum}: {why}",
         )
         return stored.record
 

@@ -29,6 +29,7 @@ NORMAL = {
     "initialised": "Initialised",
     "take the Lease": "LeaseTaken",
     "promoted": "Promoted",
+    "resume": "PrimaryStarted",
     "open": "OpenForWrites",
     "hand over": "HandingOver",
     "release": "LeaseReleased",
@@ -38,7 +39,6 @@ NORMAL = {
 }
 WARNINGS = {
     "give back": "LeaseGivenBack",
-    "resume": "PrimaryRestarted",
     "reaffirm": "PrimaryReaffirmed",
     "repair": "LeaseRepaired",
     "failover with loss": "FailoverWithLoss",

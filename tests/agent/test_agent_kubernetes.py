@@ -256,7 +256,7 @@ def test_notes_and_decisions_become_events_once() -> None:
     journal.note("promoted", "timeline 2")
     assert [(reason, warning) for reason, _, warning in told.published] == [
         ("Fenced", True),
-        ("PrimaryRestarted", True),
+        ("PrimaryStarted", False),
         ("Promoted", False),
     ]
 
