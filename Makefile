@@ -39,7 +39,7 @@ lint: $(VENV)/.made-for-tests
 	$(VENV)/bin/lint-imports
 
 unit: system $(VENV)/.made-for-tests
-	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/postgres tests/simulation
+	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/simulation
 	# One after another: these measure time and memory, and run whole clusters.
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
 
