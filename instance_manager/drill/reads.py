@@ -204,11 +204,19 @@ class _ReadJudge:
             self._tell(Rule.MISSING, due[0].client, as_runs(write.number for write in due), read, due[0])
 
     def _later_shown(self, read: Read, client: int, gap: Run) -> Write | None:
-        """A row above the gap that the read shows; in an asynchronous cluster, the next acknowledged one."""
+        """An acknowledged row above the gap that the read shows; in an asynchronous cluster, only the next one.
+
+        Another row says nothing: of a cancelled wait, or without an answer, it may be where nobody else's history goes.
+        """
         attempts = self._attempts[client]
         if not self._asynchronous:
             number = _next_shown(read, client, gap[1])
-            return None if number is None else attempts.by_number(number)
+            while number is not None:
+                write = attempts.by_number(number)
+                if write is not None and write.outcome is Outcome.ACKNOWLEDGED:
+                    return write
+                number = _next_shown(read, client, number)
+            return None
         _, after = attempts.acknowledged_in(gap)
         following = attempts.acknowledged[after : after + 1]
         return following[0] if following and _shows(read, client, following[0].number) else None
