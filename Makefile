@@ -9,11 +9,11 @@ TEST_FOLDERS := $(sort $(dir $(wildcard tests/*/*.py)))
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci clean system
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image kubernetes clean system
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci image test-image kubernetes clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -39,7 +39,7 @@ lint: $(VENV)/.made-for-tests
 	$(VENV)/bin/lint-imports
 
 unit: system $(VENV)/.made-for-tests
-	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/postgres tests/archive tests/simulation
+	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/simulation
 	# One after another: these measure time and memory, and run whole clusters.
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
 
@@ -76,6 +76,20 @@ drill: $(VENV)/.made
 DRILL_CI_CASES := switchover kill-all stop-supervisor-and-agent cut-primary both-standbys disk-stall standby-destroyed random
 drill-ci: DRILL_OPTIONS := --quick --seconds 60 --keep .cache/drill $(DRILL_CI_CASES:%=--case %)
 drill-ci: drill
+
+# The container image: `make image PG_MAJOR=16 IMAGE=registry.example/postgres:16`; image/README.md has every variable.
+image:
+	image/build.sh
+
+test-image: image $(VENV)/.made-for-tests
+	$(RUN) pytest $(PYTEST_OPTIONS) tests/image
+
+# The manifests of deploy/ on a real API server, their pods as processes in namespaces. The first time programs are downloaded or built.
+kubernetes: system $(VENV)/.made-for-tests
+	@tests/install-system.sh "$(PYTHON)" drill
+	$(VENV)/bin/python tests/kubernetes/kube_binaries.py
+	$(SUDO) env XDG_CACHE_HOME="$${XDG_CACHE_HOME:-$$HOME/.cache}" CI="$$CI" KUBERNETES_TESTS="$$KUBERNETES_TESTS" \
+		$(RUN) pytest $(PYTEST_OPTIONS) tests/kubernetes
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -174,7 +174,7 @@ def _config_check(namespace: argparse.Namespace) -> int:
     timings = configuration.timings
     print(f"{namespace.config}: good")
     print(
-        f"cluster {configuration.cluster.name}, instance {configuration.instance.name} of {len(configuration.members)}, "
+        f"cluster {configuration.cluster.name}, instance {configuration.instance.name} of {configuration.instances}, "
         f"durability {configuration.cluster.durability}, a commit is on {configuration.wanted_synchronous_standbys + 1} disks"
     )
     print(f"lease {timings.lease_duration_s:g} s, soft {timings.soft_s:g} s, hard {timings.hard_s:g} s")
@@ -281,15 +281,21 @@ def _lease(namespace: argparse.Namespace) -> int:
 def _described_store(namespace: argparse.Namespace) -> str:
     import asyncio
 
+    from instance_manager.agent.surroundings import surroundings_of
     from instance_manager.config import load_configuration
     from instance_manager.coordination.describe import describe
-    from instance_manager.coordination.local import LocalCoordination
+    from instance_manager.core.record import StoredRecord
     from instance_manager.ports import CoordinationError
 
-    local = load_configuration(namespace.config).coordination.local
-    store = LocalCoordination(local.directory, local.locks_directory)
+    async def read() -> StoredRecord | None:
+        store = surroundings_of(load_configuration(namespace.config)).coordination
+        try:
+            return await store.read(deadline_s=min(namespace.timeout, 10.0))
+        finally:
+            await store.close()
+
     try:
-        stored = asyncio.run(store.read(deadline_s=min(namespace.timeout, 10.0)))
+        stored = asyncio.run(read())
     except CoordinationError as error:
         raise CommandFailed(f"{type(error).__name__}: {error}") from error
     return describe(stored) if stored is not None else "there is no record"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,11 +16,13 @@ from typing import Annotated, Literal
 import msgspec
 import yaml
 
+from instance_manager import kubernetes_names
 from instance_manager.core.timing import Timings
 from instance_manager.core.types import MEMBER_NAME_PATTERN, MemberName
 
 Durability = Literal["preferred", "required", "asynchronous"]
 ARCHIVE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+ROOM_ON_KUBERNETES = 9
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
@@ -33,8 +36,15 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 class ClusterSection(Section, frozen=True):
     name: str
-    uid: str
-    """Random id of this cluster, so that a leftover Lease of a deleted namesake is recognised (R14)."""
+    uid: str = ""
+    """Random id of this cluster, so that a Lease of another cluster of this name is recognised (R14).
+
+    On Kubernetes it may be left out: then whoever creates the Lease makes one at random, each volume remembers it from the
+    first time that it follows or leads, and takes no other for its own. (Nothing that is known before the Lease would do: the
+    uid of a StatefulSet changes when it is deleted with `--cascade=orphan` and made anew, a secret is rotated, a
+    namespace outlives its clusters.)"""
+    instances: Annotated[int, msgspec.Meta(ge=1, le=99)] | None = None
+    """On Kubernetes: how many members there are, NAME-0 to NAME-(instances - 1)."""
     durability: Durability = "preferred"
     synchronous_standbys: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """How many standbys must hold a commit before it is acknowledged; by default half the instances, rounded down."""
@@ -49,8 +59,9 @@ class MemberSection(Section, frozen=True):
     http_port: Port
 
 
-class InstanceSection(Section, frozen=True):
-    name: str
+class InstanceSection(Section, frozen=True, kw_only=True):
+    name: str = ""
+    """On Kubernetes the pod's name, and not given."""
     directory: Path
     """Volume of this instance: holds `data/` (Postgres), `state/` (promises, outside the data directory: P6),
     `socket/` and `control.sock`."""
@@ -63,6 +74,9 @@ class InstanceSection(Section, frozen=True):
     termination_log: Path | None = None
     minimum_free_bytes: Annotated[int, msgspec.Meta(ge=0)] = 32 * 1024 * 1024
     """A primary with less free space on its volume hands over to a voter that has more; two segments of WAL."""
+    shutdown_timeout_s: Annotated[float, msgspec.Meta(ge=5, le=3600)] = 25.0
+    """After SIGTERM everything that is left is killed then: some seconds less than the pod's grace period, after which the
+    kubelet would do it."""
 
 
 class LocalCoordinationSection(Section, frozen=True):
@@ -72,8 +86,20 @@ class LocalCoordinationSection(Section, frozen=True):
     """One lock file per instance, held by its supervisor and its Postgres: the proof of life and death."""
 
 
+class KubernetesCoordinationSection(Section, frozen=True):
+    namespace: str = ""
+    """Of the Lease and the pods: by default the pod's own ($POD_NAMESPACE, else its service account's)."""
+    lease: str = ""
+    """Name of the Lease; by default the cluster's."""
+    kubeconfig: Path | None = None
+    """For development outside of a pod; by default the pod's service account."""
+
+
 class CoordinationSection(Section, frozen=True):
-    local: LocalCoordinationSection
+    """Exactly one of both."""
+
+    local: LocalCoordinationSection | None = None
+    kubernetes: KubernetesCoordinationSection | None = None
 
 
 class SecretsSection(Section, frozen=True):
@@ -131,10 +157,12 @@ class ArchiveSection(Section, frozen=True):
     prefetch_bytes: Annotated[int, msgspec.Meta(ge=0)] = 128 * 1024 * 1024
 
 
-class Configuration(Section, frozen=True):
+class Configuration(Section, frozen=True, kw_only=True):
+    """As `load_configuration` returns it, everything that a default stands for is filled in."""
+
     cluster: ClusterSection
     instance: InstanceSection
-    members: tuple[MemberSection, ...]
+    members: tuple[MemberSection, ...] = ()
     coordination: CoordinationSection
     secrets: SecretsSection
     postgres: PostgresSection = PostgresSection()
@@ -145,6 +173,40 @@ class Configuration(Section, frozen=True):
     @property
     def me(self) -> MemberSection:
         return next(member for member in self.members if member.name == self.instance.name)
+
+    @property
+    def is_member(self) -> bool:
+        """False for a pod beyond `cluster.instances`: it is leaving, or nobody knows it yet."""
+        return self.is_configured(self.instance.name)
+
+    def is_configured(self, name: str) -> bool:
+        """Is it one of the members that the cluster should have? On Kubernetes `cluster.instances` says."""
+        if self.coordination.kubernetes is None or self.cluster.instances is None:
+            return any(member.name == name for member in self.members)
+        ordinal = kubernetes_names.ordinal_of(name, self.cluster.name)
+        return ordinal is not None and ordinal < self.cluster.instances
+
+    def member(self, name: str) -> MemberSection | None:
+        """Where a member is reached; None if there can be none of that name.
+
+        On Kubernetes also one that is not configured any more, or not yet: the record may name it.
+        """
+        found = next((member for member in self.members if member.name == name), None)
+        if found is not None or self.coordination.kubernetes is None:
+            return found
+        if kubernetes_names.ordinal_of(name, self.cluster.name) is None:
+            return None
+        return _kubernetes_member(name, self.cluster.name, self.coordination.kubernetes.namespace)
+
+    @property
+    def instances(self) -> int:
+        """How many members the cluster should have."""
+        return self.cluster.instances or len(self.members)
+
+    @property
+    def room_for_instances(self) -> int:
+        """How many members the settings of Postgres leave room for: where members come and go, none needs its restart."""
+        return max(self.instances, len(self.members), ROOM_ON_KUBERNETES if self.coordination.kubernetes else 0)
 
     @property
     def peers(self) -> tuple[MemberSection, ...]:
@@ -161,9 +223,9 @@ class Configuration(Section, frozen=True):
     @property
     def wanted_synchronous_standbys(self) -> int:
         """k when every instance is well: a commit is then on a majority of the instances, the primary included."""
-        if len(self.members) == 1 or self.cluster.durability == "asynchronous":
+        if self.instances == 1 or self.cluster.durability == "asynchronous":
             return 0
-        return self.cluster.synchronous_standbys or max(1, len(self.members) // 2)
+        return self.cluster.synchronous_standbys or max(1, self.instances // 2)
 
     @property
     def data_directory(self) -> Path:
@@ -187,7 +249,11 @@ class Configuration(Section, frozen=True):
 
     @property
     def lock_file(self) -> Path:
-        return self.coordination.local.locks_directory / f"{self.instance.name}.lock"
+        """Held by the supervisor and its Postgres. On Kubernetes it lies on the volume: two pods that have mounted the same
+        one on one node exclude each other by it."""
+        if self.coordination.local is not None:
+            return self.coordination.local.locks_directory / f"{self.instance.name}.lock"
+        return self.instance.directory / "supervisor.lock"
 
 
 def _decode_path(kind: type, value: object) -> object:
@@ -196,8 +262,11 @@ def _decode_path(kind: type, value: object) -> object:
     raise NotImplementedError
 
 
-def load_configuration(path: Path) -> Configuration:
-    """Read and check the file; ConfigurationError with the file's name, the place in it and the mend."""
+def load_configuration(path: Path, environment: Mapping[str, str] | None = None) -> Configuration:
+    """Read and check the file; ConfigurationError with the file's name, the place in it and the mend.
+
+    `environment`: by default this process's; on Kubernetes it tells the pod's name, namespace and address.
+    """
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -212,15 +281,110 @@ def load_configuration(path: Path) -> Configuration:
     unknown = set(raw.get("timings") or {}) - {field.name for field in fields(Timings)}
     if unknown:
         raise ConfigurationError(f"{path}: Object contains unknown field `{min(unknown)}` - at `$.timings`")
-    problems = check(configuration)
+    problems = _check_coordination(configuration)
+    if not problems:
+        configuration = _filled_in(configuration, os.environ if environment is None else environment)
+        problems = check(configuration)
     if problems:
         raise ConfigurationError("\n".join(f"{path}: {problem}" for problem in problems))
     return configuration
 
 
+def _check_coordination(configuration: Configuration) -> tuple[str, ...]:
+    """What does not fit together, before anything is filled in."""
+    local, kubernetes = configuration.coordination.local, configuration.coordination.kubernetes
+    if (local is None) == (kubernetes is None):
+        return ("coordination: give exactly one of `local` and `kubernetes`",)
+    cluster, instance, members = configuration.cluster, configuration.instance, configuration.members
+    wrong: tuple[tuple[bool, str], ...]
+    if local is not None:
+        wrong = (
+            (not cluster.uid, "cluster.uid: is missing; make one with `openssl rand -hex 8`, the same in every file"),
+            (not instance.name, "instance.name: is missing; it is one of the members' names"),
+            (not members, "members: is missing; list every instance of the cluster"),
+            (
+                cluster.instances is not None,
+                "cluster.instances: is for `coordination.kubernetes`; here `members` counts",
+            ),
+        )
+    else:
+        wrong = (
+            (
+                cluster.instances is None,
+                "cluster.instances: is missing; on Kubernetes it says how many members there are",
+            ),
+            (
+                bool(members),
+                "members: is for `coordination.local`; on Kubernetes `cluster.instances` says who they are",
+            ),
+            (bool(instance.name), "instance.name: is for `coordination.local`; on Kubernetes it is the pod's name"),
+        )
+    return tuple(problem for is_wrong, problem in wrong if is_wrong)
+
+
+def _filled_in(configuration: Configuration, environment: Mapping[str, str]) -> Configuration:
+    """On Kubernetes: the name, the addresses and the members, from the environment of the pod."""
+    kubernetes, cluster = configuration.coordination.kubernetes, configuration.cluster
+    if kubernetes is None:
+        return configuration
+    namespace = kubernetes.namespace or kubernetes_names.own_namespace(environment, kubernetes.kubeconfig)
+    kubernetes = msgspec.structs.replace(kubernetes, namespace=namespace, lease=kubernetes.lease or cluster.name)
+    name = environment.get("POD_NAME", "")
+    instance = msgspec.structs.replace(
+        configuration.instance,
+        name=name,
+        listen_host=configuration.instance.listen_host or environment.get("POD_IP") or None,
+    )
+    names = [f"{cluster.name}-{ordinal}" for ordinal in range(cluster.instances or 0)]
+    if name not in names and kubernetes_names.ordinal_of(name, cluster.name) is not None:
+        # Beyond `instances`: on its way out, or faster than the news of it.
+        names.append(name)
+    return msgspec.structs.replace(
+        configuration,
+        instance=instance,
+        members=tuple(_kubernetes_member(each, cluster.name, namespace) for each in names),
+        coordination=CoordinationSection(kubernetes=kubernetes),
+    )
+
+
+def _kubernetes_member(name: str, cluster_name: str, namespace: str) -> MemberSection:
+    return MemberSection(
+        name=name,
+        host=kubernetes_names.host_of(name, cluster_name, namespace),
+        postgres_port=kubernetes_names.POSTGRES_PORT,
+        http_port=kubernetes_names.HTTP_PORT,
+    )
+
+
+def _check_kubernetes(configuration: Configuration) -> list[str]:
+    kubernetes, cluster = configuration.coordination.kubernetes, configuration.cluster
+    if kubernetes is None:
+        return []
+    found = []
+    if kubernetes_names.NAME_PATTERN.fullmatch(cluster.name) is None:
+        found.append(
+            f"cluster.name: {cluster.name!r} cannot name the pods: lower-case letters, digits and -, starting with a letter, "
+            "50 at most"
+        )
+    elif kubernetes_names.ordinal_of(configuration.instance.name, cluster.name) is None:
+        found.append(
+            f"$POD_NAME: {configuration.instance.name!r} is no pod of the StatefulSet {cluster.name}, "
+            f"whose pods are {cluster.name}-0 and so on; set it by the downward API (metadata.name)"
+        )
+    if not kubernetes.namespace:
+        found.append(
+            "coordination.kubernetes.namespace: is not known; set it, or $POD_NAMESPACE by the downward API "
+            "(metadata.namespace)"
+        )
+    return found
+
+
 def check(configuration: Configuration) -> tuple[str, ...]:
     """What is wrong although every type is right; each a sentence for the user."""
     found = [f"timings: {problem}" for problem in configuration.timings.problems()]
+    if wrong_names := _check_kubernetes(configuration):
+        # The members are named by these.
+        return (*found, *wrong_names)
     names = [member.name for member in configuration.members]
     found += [
         f"members: {name!r} is no instance name: lower-case letters, digits and -, starting with a letter, 53 at most"
@@ -232,9 +396,9 @@ def check(configuration: Configuration) -> tuple[str, ...]:
     if configuration.instance.name not in names:
         found.append(f"instance.name: {configuration.instance.name!r} is not among members: {', '.join(names)}")
     wanted = configuration.cluster.synchronous_standbys
-    if wanted is not None and wanted >= len(names):
+    if wanted is not None and wanted >= configuration.instances:
         found.append(
-            f"cluster.synchronous_standbys: {wanted} needs at least {wanted + 1} members, there are {len(names)}"
+            f"cluster.synchronous_standbys: {wanted} needs at least {wanted + 1} members, there are {configuration.instances}"
         )
     if configuration.archive is not None:
         found += _check_archive(configuration.archive)

@@ -12,7 +12,6 @@ from pathlib import Path
 from instance_manager.config import Configuration
 
 HEARTBEAT_TIMEOUT_S = 3.0
-SHUTDOWN_TIMEOUT_S = 25.0
 
 
 class LaunchError(Exception):
@@ -53,7 +52,8 @@ def prepare_directories(configuration: Configuration) -> None:
     _make(configuration.instance.directory, 0o755, own)
     _make(configuration.state_directory, 0o700, postgres)
     _make(configuration.socket_directory, 0o755, postgres)
-    _make(configuration.coordination.local.locks_directory, 0o700, own)
+    if configuration.coordination.local is not None:
+        _make(configuration.coordination.local.locks_directory, 0o700, own)
 
 
 def supervisor_argv(configuration: Configuration, configuration_file: Path) -> list[str]:
@@ -66,7 +66,7 @@ def supervisor_argv(configuration: Configuration, configuration_file: Path) -> l
         *("--hard-s", f"{configuration.timings.hard_s:g}"),
         *("--heartbeat-timeout-s", f"{HEARTBEAT_TIMEOUT_S:g}"),
         *("--kill-budget-s", f"{configuration.timings.kill_budget_s:g}"),
-        *("--shutdown-timeout-s", f"{SHUTDOWN_TIMEOUT_S:g}"),
+        *("--shutdown-timeout-s", f"{configuration.instance.shutdown_timeout_s:g}"),
     ]
     if os.geteuid() == 0:
         argv += ["--postgres-user", configuration.instance.run_as]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
 
@@ -65,6 +65,34 @@ class Coordination(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+PublishedRole = Literal["primary", "replica"]
+
+
+class Publication(Protocol):
+    """What others see of this instance without asking it: the role by which clients are led to it, events for people.
+
+    Nothing here waits or fails: what cannot be published now is tried again in the background, by `run`.
+    """
+
+    def publish_role(self, role: PublishedRole) -> None:
+        """From now on; the last one counts. Cheap when nothing changes."""
+        ...
+
+    async def role_is_published(self, *, deadline_s: float) -> bool:
+        """Wait until clients can see the role last given; False when it took longer."""
+        ...
+
+    def publish_event(self, reason: str, message: str, *, warning: bool) -> None:
+        """`reason` is one word, as `kubectl get events` shows it."""
+        ...
+
+    async def finish(self, *, deadline_s: float) -> None:
+        """This instance ends: what waits gets a last chance while `run` still runs."""
+        ...
+
+    async def run(self) -> None: ...
 
 
 class PeerUnreachable(Exception):

@@ -10,17 +10,18 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.assembly import HEALTH_INTERVAL_S, Ports, assemble
+from instance_manager.agent.configuration_file import Signature, keep_reading, signature
 from instance_manager.agent.health import DiskProbe
 from instance_manager.agent.installed_postgres import InstalledPostgres, local_server
 from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorError
+from instance_manager.agent.surroundings import surroundings_of
 from instance_manager.agent.volume import VolumeDirectory, VolumeUnusable, boot_id
-from instance_manager.config import Configuration, ConfigurationError, load_configuration
-from instance_manager.coordination.local import LocalCoordination
+from instance_manager.config import Configuration, ConfigurationError, MemberSection, load_configuration
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
@@ -41,12 +42,19 @@ class BootTime:
         await asyncio.sleep(seconds)
 
 
-async def run(configuration: Configuration, configuration_file: Path) -> None:
+async def run(configuration: Configuration, configuration_file: Path, seen: Signature | None = None) -> None:
+    """`seen`: what the file was when `configuration` was read from it."""
     clock = BootTime()
     server = local_server(configuration)
     version = await server_version(server)
     disk = DiskProbe((configuration.state_directory,), clock, HEALTH_INTERVAL_S)
-    async with PeerClient(configuration.members, configuration.secrets.peer_token) as caller:
+    around = surroundings_of(configuration)
+    members = _Members(configuration)
+    async with contextlib.AsyncExitStack() as ending:
+        ending.push_async_callback(around.coordination.close)
+        caller = await ending.enter_async_context(
+            PeerClient(members.find, configuration.secrets.peer_token, address=around.address)
+        )
         agent = assemble(
             configuration,
             Ports(
@@ -56,32 +64,57 @@ async def run(configuration: Configuration, configuration_file: Path) -> None:
                 datagrams=SeqpacketSocket.from_environment(),
                 storage=VolumeDirectory(configuration.state_directory, server.run_as),
                 disk=disk,
-                coordination=LocalCoordination(
-                    configuration.coordination.local.directory, configuration.coordination.local.locks_directory
-                ),
+                coordination=around.coordination,
+                publication=around.publication,
                 caller=caller,
                 make_postgres=lambda reload: InstalledPostgres(configuration, server, version, reload),
             ),
         )
-        agent.reload_configuration = _reloader(agent, configuration_file)
+        agent.reload_configuration = _reloader(agent, configuration_file, members)
         disk.start()
-        async with serve(agent, configuration):
+        async with serve(agent, configuration), _watched(agent, configuration_file, seen):
             # What was imported and built stays: later collections need not look at it again.
             gc.freeze()
             await agent.run()
 
 
-def _reloader(agent: Agent, configuration_file: Path) -> Callable[[], Awaitable[str]]:
+class _Members:
+    """Who is reached where, by the configuration of the moment."""
+
+    def __init__(self, configuration: Configuration) -> None:
+        self.configuration = configuration
+
+    def find(self, name: str) -> MemberSection | None:
+        return self.configuration.member(name)
+
+
+@contextlib.asynccontextmanager
+async def _watched(agent: Agent, configuration_file: Path, seen: Signature | None) -> AsyncIterator[None]:
+    """On Kubernetes a changed ConfigMap is taken over as it comes; elsewhere by `reload`."""
+    c = agent.context
+    if c.configuration.coordination.kubernetes is None:
+        yield
+        return
+    watching = asyncio.create_task(keep_reading(configuration_file, seen, agent.reload, c.journal, c.clock))
+    try:
+        yield
+    finally:
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+
+
+def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Callable[[], Awaitable[str]]:
     async def reload() -> str:
         configuration = await asyncio.to_thread(load_configuration, configuration_file)
         before = agent.context.configuration
-        if (configuration.instance, configuration.members, configuration.cluster.uid) != (
-            before.instance,
-            before.members,
-            before.cluster.uid,
-        ):
-            raise ConfigurationError("instance, members and the cluster's uid change at a restart of the instance only")
-        agent.context.configuration = configuration
+        if _fixed(configuration) != _fixed(before):
+            raise ConfigurationError(
+                f"{configuration_file}: instance, coordination, the cluster's name and uid (and members, where they are "
+                "listed) change at a restart of the instance only"
+            )
+        agent.context.configuration = members.configuration = configuration
+        agent.context.wake.set()
         restart = await agent.context.database.reload_configuration(configuration)
         if restart:
             order = agent.context.database.restart_order().value
@@ -91,10 +124,19 @@ def _reloader(agent: Agent, configuration_file: Path) -> Callable[[], Awaitable[
     return reload
 
 
+def _fixed(configuration: Configuration) -> tuple[object, ...]:
+    """What does not change while the instance runs. On Kubernetes members come and go."""
+    listed = configuration.members if configuration.coordination.local is not None else ()
+    cluster = configuration.cluster
+    return configuration.instance, configuration.coordination, cluster.name, cluster.uid, listed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="instance_manager.agent", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the instance's configuration file")
     arguments = parser.parse_args()
+    # Before it is read: what comes into its place meanwhile is read again.
+    seen = signature(arguments.config)
     try:
         configuration = load_configuration(arguments.config)
     except ConfigurationError as error:
@@ -102,7 +144,7 @@ def main() -> int:
         return 2
     with logging_to(configuration.instance.name, configuration.log_level):
         try:
-            asyncio.run(run(configuration, arguments.config))
+            asyncio.run(run(configuration, arguments.config, seen))
         except KeyError:
             log.exception("the agent is started by its supervisor: use `instance-manager run`")
             return 2

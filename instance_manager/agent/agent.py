@@ -27,7 +27,7 @@ from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.decide import Decision, DirectoryView, Observation, decide, suspicion
 from instance_manager.core.lease import given_back, repair
 from instance_manager.core.roles import Role
-from instance_manager.core.types import Epoch, MemberId
+from instance_manager.core.types import Epoch, MemberId, MemberName, member_name_of
 from instance_manager.http.ports import ControlProgress, ControlResult
 from instance_manager.ports import CoordinationError, PeerUnreachable
 from instance_manager.postgres.server import LocalPostgresError
@@ -40,6 +40,7 @@ HEARTBEAT_S = 0.5
 """The supervisor kills an agent that was silent for 3 s."""
 PAUSE_S = 1.0
 """The loop was not scheduled for this time: ages of other things are not theirs."""
+LAST_WORDS_S = 0.5
 RETRY_S = 0.5
 """A failed operation is not tried again before this time."""
 AGAIN_S = 0.1
@@ -109,6 +110,7 @@ class Agent:
         self._was_running = False
         self._adopted = False
         self._announced: tuple[object, ...] = ()
+        self._peers_of: tuple[object, ...] = ()
         self._promoting_since_s: float | None = None
         self.reload_configuration: Callable[[], Awaitable[str]] | None = None
 
@@ -135,6 +137,7 @@ class Agent:
                 tasks.create_task(c.link.run()),
                 tasks.create_task(c.keeper.run()),
                 tasks.create_task(c.peers.run()),
+                tasks.create_task(c.publication.run()),
                 tasks.create_task(c.database.run()),
                 tasks.create_task(c.health.run()),
                 tasks.create_task(self._tick()),
@@ -142,6 +145,7 @@ class Agent:
                 tasks.create_task(keep_extending(c)),
             ]
             await self._loop()
+            await c.publication.finish(deadline_s=LAST_WORDS_S)
             await c.link.goodbye()
             for task in background:
                 task.cancel()
@@ -171,6 +175,9 @@ class Agent:
             c.wake.clear()
             self._notice_pause()
             self._follow_events()
+            self._follow_members()
+            self._notice_lost_data()
+            c.publish_role()
             if not self._adopted:
                 await self._adopt()
             observation = self.observe()
@@ -230,12 +237,40 @@ class Agent:
             c.start_yielding("its data directory cannot be started")
         if c.database.running_read_write:
             self.primary.look()
-        # Not during recovery: a long one is no sign of bad health, as long as the process lives (cloudnative-pg#11024).
-        c.health.expect_sql(c.database.running_read_write and c.database.has_answered)
+        c.health.expect_sql(c.database.running_read_write)
         if c.link.reload_asked:
             c.link.reload_asked = False
             task = asyncio.ensure_future(self.reload())
             task.add_done_callback(_log_outcome)
+
+    def _follow_members(self) -> None:
+        """Peers are the members of the configuration, and whoever the record names: of what it was, or is to be."""
+        c = self.context
+        record = c.keeper.record
+        holder = record.holder.name if record is not None and record.holder is not None else None
+        voters = record.voters if record is not None else frozenset()
+        if (holder, voters, c.configuration) != self._peers_of:
+            self._peers_of = (holder, voters, c.configuration)
+            named = [*([holder] if holder is not None else ()), *(member_name_of(voter) for voter in voters)]
+            names = {MemberName(member.name) for member in c.configuration.members}
+            names |= {name for name in named if c.configuration.member(name) is not None}
+            c.peers.set_names(frozenset(names - {c.configuration.name}))
+
+    def _notice_lost_data(self) -> None:
+        """A Lease that outlived its cluster, or a cluster that lost every volume: only a person can tell which (R14)."""
+        c = self.context
+        record = c.keeper.record
+        if record is None or record.system_identifier is None or c.database.has_data:
+            return
+        if c.keeper.view().unchanged_for_s < record.lease_duration_s:
+            return
+        peers = c.peers.views().values()
+        if all(peer.answers and peer.state is not None and not peer.state.has_data for peer in peers):
+            c.journal.note(
+                "no data anywhere",
+                f"the Lease is of the cluster {record.system_identifier}, and no instance has its data: bring the volumes "
+                "back; or, if the Lease is left over from a cluster that was deleted, delete it and a new one begins",
+            )
 
     def observe(self) -> Observation:
         c = self.context
@@ -314,6 +349,9 @@ class Agent:
                 return
             if act == "promote" and self._operation_act in TAKEOVERS:
                 # It has just taken the Lease, and goes on to promote by itself.
+                return
+            if act == "leave" and self._operation_act == "hand_over":
+                # The Lease is released already: who takes it is told yet.
                 return
             if self._operation_act in TO_THE_END and act not in ENDS_ANY:
                 return
@@ -509,16 +547,12 @@ class Agent:
         c = self.context
         while True:
             record = c.keeper.record
-            if (
-                record is not None
-                and record.mode == "asynchronous"
-                and record.holder is not None
-                and c.suspects is not None
-            ):
+            asynchronous = record is not None and record.mode == "asynchronous"
+            if asynchronous and record is not None and record.holder is not None and c.suspects is not None:
                 with contextlib.suppress(CoordinationError):
                     dead = await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
                     c.dead_holder = record.holder if dead else None
-            await c.clock.sleep(0.25)
+            await c.clock.sleep(0.25 if asynchronous else 1.0)
 
     # Verbs of this instance.
 
@@ -547,9 +581,10 @@ class Agent:
         """Clone anew. Only a standby; it is no voter while it does, because its log is gone (R6)."""
         c = self.context
         record = c.record
-        if c.holds_lease or record.holder is None:
-            raise OperationFailed("only a standby with a serving primary can be cloned anew; switch over first")
         member_id = c.member_id
+        if record.holder is None or record.holder.member_id == member_id:
+            # Also under an earlier life: its log may hold what no other does.
+            raise OperationFailed("only a standby with a serving primary can be cloned anew; switch over first")
         await c.keeper.write(lambda current: replace(current, excluded=current.excluded | {member_id}))
         await c.peers.nudge(c.peers.names)
         return f"{c.configuration.name} will be set aside and cloned from {record.holder.name}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.context import Context, Journal
@@ -13,11 +13,12 @@ from instance_manager.agent.health import DiskHealth, Health
 from instance_manager.agent.lease_keeper import LeaseKeeper
 from instance_manager.agent.peering import Peers
 from instance_manager.agent.postgres_port import LocalPostgres
+from instance_manager.agent.publishing import Unpublished, publish_note
 from instance_manager.agent.supervisor_link import Datagrams, SupervisorLink
 from instance_manager.agent.volume import Volume, VolumeStorage
 from instance_manager.config import Configuration
 from instance_manager.core.types import Epoch, MemberName
-from instance_manager.ports import Clock, Coordination, PeerCaller
+from instance_manager.ports import Clock, Coordination, PeerCaller, Publication
 
 HEALTH_INTERVAL_S = 1.0
 
@@ -36,6 +37,7 @@ class Ports:
     caller: PeerCaller
     make_postgres: Callable[[Callable[[], Awaitable[None]]], LocalPostgres]
     """For a server that is reloaded by the given function."""
+    publication: Publication = field(default_factory=Unpublished)
 
 
 class _Late:
@@ -106,10 +108,11 @@ def assemble(configuration: Configuration, ports: Ports) -> Agent:
         peers=peers,
         database=database,
         health=health,
-        journal=Journal(clock),
+        journal=Journal(clock, lambda what, why, decided: publish_note(ports.publication, what, why, decided=decided)),
         started_s=clock.now_s(),
         boot_id=ports.boot_id,
         chance=ports.chance,
+        publication=ports.publication,
     )
     late.made = Agent(context)
     return late.made

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import random
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from instance_manager.agent.database import Database
 from instance_manager.agent.health import Health
 from instance_manager.agent.lease_keeper import LeaseKeeper
 from instance_manager.agent.peering import Peers
+from instance_manager.agent.publishing import Unpublished
 from instance_manager.agent.supervisor_link import SupervisorLink
 from instance_manager.agent.volume import Volume
 from instance_manager.config import Configuration
@@ -19,7 +21,7 @@ from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import TRANSITIONS, Role
 from instance_manager.core.types import MemberId
-from instance_manager.ports import Clock, Coordination
+from instance_manager.ports import Clock, Coordination, Publication
 from instance_manager.status import DecisionLine
 
 log = logging.getLogger("instance_manager.agent")
@@ -39,8 +41,10 @@ class Journal:
     A decision that only says again what the last one said is counted; steps between do not make it new.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, on_line: Callable[[str, str, bool], None] = lambda _, __, ___: None) -> None:
         self._clock = clock
+        self._on_line = on_line
+        """Called with what, its reason and whether it is a decision, for each line that is not only a repetition."""
         self._lines: deque[tuple[float, str, str, int]] = deque(maxlen=100)
         self._last_decision = self._last_told = ("", "")
 
@@ -52,16 +56,20 @@ class Journal:
         if key == self._last_decision:
             return
         self._last_decision = key
-        self.note(act, reason)
+        self._add(act, reason, {}, decided=True)
 
     def note(self, what: str, reason: str, **inputs: object) -> None:
         """A step, or how one failed. One that only repeats what was just said is counted, and logged once."""
+        self._add(what, reason, inputs, decided=False)
+
+    def _add(self, what: str, reason: str, inputs: Mapping[str, object], *, decided: bool) -> None:
         for index, (at_s, last, last_reason, count) in enumerate(list(self._lines)[:REPEATS_WITHIN]):
             if (last, _without_numbers(last_reason)) == (what, _without_numbers(reason)):
                 self._lines[index] = (at_s, last, reason, count + 1)
                 return
         self._lines.appendleft((self._clock.now_s(), what, reason, 1))
         log.info("%s: %s", what, reason, extra={"fields": {"decision": what, **inputs}})
+        self._on_line(what, reason, decided)
 
     def lines(self, most: int = 20) -> tuple[DecisionLine, ...]:
         now_s = self._clock.now_s()
@@ -94,6 +102,7 @@ class Context:
     boot_id: str
     chance: random.Random
     """Ids and randomised waits: the system's own randomness; in a simulation, the seed's."""
+    publication: Publication = field(default_factory=Unpublished)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     announced: asyncio.Event = field(default_factory=asyncio.Event)
     voting: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -104,6 +113,8 @@ class Context:
     synchronous_confirmed: bool = False
     gate_open: bool = False
     """Clients are let in."""
+    giving_up: bool = False
+    """In order, and still serving: new clients are led elsewhere."""
     opened_s: float | None = None
     """When this primary began to run read-write."""
     takeover_open: bool = False
@@ -150,6 +161,11 @@ class Context:
         record = self.keeper.record
         return record is not None and record.holder is not None and record.holder == self.holder
 
+    @property
+    def cluster_uid(self) -> str | None:
+        """As configured, else as this volume remembers it; None: any is taken, and remembered (R14)."""
+        return self.configuration.cluster.uid or self.volume.state.cluster_uid
+
     def is_proven_dead(self, record: ClusterRecord | None) -> bool:
         return record is not None and record.holder is not None and record.holder == self.dead_holder
 
@@ -166,7 +182,16 @@ class Context:
             log.error("role %s does not follow %s: %s", role, self.role, reason)
         log.info("role %s, was %s: %s", role, self.role, reason, extra={"fields": {"role": role, "was": self.role}})
         self.role = role
+        self.publish_role()
         self.announce()
+
+    def publish_role(self) -> None:
+        """`primary` only while it is open for writes, and not from the moment that it means to stop."""
+        if self.role is Role.STARTING and self.database.running_read_write:
+            # The agent restarted over a primary that serves on: what it is was published already.
+            return
+        serves = self.role is Role.PRIMARY and self.gate_open and not self.giving_up
+        self.publication.publish_role("primary" if serves else "replica")
 
     def start_yielding(self, reason: str) -> None:
         if self.yielding is None:

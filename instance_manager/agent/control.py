@@ -186,7 +186,7 @@ class Control:
     def _name(self, value: object) -> MemberName | None:
         if value is None:
             return None
-        names = [member.name for member in self._c.configuration.members]
+        names = sorted({*(member.name for member in self._c.configuration.members), *self._c.peers.names})
         if not isinstance(value, str) or value not in names:
             raise MalformedCall(f"no instance {value!r}; there are {', '.join(names)}")
         return MemberName(value)

@@ -30,6 +30,7 @@ from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.hot_standby import RestartOrder, restart_order
 from instance_manager.postgres.observation import PostgresObservation
 from instance_manager.postgres.server import LocalPostgresError
+from instance_manager.postgres.sql import SqlUnavailable
 from instance_manager.postgres.synchronous import SynchronousReplication
 from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing
 
@@ -37,6 +38,7 @@ log = logging.getLogger("instance_manager.agent.database")
 
 LOOK_DEADLINE_S = 2.0
 SHUTTING_DOWN = "the database system is shutting down"
+CANNOT_CONNECT_NOW = "57P03"
 STRANGER = (MemberId(""), Epoch(0))
 """Somebody is followed, and it is nobody who may be."""
 FOLLOW_DEADLINE_S = 5.0
@@ -54,6 +56,10 @@ class StoppedFacts:
     end: WalEnd | None
     needs: WalEnd | None = None
     """What recovery must reach and the log on this disk does not."""
+    recovers_along: Timeline | None = None
+    """The timeline of a read-write start: pg_control's. It lags behind the log while the end of a promotion is written."""
+    histories: tuple[Timeline, ...] = ()
+    """The timelines whose histories are there."""
 
 
 class NotAllowed(LocalPostgresError):
@@ -110,11 +116,6 @@ class Database:
     @property
     def answers(self) -> bool:
         return self.running and self._answers
-
-    @property
-    def has_answered(self) -> bool:
-        """It has answered since it was started, whether or not it does now."""
-        return self.running and self._seen is not None
 
     @property
     def has_data(self) -> bool:
@@ -256,7 +257,12 @@ class Database:
 
     async def answers_new_connection(self, deadline_s: float) -> None:
         """Proof of health: a stopped postmaster still serves old connections. Raises if there is no answer in time."""
-        await self._postgres.answers_new_connection(deadline_s=deadline_s)
+        try:
+            await self._postgres.answers_new_connection(deadline_s=deadline_s)
+        except SqlUnavailable as error:
+            # A long recovery is no sign of bad health as long as the postmaster says that it starts (cloudnative-pg#11024).
+            if error.sqlstate != CANNOT_CONNECT_NOW or SHUTTING_DOWN in str(error):
+                raise
 
     # Starting and stopping.
 
@@ -339,6 +345,10 @@ class Database:
             return
         same = promised and told == (self._postgres.primary_settings(upstream), upstream.member_id)
         self._following = (upstream.holder, upstream.epoch) if same else STRANGER
+
+    async def dead_ends(self, chain: TimelineChain) -> tuple[Timeline, ...]:
+        """Timelines that recovery may take for its own, and that are none of the cluster's; see `postgres.promotion`."""
+        return tuple(timeline for timeline in await self._postgres.histories() if not chain.knows(timeline))
 
     async def stop_following(self, chain: TimelineChain, *, deadline_s: float) -> WalEnd:
         """P2, P3: nothing is received any more, proven; the end of the log on this disk."""
@@ -455,7 +465,12 @@ class Database:
         if not exists or foreign is not None:
             return facts
         control = await self._postgres.control_data()
-        facts = replace(facts, system_identifier=str(control.system_identifier))
+        facts = replace(
+            facts,
+            system_identifier=str(control.system_identifier),
+            recovers_along=max(control.timeline, control.minimum_recovery_end_timeline),
+            histories=await self._postgres.histories(),
+        )
         if chain is None or facts.half_rewound:
             return facts
         try:

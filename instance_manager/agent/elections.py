@@ -248,7 +248,8 @@ class Elections:
         stored = await c.keeper.write(change, grounds=grounds)
         c.journal.note(
             "take the Lease",
-            f"epoch {taken.epoch}, timeline {taken.highest_timeline}, voters {sorted(taken.voters)}, q {taken.quorum}: {why}",
+            f"epoch {taken.epoch}, timeline {taken.highest_timeline}, "
+            f"voters {', '.join(sorted(taken.voters)) or 'none'}, q {taken.quorum}: {why}",
         )
         return stored.record
 
@@ -304,6 +305,10 @@ class Elections:
                 )
             if not record.chain.contains(end):
                 raise OperationFailed(f"this log ends at {end}, which is not in the cluster's history (P4)")
+            if c.member_id not in record.voters:
+                raise OperationFailed(
+                    "this member is not among those of the record: an extension need not ask it (R11)"
+                )
             if (why_not := self._why_not_by_time(record, end)) is not None:
                 raise OperationFailed(why_not)
             holder = c.holder

@@ -6,6 +6,7 @@ from instance_manager.agent.context import Context
 from instance_manager.core.lease import permit_of_renewal
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.roles import Role
+from instance_manager.core.types import member_name_of
 from instance_manager.core.voting import ExtensionRequest, Verdict
 
 
@@ -41,7 +42,9 @@ async def _extend(c: Context, record: ClusterRecord) -> None:
     # Whoever answers late, or not at all, may have promised.
     c.extended_until_s = sent_s + timings.request_timeout_s + record.lease_duration_s
     answers = await c.peers.ask_all(c.peers.names, "extend", request, Verdict, deadline_s=timings.request_timeout_s)
-    granted = sorted(name for name, verdict in answers.items() if verdict.granted)
+    # Of the record's own only: one that was dropped, and has not heard of it yet, binds nobody who could be elected.
+    voters = {member_name_of(voter) for voter in record.voters}
+    granted = sorted(name for name, verdict in answers.items() if verdict.granted and name in voters)
     if len(granted) >= needed:
         c.link.extend(permit_of_renewal(record.epoch, sent_s, timings))
         c.journal.note("extend", f"the store is away; {', '.join(granted)} promise not to promise")

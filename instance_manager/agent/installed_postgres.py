@@ -19,7 +19,7 @@ from instance_manager.postgres.clone import CloneProgress
 from instance_manager.postgres.clone import clone as clone_directory
 from instance_manager.postgres.control_data import ControlData, HotStandbySettings, read_control_data
 from instance_manager.postgres.files import make_directory, remove_if_present
-from instance_manager.postgres.histories import history_of_chain
+from instance_manager.postgres.histories import history_of_chain, timelines_with_history
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
@@ -87,6 +87,9 @@ class InstalledPostgres:
     ) -> Timeline:
         promoted = await promotion.promote(self._server, chain, relay, deadline_s=deadline_s)
         return promoted.timeline
+
+    async def histories(self) -> tuple[Timeline, ...]:
+        return await asyncio.to_thread(timelines_with_history, self._server.data_directory / "pg_wal")
 
     async def forget_dead_ends(self, chain: TimelineChain) -> None:
         await asyncio.to_thread(promotion.forget_dead_ends, self._server, chain)

@@ -137,7 +137,9 @@ class LeaseKeeper:
         if judged is None or judged[0] is not record or judged[1] is not volume:
             # A member's id is made before the first Lease is: by itself it says nothing of data.
             known = volume.recorded_epoch > 0
-            found = record_damage(record, volume, cluster_uid=self._cluster_uid, data_known=known)
+            # Where none is configured the first that this volume followed or led is its own for ever (R14).
+            uid = self._cluster_uid or volume.cluster_uid or (record.cluster_uid if record is not None else "")
+            found = record_damage(record, volume, cluster_uid=uid, data_known=known)
             judged = self._judged = (record, volume, found)
         return judged[2]
 

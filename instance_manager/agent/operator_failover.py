@@ -49,6 +49,8 @@ class Survey:
             )
             if state.end is not None and record.chain is not None and not record.chain.contains(state.end):
                 lag += ", PAST the cluster's history: what the last primary wrote there is given up if it is chosen"
+            if state.member_id in record.excluded:
+                lag += ", GIVEN UP before: chosen only if nobody else can be"
             where = (
                 f"timeline {state.end.timeline}, end {format_lsn(state.end.lsn)}{lag}" if state.end else "no known end"
             )
@@ -73,14 +75,18 @@ async def stand_on(context: Context) -> Ground:
     c = context
     await c.keeper.read()
     damage = c.keeper.view().damage
-    if damage is None:
+    if damage is None and c.keeper.record is not None:
         return Ground(c.record, None, Epoch(max(c.record.epoch, c.volume.state.highest_epoch)))
-    uid = c.configuration.cluster.uid
+    # An instance that never had data does not miss a Lease that is gone; others may.
+    damage = damage or "there is no Lease"
+    uid = c.cluster_uid
     answers = await c.peers.ask_all(
-        c.peers.names, "end", EndRequest(cluster_uid=uid), EndAnswer, deadline_s=ASK_DEADLINE_S
+        c.peers.names, "end", EndRequest(cluster_uid=uid or ""), EndAnswer, deadline_s=ASK_DEADLINE_S
     )
     remembered = [c.volume.state.remembered(), *(answer.record for answer in answers.values())]
-    known = [record for record in remembered if record is not None and record.cluster_uid == uid]
+    known = [record for record in remembered if record is not None and uid in (None, record.cluster_uid)]
+    if len({each.cluster_uid for each in known}) > 1:
+        raise OperationFailed(f"{damage}, and the instances remember different clusters; run it where there is data")
     if not known:
         raise OperationFailed(f"{damage}, and no instance that answers remembers a record of this cluster")
     record = max(known, key=lambda each: (each.epoch, each.renewals))
@@ -126,19 +132,22 @@ async def survey(context: Context, own: PeerState, ground: Ground) -> Survey:
         and chain.knows(state.end.timeline)
         and state.postgres in ("running", "stopped")
         and (not state.fenced or ground.damage is not None)
-        and state.member_id not in record.excluded
     ]
     best = max(able, key=lambda state: _worth(state, record), default=None)
     return Survey(tuple(states), lost, best, tuple(refusals))
 
 
 def _worth(state: PeerState, record: ClusterRecord) -> tuple[object, ...]:
-    """First how much of the accepted history a log holds; what it holds past that is better than nothing at all."""
+    """First how much of the accepted history a log holds; what it holds past that is better than nothing at all.
+
+    One that was given up before comes last of all, but before nobody.
+    """
     member_id, end, chain = state.member_id, state.end, record.chain
     assert member_id is not None  # noqa: S101 - only those are compared
     assert end is not None  # noqa: S101
     assert chain is not None  # noqa: S101
     return (
+        member_id not in record.excluded,
         chain.agreed(end),
         chain.contains(end),
         Candidate(member_id=member_id, end=end, priority=state.priority).rank(),

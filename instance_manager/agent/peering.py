@@ -93,10 +93,18 @@ class Peers:
         self._on_change = on_change
         self._on_later_epoch = on_later_epoch
         self._known: dict[MemberName, _Known] = {name: _Known() for name in names}
+        self._changed = asyncio.Event()
 
     @property
     def names(self) -> tuple[MemberName, ...]:
         return tuple(self._known)
+
+    def set_names(self, names: frozenset[MemberName]) -> None:
+        """From now on these are asked; what is known of those that stay is kept."""
+        if names != set(self._known):
+            log.info("the peers are %s now, were %s", ", ".join(sorted(names)), ", ".join(sorted(self._known)))
+            self._known = {name: self._known.get(name) or _Known() for name in sorted(names)}
+            self._changed.set()
 
     def views(self) -> Mapping[MemberName, PeerView]:
         now_s = self._clock.now_s()
@@ -116,8 +124,15 @@ class Peers:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for name in self._known:
-                tasks.create_task(self._watch(name))
+            watching: dict[MemberName, asyncio.Task[None]] = {}
+            while True:
+                self._changed.clear()
+                for name in self._known:
+                    if name not in watching:
+                        watching[name] = tasks.create_task(self._watch(name, self._known[name]))
+                for name in watching.keys() - self._known.keys():
+                    watching.pop(name).cancel()
+                await self._changed.wait()
 
     async def ask(self, name: MemberName, call: str, question: object, kind: type[T], *, deadline_s: float) -> T:
         """One call; PeerUnreachable (refused, silent, rejected) or ValueError when the answer is not understood."""
@@ -148,8 +163,7 @@ class Peers:
         """Tell peers that the Lease has changed, so that they read it now. Best effort."""
         await self.ask_all(names, "nudge", None, bool, deadline_s=0.5)
 
-    async def _watch(self, name: MemberName) -> None:
-        known = self._known[name]
+    async def _watch(self, name: MemberName, known: _Known) -> None:
         while True:
             began_s = self._clock.now_s()
             question = WatchRequest(seen=known.digest if known.answers else "", record_epoch=self._record_epoch())

@@ -84,6 +84,10 @@ class LocalPostgres(Protocol):
         """See `postgres.promotion.promote`: PromotionFailed, PromotedWrong."""
         ...
 
+    async def histories(self) -> tuple[Timeline, ...]:
+        """The timelines whose history files are in this directory, those that say nothing left out."""
+        ...
+
     async def forget_dead_ends(self, chain: TimelineChain) -> None:
         """Of a stopped directory within the history; see `postgres.promotion.forget_dead_ends`."""
         ...

@@ -14,7 +14,9 @@ from instance_manager.core.lease import (
     may_reaffirm,
     reaffirmed,
     released,
+    resumed,
     with_mode,
+    with_switchover,
     with_voters,
     without_switchover,
 )
@@ -42,6 +44,8 @@ SWITCHOVER_MAXIMUM_LAG_BYTES = 16 * 1024 * 1024
 CHECKPOINT_DEADLINE_S = 30.0
 BARRIER_DEADLINE_S = 5.0
 GATE_DEADLINE_S = 2.0
+ROLE_DEADLINE_S = 0.3
+"""How long a handover waits at most until no new client is led here any more: usually 10 ms, beside the checkpoint."""
 
 
 class PrimaryDuties:
@@ -108,16 +112,23 @@ class PrimaryDuties:
         grounds = record.grounds()
         # First: whatever becomes of the write, this epoch is never used again (R3).
         await c.volume.save(lambda state: state.seen(Epoch(highest + 1)))
-        stored = await c.keeper.write(
-            lambda current: reaffirmed(current, holder=holder, highest_epoch=Epoch(highest)), grounds=grounds
-        )
+        begun = record.chain.current in facts.histories
+        along = facts.recovers_along == record.chain.current
+        end = facts.end
+
+        def change(current: ClusterRecord) -> ClusterRecord:
+            return resumed(
+                current, holder=holder, highest_epoch=Epoch(highest), end=end, claim_begun=begun, writable_along=along
+            )
+
+        stored = await c.keeper.write(change, grounds=grounds)
         record = stored.record
         c.journal.note("resume", f"epoch {record.epoch}; its log ends at {facts.end}, and no voter is ahead")
         await self._remember(record)
         c.gate_open = False
         if record.chain is not None and facts.end.timeline != record.chain.current:
             # It took the Lease and ended before it took up its claim: promote, from where the claim forks.
-            await c.database.start_standby()
+            await c.database.start_standby(chain=record.chain)
         else:
             opening = self._opening_set(record)
             await c.database.start_primary(record.epoch, opening)
@@ -184,7 +195,19 @@ class PrimaryDuties:
                 c.journal.note("not open yet", str(error))
         if record.switchover is not None and record.switchover.epoch != record.epoch:
             await self._write(record, without_switchover)
+        elif record.switchover is None and await self._leave_to_a_member(record):
+            return
         await self._quorum_step(record)
+
+    async def _leave_to_a_member(self, record: ClusterRecord) -> bool:
+        """Scaled down to fewer instances than this one's ordinal: one that stays takes over before this pod is removed (R14)."""
+        c = self._c
+        if c.configuration.is_member or record.paused or not c.gate_open or self.best_target(record, None) is None:
+            return False
+        request_id = f"{c.chance.getrandbits(64):016x}"
+        await self._write(record, lambda current: with_switchover(current, request_id=request_id, target=None))
+        c.journal.note("scale down", f"{c.configuration.name} is beyond cluster.instances {c.configuration.instances}")
+        return True
 
     async def _set_synchronous_for_opening(self, record: ClusterRecord) -> None:
         c = self._c
@@ -269,7 +292,9 @@ class PrimaryDuties:
 
     async def _record_members(self, record: ClusterRecord) -> None:
         """Asynchronous: N names who may take over by time, and whom an extension asks; q stays 0 (R7, R11)."""
-        members = self._everybody() - record.excluded - record.retired
+        found = self._everybody() - record.excluded - record.retired
+        configured = self._c.configuration.is_configured
+        members = frozenset(member for member in found if configured(member_name_of(member)))
         if members and members != record.voters:
             await self._record_voters(record, members, 0)
 
@@ -286,6 +311,23 @@ class PrimaryDuties:
             grounds=record.grounds(),
         )
         await c.volume.save(lambda state: state.writing(stored.record, None))
+
+    async def _settled(self, record: ClusterRecord) -> ClusterRecord:
+        """The record once it is known what became of the last intention: by a write of our own (R1). A second intention
+        before that would make the volume forget the first, and take what this holder wrote for edited (R3)."""
+        c = self._c
+        if c.volume.state.intended_record is None:
+            return record
+        mine = c.holder
+
+        def unchanged(current: ClusterRecord) -> ClusterRecord:
+            if current.holder is None or current.holder != mine or current.epoch != record.epoch:
+                raise WriteRefused(f"the Lease is at epoch {current.epoch}, not this instance's of {record.epoch}")
+            return current
+
+        stored = await c.keeper.write(unchanged)
+        await c.volume.save(lambda state: state.writing(stored.record, None))
+        return stored.record
 
     async def _write(self, record: ClusterRecord, change: Change) -> StoredRecord:
         """A change by the holder of this epoch, and never on a successor's record, whatever happened meanwhile."""
@@ -310,6 +352,7 @@ class PrimaryDuties:
                 continue
             eligible = (
                 name not in record.fenced
+                and c.configuration.is_configured(name)
                 and state.member_id not in record.excluded
                 and state.member_id not in record.retired
                 and not state.terminating
@@ -345,7 +388,13 @@ class PrimaryDuties:
         ends = await self.ask_ends(record)
         if not may_reaffirm(record, frozenset(ends)):
             raise OperationFailed(f"{len(ends)} of {record.quorum} voters answer that they would follow")
-        highest = max([record.epoch, *(answer.highest_epoch for answer in ends.values())])
+        # Also of those that are no voters, and would follow nobody else (R12).
+        promised = [
+            peer.state.promised_epoch
+            for peer in c.peers.views().values()
+            if peer.answers and peer.state is not None and peer.state.member_id not in record.excluded
+        ]
+        highest = max([record.epoch, *promised, *(answer.highest_epoch for answer in ends.values())])
         holder = c.holder
         if holder is None:
             raise OperationFailed("this instance is no member")
@@ -370,7 +419,7 @@ class PrimaryDuties:
             state = peer.state
             if not peer.answers or state is None or state.member_id is None or (asked is not None and name != asked):
                 continue
-            if state.terminating or name in record.fenced:
+            if state.terminating or name in record.fenced or not c.configuration.is_configured(name):
                 continue
             health = self.watch.health(state.member_id, now_s, eligible=True, first=True)
             if not health.streaming or (state.lag_bytes or 0) > SWITCHOVER_MAXIMUM_LAG_BYTES:
@@ -426,10 +475,16 @@ class PrimaryDuties:
         if not c.database.running:
             c.start_yielding(reason)
             return
-        if target is not None:
-            # Before anything stops, so that the shutdown's own checkpoint is short.
-            await c.database.checkpoint(deadline_s=CHECKPOINT_DEADLINE_S)
-        c.take_role(Role.STOPPING, reason)
+        c.giving_up = True
+        c.publish_role()
+        try:
+            if target is not None:
+                # Before anything stops, so that the shutdown's own checkpoint is short.
+                await c.database.checkpoint(deadline_s=CHECKPOINT_DEADLINE_S)
+            await c.publication.role_is_published(deadline_s=ROLE_DEADLINE_S)
+            c.take_role(Role.STOPPING, reason)
+        finally:
+            c.giving_up = False
         clean = await c.database.stop(deadline_s=timings.stop_timeout_s if target else 4 * timings.stop_timeout_s)
         c.gate_open = False
         if not clean:
@@ -449,6 +504,7 @@ class PrimaryDuties:
             target = None
         named = target[1] if target is not None else c.member_id
         await c.link.revoke(record.epoch)
+        record = await self._settled(record)
         # Persisted before: after this nobody may take the release for lost and repair the Lease (R3).
         await c.volume.save(lambda state: state.writing(record, _released(record, end, holding, named, c.member_id)))
         await self._write(record, lambda current: _released(current, end, holding, named, c.member_id))

@@ -31,20 +31,24 @@ class Rejoining:
         c = self._c
         state = c.volume.state
         member_id = state.member_id or make_member_id(c.configuration.name, random_hex)
-        uid = c.configuration.cluster.uid
-        await c.volume.save(lambda before: replace(before, member_id=member_id, cluster_uid=uid))
+        current = c.keeper.record
+        given = c.configuration.cluster.uid
+        uid = given or (current.cluster_uid if current is not None else f"{c.chance.getrandbits(64):016x}")
+        # Another may be faster: a uid that was made here is remembered once it is the cluster's.
+        await c.volume.save(
+            lambda before: replace(before, member_id=member_id, cluster_uid=given or before.cluster_uid)
+        )
         holder = c.holder
         if holder is None:
             raise OperationFailed("the supervisor has not told its incarnation")
         asynchronous = c.configuration.cluster.durability == "asynchronous"
         first = initial_record(
             cluster_name=c.configuration.cluster.name,
-            cluster_uid=c.configuration.cluster.uid,
+            cluster_uid=uid,
             mode="asynchronous" if asynchronous else "synchronous",
             lease_duration_s=c.configuration.timings.lease_duration_s,
             holder=holder,
         )
-        current = c.keeper.record
         if current is None:
             await c.keeper.create(first)
         else:
@@ -57,7 +61,9 @@ class Rejoining:
         c.take_role(Role.INITIALISING, "this instance created the Lease")
         c.operation = "initdb"
         record = c.record
-        await c.volume.save(lambda state: replace(state.saw_record(record), initialising=True))
+        await c.volume.save(
+            lambda state: replace(state.saw_record(record), initialising=True, cluster_uid=record.cluster_uid)
+        )
         grounds = c.record.grounds()
         control = await c.database.initialise()
         stored = await c.keeper.write(
@@ -110,6 +116,10 @@ class Rejoining:
                 await c.database.stop_following(record.chain, deadline_s=c.configuration.timings.promise_timeout_s)
         if end is None or not record.chain.contains(end):
             raise OperationFailed(f"this log ends at {end}: it cannot follow")
+        if not c.database.view().receiving and (dead := await c.database.dead_ends(record.chain)):
+            await self._stop(f"it recovers along timeline {dead[-1]}, which is not in the cluster's history")
+            await self._start_following(record, f"its log ends at {end}")
+            return
         async with c.voting:
             # A promise of a later epoch may have been made since the decision; then `promising` refuses.
             await c.volume.save(
@@ -167,10 +177,7 @@ class Rejoining:
                 return
             if record.needs_vote_of(c.volume.state.member_id):
                 raise OperationFailed(f"{reason}; but it is still a voter: the primary drops it first (R6)")
-            c.take_role(Role.STOPPING, reason)
-            if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
-                await c.database.kill()
-            c.take_role(Role.STOPPED, reason)
+            await self._stop(reason)
         stopped = await c.database.stopped_facts(record.chain)
         facts = DirectoryFacts(
             exists=stopped.exists,
@@ -200,6 +207,13 @@ class Rejoining:
             raise OperationFailed(plan.reason)
         else:
             await self._copy_from_primary(plan.rejoin, record, record.chain)
+
+    async def _stop(self, reason: str) -> None:
+        c = self._c
+        c.take_role(Role.STOPPING, reason)
+        if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
+            await c.database.kill()
+        c.take_role(Role.STOPPED, reason)
 
     async def _start_following(self, record: ClusterRecord, reason: str) -> None:
         """The promise of the epoch is persisted, then Postgres starts with its upstream set (R5).
@@ -241,7 +255,8 @@ class Rejoining:
         member = self._member(source)
         # What was read for the plan may be old by now: looking at a directory on a slow disk takes its time.
         await c.keeper.read()
-        if c.record.needs_vote_of(c.volume.state.member_id):
+        # Where there is no directory there is no log to be kept for an election.
+        if rejoin is not Rejoin.CLONE and c.record.needs_vote_of(c.volume.state.member_id):
             raise OperationFailed("it has become a voter meanwhile: the primary drops it first (R6)")
         # From here on this directory is nobody's (R6, P7): whatever interrupts this, its id speaks for no log any more.
         await c.volume.save(lambda state: replace(state, member_id=None))
@@ -282,7 +297,7 @@ class Rejoining:
         return record.holder.name
 
     def _member(self, name: MemberName) -> MemberSection:
-        for member in self._c.configuration.members:
-            if member.name == name:
-                return member
-        raise OperationFailed(f"{name} is not among the members of the configuration")
+        member = self._c.configuration.member(name)
+        if member is None:
+            raise OperationFailed(f"{name} is not among the members of the configuration")
+        return member

@@ -61,6 +61,8 @@ class Reporting:
 
     def _problem(self, damage: str | None) -> str | None:
         c = self._c
+        if not c.configuration.is_member:
+            return f"it is beyond cluster.instances {c.configuration.instances}: raise that, or let the StatefulSet remove it"
         silent_s = c.database.not_receiving_for_s()
         if silent_s > NOT_RECEIVING_ALARM_S:
             # Replicas without a walreceiver have passed for healthy for 40 hours (cloudnative-pg#10419).
@@ -169,7 +171,7 @@ class Reporting:
             yield "there is no primary"
         elif holder is None or not holder.writable:
             yield f"{record.holder.name} holds the Lease but does not serve writes"
-        if record.mode == "asynchronous" and len(c.configuration.members) > 1:
+        if record.mode == "asynchronous" and c.configuration.instances > 1:
             yield "asynchronous: a failover loses what the new primary had not received"
         elif record.quorum == 0 and c.wanted_k() > 0:
             yield "no standby is a voter: commits are on one disk only, and nobody can be elected"

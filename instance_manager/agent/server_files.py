@@ -108,7 +108,7 @@ class ServerFiles:
 
     def wanted_hot_standby(self) -> HotStandbySettings:
         parameters = self._configuration.postgres.parameters
-        return hot_standby_settings_of(parameters, instances=len(self._configuration.members))
+        return hot_standby_settings_of(parameters, instances=self._configuration.room_for_instances)
 
     @property
     def _passfile(self) -> Path:
@@ -146,7 +146,7 @@ class ServerFiles:
             listen_address=self._server.listen_address,
             port=self._server.port,
             socket_directory=self._server.socket_directory,
-            instances=len(self._configuration.members),
+            instances=self._configuration.room_for_instances,
             parameters=self._configuration.postgres.parameters,
         )
 

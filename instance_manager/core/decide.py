@@ -255,6 +255,10 @@ def decide(o: Observation) -> Decision:
         return Decision("leave", "shutdown was asked for, and this instance does not hold the Lease")
     if not lease.read:
         return _without_record(o, "the Lease has not been read yet")
+    if o.postgres.stopping_for_s >= STOPS_WITHIN * o.timings.stop_timeout_s:
+        return Decision(
+            "kill", f"Postgres has been shutting down for {o.postgres.stopping_for_s:.0f} s and does not end"
+        )
     if lease.damage is not None:
         writable = o.postgres.running and o.postgres.mode == "read_write"
         if o.volume.last_record is not None and o.volume.was_primary and (not writable or o.permit_left_s > 0):
@@ -273,10 +277,6 @@ def decide(o: Observation) -> Decision:
         return Decision(
             "kill",
             f"the Lease is {record.holder.name + chr(39) + 's' if record.holder else 'free'}, and Postgres is writable here",
-        )
-    if o.postgres.stopping_for_s >= STOPS_WITHIN * o.timings.stop_timeout_s:
-        return Decision(
-            "kill", f"Postgres has been shutting down for {o.postgres.stopping_for_s:.0f} s and does not end"
         )
     if o.name in record.fenced:
         return Decision("fence", "the record fences this instance")

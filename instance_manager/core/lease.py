@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from instance_manager.core.record import ClusterRecord, Holder, Mode, Release, SwitchoverRequest
 from instance_manager.core.timing import Timings
-from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, format_lsn
+from instance_manager.core.types import Epoch, MemberId, MemberName, Timeline, TimelineSwitch, WalEnd, format_lsn
 from instance_manager.core.voting import VolumeState
 
 
@@ -92,6 +92,23 @@ def reaffirmed(record: ClusterRecord, *, holder: Holder, highest_epoch: Epoch) -
     if record.holder is None or record.holder.member_id != holder.member_id:
         raise ValueError("only the holder reaffirms itself")
     return replace(record, holder=holder, epoch=Epoch(max(record.epoch, highest_epoch) + 1), release=None)
+
+
+def resumed(
+    record: ClusterRecord, *, holder: Holder, highest_epoch: Epoch, end: WalEnd, claim_begun: bool, writable_along: bool
+) -> ClusterRecord:
+    """The holder starts again on a log that ends at `end`: reaffirmed, and with a promotion that was cut off claimed anew.
+
+    `claim_begun`: the claimed timeline's history is on the disk. Postgres takes no number twice for which it finds one
+    (P4), so the cut-off promotion can only be repeated under the next. `writable_along`: a read-write start would
+    go along the claimed timeline. pg_control learns of it after the log does: before that Postgres would silently go on with the parent's.
+    """
+    again = reaffirmed(record, holder=holder, highest_epoch=highest_epoch)
+    if record.chain is None or not claim_begun or (writable_along and end.timeline == record.chain.current):
+        return again
+    claim = Timeline(record.highest_timeline + 1)
+    switch = TimelineSwitch(claim, end.timeline, end.lsn, again.epoch)
+    return replace(again, chain=record.chain.forked(switch), highest_timeline=claim)
 
 
 def may_reaffirm(record: ClusterRecord, would_follow: frozenset[MemberId]) -> bool:

@@ -194,7 +194,9 @@ def wanted_set(
         and not synchronous.acknowledges_alone
         and (required or alone_for_s < relax_after_s)
     ):
-        return SynchronousSet(synchronous.k, synchronous.members)
+        # What is set stays, and nobody is made a voter of it: one whose log has diverged could be neither rewound nor
+        # asked while it is one (R6, R16).
+        return NOBODY
     if not members and required and wanted_k > 0:
         return NOBODY
     return SynchronousSet(min(wanted_k, len(members)), frozenset(members) if wanted_k else frozenset())

@@ -204,10 +204,13 @@ class _ReadJudge:
             self._tell(Rule.MISSING, due[0].client, as_runs(write.number for write in due), read, due[0])
 
     def _later_shown(self, read: Read, client: int, gap: Run) -> Write | None:
-        """A row above the gap that the read shows; in an asynchronous cluster, the next acknowledged one."""
+        """An acknowledged row above the gap that the read shows; in an asynchronous cluster, only the next one.
+
+        Another row says nothing: of a cancelled wait, or without an answer, it may be where nobody else's history goes.
+        """
         attempts = self._attempts[client]
         if not self._asynchronous:
-            number = _next_shown(read, client, gap[1])
+            number = _next_shown_of(attempts.acknowledged_numbers, read, client, gap[1])
             return None if number is None else attempts.by_number(number)
         _, after = attempts.acknowledged_in(gap)
         following = attempts.acknowledged[after : after + 1]
@@ -270,11 +273,11 @@ def _place(read: Read) -> Place:
     return read.member, read.timeline
 
 
-def _next_shown(read: Read, client: int, number: int) -> int | None:
-    """The lowest row above `number`."""
-    return min(
-        (low for span in read.spans if span.client == client for low, _ in span.runs if low > number), default=None
-    )
+def _next_shown_of(numbers: Sequence[int], read: Read, client: int, above: int) -> int | None:
+    """The lowest of these ascending `numbers` above `above`, which no run of the read contains, that the read shows."""
+    runs = (run for span in read.spans if span.client == client for run in span.runs if run[0] > above)
+    shown = (numbers[place] for low, high in runs if (place := bisect_left(numbers, low)) < bisect_right(numbers, high))
+    return min(shown, default=None)
 
 
 def _shows(read: Read, client: int, number: int) -> bool:

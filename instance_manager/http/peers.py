@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
 import aiohttp
+from msgspec.structs import replace
 
 from instance_manager.config import MemberSection
 from instance_manager.http.ports import DEADLINE_HEADER
@@ -29,11 +30,19 @@ CONNECTIONS_PER_PEER_MAX = 8
 class PeerClient:
     """Asks the members by name. To be closed in the loop that called; also an async context manager.
 
-    TokenUnusable when the file cannot be used.
+    `members`: all there are, or how one is found by its name. `address`: where one is now, if anything tells; else it is
+    asked at its configured host. TokenUnusable when the file cannot be used.
     """
 
-    def __init__(self, members: Iterable[MemberSection], token_file: Path) -> None:
-        self._members = {member.name: member for member in members}
+    def __init__(
+        self,
+        members: Iterable[MemberSection] | Callable[[str], MemberSection | None],
+        token_file: Path,
+        *,
+        address: Callable[[str], str | None] = lambda _: None,
+    ) -> None:
+        self._find = members if callable(members) else {member.name: member for member in members}.get
+        self._address = address
         self._token = PeerToken(token_file)
         self._session: aiohttp.ClientSession | None = None
 
@@ -65,11 +74,15 @@ class PeerClient:
         return self._session
 
     async def call(self, name: str, call: str, body: bytes, *, deadline_s: float) -> bytes:
-        """The answer of the member `name`; PeerRefused, PeerSilent or PeerRejected; KeyError: no such member.
+        """The answer of the member `name`; PeerRefused, PeerSilent (also: there is no such member) or PeerRejected.
 
         The peer is told the deadline, and works no longer than it is waited for.
         """
-        member = self._members[name]
+        member = self._find(name)
+        if member is None:
+            raise PeerSilent(f"{name} is no member of this cluster")
+        if (address := self._address(name)) is not None:
+            member = replace(member, host=address)
         session = self._open_session()
         ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
         try:

@@ -96,8 +96,9 @@ def clear_claim(server: LocalServer) -> None:
 def forget_dead_ends(server: LocalServer, chain: TimelineChain) -> None:
     """Histories of timelines outside the accepted history become empty ones. Blocks on the disk.
 
-    For a log that lies within that history. A promotion that was cut off before its first record leaves its history
-    behind: recovery would take that timeline for its own, and ask the primary for one that it does not have.
+    For a stopped log that lies within that history. A promotion that was cut off before its first record leaves its
+    history behind, where it ran and where it was followed already. Recovery takes that timeline for its own, asks the
+    primary for it, and refuses the primary's: "new timeline 5 is not a child of database system timeline 3".
     """
     directory = server.data_directory / "pg_wal"
     for timeline in timelines_with_history(directory):

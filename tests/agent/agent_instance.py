@@ -12,13 +12,14 @@ from agent_builders import end, peer_state, volume
 from agent_fakes import Keeping, MemoryCoordination
 
 from instance_manager.agent.context import Context, Journal
-from instance_manager.agent.database import Database
+from instance_manager.agent.database import Database, StoppedFacts
 from instance_manager.agent.health import Health
 from instance_manager.agent.peering import EndAnswer, Peers, WatchAnswer
+from instance_manager.agent.postgres_port import Upstream
 from instance_manager.agent.standby_watch import Walsender
 from instance_manager.agent.supervisor_link import SupervisorLink
 from instance_manager.agent.volume import Volume, VolumeDirectory
-from instance_manager.codec import to_json
+from instance_manager.codec import from_json, to_json
 from instance_manager.config import (
     ClusterSection,
     Configuration,
@@ -34,6 +35,7 @@ from instance_manager.core.quorum import SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, Lsn, MemberId, MemberName, Timeline, TimelineChain, WalEnd
+from instance_manager.core.voting import VolumeState
 from instance_manager.ports import PeerSilent
 
 Answer = Callable[[bytes], Awaitable[object]]
@@ -65,9 +67,19 @@ class FakeDatabase:
         self.running = True
         self.answers = True
         self.running_read_write = primary
-        self.at = end(200)
+        self.stops = True
+        """Within its deadline."""
+        self.receiving = False
+        self.following: tuple[MemberId, Epoch] | None = None
+        self.at: WalEnd | None = end(200)
+        self.needs: WalEnd | None = None
+        self.judged_by: list[TimelineChain | None] = []
+        """The histories by which the stopped directory was looked at."""
+        self.started: list[tuple[Upstream | None, TimelineChain | None]] = []
         self.senders: dict[MemberId, int] = {}
         self.set: list[SynchronousSet] = []
+        self.left: tuple[Timeline, ...] = ()
+        """Timelines of histories that are not the cluster's."""
 
     def view(self) -> PostgresView:
         return PostgresView(
@@ -76,9 +88,9 @@ class FakeDatabase:
             answers=self.answers,
             in_recovery=not self.running_read_write,
             end=self.at,
-            receiving=False,
-            silent_for_s=float("inf"),
-            following=None,
+            receiving=self.receiving,
+            silent_for_s=0.0 if self.receiving else float("inf"),
+            following=self.following,
         )
 
     def walsenders(self) -> tuple[Walsender, ...]:
@@ -96,6 +108,9 @@ class FakeDatabase:
 
     async def fill_gaps(self, chain: TimelineChain) -> None:
         return None
+
+    async def dead_ends(self, chain: TimelineChain) -> tuple[Timeline, ...]:
+        return self.left
 
     async def gate_is_open(self) -> bool:
         return True
@@ -119,14 +134,31 @@ class FakeDatabase:
 
     async def stop(self, *, deadline_s: float) -> bool:
         await self._do("stop")
+        if self.stops:
+            self.running = self.running_read_write = False
+        return self.stops
+
+    async def kill(self) -> None:
+        await self._do("kill")
         self.running = self.running_read_write = False
-        return True
+
+    async def start_standby(self, upstream: Upstream | None = None, *, chain: TimelineChain | None = None) -> None:
+        await self._do("start standby")
+        self.started.append((upstream, chain))
+        self.running = True
+
+    async def stopped_facts(self, chain: TimelineChain | None) -> StoppedFacts:
+        self.judged_by.append(chain)
+        return StoppedFacts(
+            exists=True, half_rewound=False, foreign=None, system_identifier="7001", end=self.at, needs=self.needs
+        )
 
     async def shutdown_end(self, chain: TimelineChain | None) -> WalEnd | None:
         return self.at
 
     async def stop_following(self, chain: TimelineChain, *, deadline_s: float) -> WalEnd:
         await self._do("stop following")
+        assert self.at is not None
         return self.at
 
     async def proven_end(self, chain: TimelineChain) -> WalEnd | None:
@@ -185,13 +217,15 @@ def _fields(answer: EndAnswer) -> dict[str, Any]:
 
 
 class LoudDirectory(VolumeDirectory):
-    """Tells when something has reached the disk."""
+    """Tells when something has reached the disk, and what."""
 
     events: list[str]
+    states: list[VolumeState]
 
     def _write(self, content: bytes) -> None:
         super()._write(content)
         self.events.append("volume")
+        self.states.append(from_json(content, VolumeState))
 
 
 class Instance:
@@ -207,6 +241,7 @@ class Instance:
         self.caller = FakeCaller()
         storage = LoudDirectory(directory, None)
         storage.events = self.events
+        self.volume_states = storage.states = []
         self.volume = Volume(storage, boot_id="boot-1", chance=random.Random(1))
         self.volume.state = volume(self.member_id)
         self.keeping = Keeping(self.store, self.holder)

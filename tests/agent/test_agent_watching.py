@@ -6,17 +6,24 @@ import asyncio
 import errno
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from agent_builders import A, B
 from agent_fakes import HandClock, VirtualClock
+from agent_instance import configuration
 
 from instance_manager.agent import health as health_module
+from instance_manager.agent.database import Database
 from instance_manager.agent.health import DiskProbe, Health
+from instance_manager.agent.postgres_port import LocalPostgres
 from instance_manager.agent.standby_watch import MAXIMUM_STABLE_NEEDED_S, StandbyWatch, Walsender
+from instance_manager.agent.supervisor_link import SupervisorLink
 from instance_manager.core.quorum import StandbyHealth
 from instance_manager.core.types import Lsn, MemberId
+from instance_manager.postgres.server import DeadlinePassed
+from instance_manager.postgres.sql import SqlUnavailable
 
 
 class Standbys:
@@ -293,5 +300,65 @@ async def test_section_3_postgres_that_answers_no_new_connection_is_unhealthy_on
         answers = True
         await clock.sleep(1.1)
         assert health.unhealthy() is None
+    finally:
+        running.cancel()
+
+
+def database_whose_postmaster(answer: Callable[[], None], directory: Path) -> Database:
+    """The real one, over a Postgres of which nothing but new connections matters."""
+
+    async def answers_new_connection(*, deadline_s: float) -> None:
+        answer()
+
+    postgres = SimpleNamespace(
+        running=SimpleNamespace(settings_file=None),
+        inspect_at_start=lambda: None,
+        answers_new_connection=answers_new_connection,
+    )
+    return Database(
+        configuration(directory, "p"),
+        cast(LocalPostgres, postgres),
+        cast(SupervisorLink, SimpleNamespace(postgres=None)),
+        VirtualClock(),
+        on_change=lambda: None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "alive"),
+    [
+        (None, True),
+        (SqlUnavailable("the database system is starting up", "57P03"), True),
+        (SqlUnavailable("the database system is not yet accepting connections", "57P03"), True),
+        (SqlUnavailable("the database system is shutting down", "57P03"), False),
+        (SqlUnavailable("terminating connection due to administrator command", "57P01"), False),
+        (SqlUnavailable("[Errno 2] No such file or directory"), False),
+        (DeadlinePassed("connecting over the Unix socket", 2.0), False),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Exception) else "",
+)
+async def test_section_3_a_postmaster_that_starts_up_is_alive_and_one_that_shuts_down_or_is_silent_is_not(
+    tmp_path: Path, error: Exception | None, alive: bool
+) -> None:
+    """A long recovery must not be killed in a loop (cloudnative-pg#11024), nor a postmaster be waited for that never answers."""
+
+    def answer() -> None:
+        if error is not None:
+            raise error
+
+    clock = VirtualClock()
+    probe = DiskProbe((tmp_path,), clock, 1.0)
+    health = healthy(clock, probe, database_whose_postmaster(answer, tmp_path).answers_new_connection)
+    running = asyncio.create_task(health.run())
+    try:
+        # From its very start: it need not have answered before.
+        health.expect_sql(True)
+        await clock.sleep(3.9)
+        probe.last_good_s = clock.now_s()
+        assert health.unhealthy() is None
+        await clock.sleep(2)
+        found = health.unhealthy()
+        assert (found is None) == alive
+        assert alive or str(error) in str(found)
     finally:
         running.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from core_builders import A, B, P, end, holder, ids, record, released_record, volume
+from core_builders import CHAIN, A, B, P, end, holder, ids, record, released_record, volume
 
 from instance_manager.core.lease import (
     entitled_by_time,
@@ -17,6 +17,7 @@ from instance_manager.core.lease import (
     record_damage,
     released,
     repair,
+    resumed,
     with_fenced,
     with_mode,
     with_paused,
@@ -24,7 +25,7 @@ from instance_manager.core.lease import (
 )
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.timing import Timings
-from instance_manager.core.types import Epoch, MemberName
+from instance_manager.core.types import Epoch, Lsn, MemberName, Timeline, TimelineChain, TimelineSwitch, WalEnd
 from instance_manager.core.voting import VolumeState
 
 
@@ -95,6 +96,82 @@ def test_section_4_a_restarted_holder_writes_an_epoch_above_all_promised_and_kee
     assert reaffirmed(record(), holder=holder(P), highest_epoch=Epoch(1)).epoch == 6
     with pytest.raises(ValueError, match="only the holder"):
         reaffirmed(record(), holder=holder(A), highest_epoch=Epoch(9))
+
+
+def resumes(found: ClusterRecord, at: WalEnd, *, begun: bool = True, along: bool = False) -> ClusterRecord:
+    """`found`, whose holder starts again on a log that ends `at`; it has seen epoch 9."""
+    return resumed(found, holder=holder(P), highest_epoch=Epoch(9), end=at, claim_begun=begun, writable_along=along)
+
+
+def switch(timeline: int, parent: int, lsn: int, epoch: int) -> TimelineSwitch:
+    return TimelineSwitch(Timeline(timeline), Timeline(parent), Lsn(lsn), Epoch(epoch))
+
+
+@pytest.mark.parametrize(
+    ("case", "at", "begun", "along"),
+    [
+        ("the claim was taken up, and a read-write start goes along it", end(200), True, True),
+        ("the promotion had not begun: it is repeated under its number", end(100, 1), False, False),
+        ("the promotion had not begun, and less of the parent is there", end(90, 1), False, False),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_p4_a_holder_that_starts_again_keeps_its_claim_when(case: str, at: WalEnd, begun: bool, along: bool) -> None:
+    after = resumes(record(), at, begun=begun, along=along)
+    assert after == reaffirmed(record(), holder=holder(P), highest_epoch=Epoch(9)), case
+    assert (after.epoch, after.chain, after.highest_timeline) == (10, CHAIN, 2)
+
+
+def test_p4_a_claim_whose_history_is_there_and_whose_first_record_is_not_falls_out_of_the_chain() -> None:
+    """Postgres takes no number twice: the promotion can only be repeated under the next."""
+    # pg_control cannot be ahead of the log. If it says so all the same, nothing rests on it.
+    for along in (False, True):
+        after = resumes(record(), end(100, 1), along=along)
+        assert after.chain == TimelineChain(Timeline(1), (switch(3, 1, 100, 10),))
+        assert not after.chain.knows(Timeline(2))
+        assert (after.epoch, after.highest_timeline) == (10, 3)
+        assert after.problems() == ()
+
+
+def test_p4_p11_a_claim_that_the_log_is_on_and_pg_control_is_not_stays_and_is_gone_on_from_under_the_next() -> None:
+    after = resumes(record(), end(130), along=False)
+    assert after.chain == TimelineChain(Timeline(1), (*CHAIN.switches, switch(3, 2, 130, 10)))
+    assert after.chain.contains(end(130))
+    assert (after.epoch, after.highest_timeline) == (10, 3)
+
+
+def test_p4_a_claim_of_a_promotion_that_was_cut_off_forks_where_the_log_ends() -> None:
+    after = resumes(record(), end(90, 1))
+    assert after.chain == TimelineChain(Timeline(1), (switch(3, 1, 90, 10),))
+
+
+def test_p4_r2_a_promotion_that_was_cut_off_is_claimed_above_every_number_ever_claimed() -> None:
+    """Another claimed 7 and gave it back: it is in no chain, and its history may be on some disk."""
+    for at in (end(100, 1), end(130)):
+        after = resumes(record(highest_timeline=Timeline(7)), at)
+        assert after.chain is not None
+        assert (after.chain.current, after.highest_timeline) == (8, 8)
+
+
+def test_p4_cut_off_twice_a_promotion_leaves_one_claim_in_the_chain() -> None:
+    once = resumes(record(), end(100, 1))
+    twice = resumes(once, end(100, 1))
+    assert twice.chain == TimelineChain(Timeline(1), (switch(4, 1, 100, 11),))
+    on_it = resumes(once, end(100, 3))
+    assert on_it.chain is not None
+    assert [each.timeline for each in on_it.chain.switches] == [3, 4]
+
+
+def test_p4_a_holder_on_the_first_timeline_has_no_claim_to_repeat() -> None:
+    first = record(chain=TimelineChain(Timeline(1)), highest_timeline=Timeline(1))
+    after = resumes(first, end(200, 1), begun=False, along=True)
+    assert (after.chain, after.highest_timeline, after.epoch) == (first.chain, 1, 10)
+
+
+def test_section_4_only_the_holders_directory_resumes() -> None:
+    for begun in (False, True):
+        with pytest.raises(ValueError, match="only the holder"):
+            resumes(record(holder=holder(A)), end(200), begun=begun)
 
 
 def test_r12_a_primary_reaffirms_only_if_q_voters_would_follow() -> None:

@@ -144,7 +144,9 @@ def test_section_4_preferred_goes_on_alone_after_relax_after_and_not_before() ->
 
 
 def test_section_4_required_never_goes_on_alone() -> None:
-    assert wanted({A: lost(99.0), B: lost(99.0)}, required=True) == any_of(1, "a b")
+    runs = any_of(1, "a b")
+    goal = wanted({A: lost(99.0), B: lost(99.0)}, runs=runs, required=True)
+    assert isinstance(step("a b", 1, runs, goal), Settled)
 
 
 def test_section_4_with_fewer_standbys_than_wanted_those_that_are_left_must_hold_a_commit() -> None:
@@ -164,8 +166,18 @@ def test_r6_r14_a_fenced_leaving_retired_or_doubtful_member_is_not_counted(k: in
 
 def test_r13_a_winner_waits_relax_after_for_its_first_standby_before_it_goes_on_alone() -> None:
     opening = any_of(1, "a b")
-    assert wanted({}, voters="", runs=opening, alone_for_s=1.9) == opening
+    assert wanted({}, voters="", runs=opening, alone_for_s=1.9) == NOBODY
     assert wanted({}, voters="", runs=opening, alone_for_s=2.0) == ALONE
+
+
+def test_r6_r16_whoever_a_winner_opens_with_is_no_voter_before_it_streams() -> None:
+    opening = any_of(1, "a b")
+    waiting = wanted({}, voters="", runs=opening, alone_for_s=0.1)
+    assert isinstance(step("", 0, opening, waiting), Settled)
+    joined = wanted({A: health(stable_needed_s=0.0)}, voters="", runs=opening, alone_for_s=0.2)
+    first = step("", 0, opening, joined)
+    assert isinstance(first, RecordVoters)
+    assert (first.voters, first.quorum) == (ids("a"), 0)
 
 
 def test_section_4_asynchronous_wants_nobody() -> None:

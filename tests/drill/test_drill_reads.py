@@ -203,6 +203,15 @@ def test_a_hole_in_what_was_acknowledged_while_the_read_ran_is_out_of_order() ->
     assert broken(judged(writes, read(0.5, [1], took_s=5.0))) == []
 
 
+@pytest.mark.parametrize("outcome", [Outcome.CANCELLED_WAIT, Outcome.UNKNOWN])
+def test_a_row_that_was_never_acknowledged_puts_nothing_out_of_order_on_a_former_primary(outcome: Outcome) -> None:
+    writes = [write(1, 1.0), write(2, 2.0, timeline=2), write(3, 3.0, outcome)]
+    assert broken(judged(writes, read(7.0, [1, 3], of=FORMER))) == []
+    assert broken(judged([*writes, write(4, 4.0, timeline=2)], read(7.0, [1, 3, 4], of=FORMER))) == [
+        (Rule.OUT_OF_ORDER, ((2, 2),))
+    ]
+
+
 # Closing reads.
 
 

@@ -48,6 +48,30 @@ async def test_p1_the_list_is_confirmed_only_once_the_checkpointer_has_switched_
     print(f"confirm between two lists: {again.took_s * 1000:.0f} ms")
 
 
+async def test_p1_a_list_that_follows_the_empty_one_is_not_confirmed_by_the_waiting_of_before_it(
+    cluster: Cluster,
+) -> None:
+    """A checkpointer that has stood still since before the list was emptied has waiting switched on yet, and may have
+    the empty list in hand: that a commit waits proves nothing until one was seen that does not."""
+    primary, standby = await cluster.primary_with_standbys(A)
+    replication = replication_of(primary)
+    wanted = SynchronousSet(1, frozenset({A}))
+    await replication.apply(wanted, deadline_s=5)
+    with frozen(primary.child_pid("checkpointer")):
+        await replication.apply(ALONE, deadline_s=5)
+        # The agent may have restarted meanwhile: nothing of it rests on what one remembers.
+        for each in (replication, replication_of(primary)):
+            with pytest.raises(NotConfirmed):
+                await each.apply(wanted, deadline_s=1)
+            assert each.confirmed is None
+            # It has not even begun with the next list.
+            assert await primary.fetchval("SHOW synchronous_standby_names") == ""
+    await replication.apply(wanted, deadline_s=5)
+    with frozen(standby.child_pid("walreceiver")):
+        assert not await primary.commit_is_acknowledged(within_s=0.5)
+    assert await primary.commit_is_acknowledged(within_s=5)
+
+
 async def test_p1_a_list_that_nobody_can_satisfy_holds_every_commit_and_the_empty_one_none(cluster: Cluster) -> None:
     primary, _ = await cluster.primary_with_standbys(A)
     replication = replication_of(primary)

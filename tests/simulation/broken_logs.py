@@ -11,7 +11,7 @@ from simulated_volume import PostgresBehaviour
 
 from instance_manager.agent.rejoining import Rejoining
 from instance_manager.agent.volume import Volume
-from instance_manager.core import rejoin
+from instance_manager.core import decide, rejoin
 from instance_manager.core.types import TimelineChain
 from instance_manager.postgres import voting
 
@@ -39,7 +39,7 @@ LOGS = (
         what="The startup process asks for one with the settings that it still has, after the vote.",
         patch=bent(voting, "_stop", (', "dynamic_library_path": f"{block}:{underlying}"', "")),
         scenario=Scenario(durability="preferred", instances=3, faults=FROZEN, behaviour=BUSY_REPLAY),
-        seeds=60,
+        seeds=200,
     ),
     BrokenRule(
         name="a vote with the replay position",
@@ -126,12 +126,13 @@ LOGS = (
         rule="R6",
         what="A directory whose log an election may rest on loses its end.",
         patch=together(
+            bent(decide, "_as_standby", (" and not record.needs_vote_of(o.volume.member_id)", "")),
             bent(rejoin, "plan_rejoin", ("votes = record.needs_vote_of(facts.member_id)", "votes = False")),
             bent(Rejoining, "rejoin", ("if record.needs_vote_of(c.volume.state.member_id):", "if False:")),
             bent(
                 Rejoining,
                 "_copy_from_primary",
-                ("if c.record.needs_vote_of(c.volume.state.member_id):", "if False:"),
+                ("if rejoin is not Rejoin.CLONE and c.record.needs_vote_of(c.volume.state.member_id):", "if False:"),
                 ("await c.volume.save(lambda state: replace(state, member_id=None))", "pass"),
             ),
         ),

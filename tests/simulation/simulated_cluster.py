@@ -178,7 +178,7 @@ class SimulatedCluster:
     def directory_of(self, member: MemberId) -> DataDirectory | None:
         """Of this member; one that was destroyed from outside is remembered as it was."""
         instance = self.instances.get(member_name_of(member))
-        if instance is not None and self.member_at(instance) == member:
+        if instance is not None and self.member_at(instance) == member and instance.volume.data is not None:
             return instance.volume.data
         return self._destroyed.get(member)
 
@@ -239,12 +239,12 @@ class SimulatedCluster:
     def spend_volume(self) -> None:
         self._volume_spent = True
 
-    def lose_volume(self, instance: SimulatedInstance) -> None:
+    def lose_volume(self, instance: SimulatedInstance, *, with_memory: bool = True) -> None:
         self.spend_volume()
         member = self.member_at(instance)
         if member is not None and instance.volume.data is not None:
             self._destroyed[member] = instance.volume.data
-        instance.destroy_volume()
+        instance.destroy_volume(with_memory=with_memory)
 
     def state_before_every_memory(self, chance: random.Random) -> float | None:
         """How long ago the record was at an epoch that every volume remembers a later one of; None: never."""

@@ -286,6 +286,15 @@ def destroy_volume(cluster: SimulatedCluster, chance: random.Random) -> Undo | N
     return instance.start
 
 
+def remove_data_directory(cluster: SimulatedCluster, chance: random.Random) -> Undo | None:
+    """By hand, or a broken file system: what the volume remembers beside it stays."""
+    instance = any_of(cluster, chance)
+    if not cluster.may_lose_volume():
+        return None
+    cluster.lose_volume(instance, with_memory=False)
+    return instance.start
+
+
 def lose_tail(cluster: SimulatedCluster, chance: random.Random) -> Undo | None:
     """The primary's disk lied about its flushes: what its standbys acknowledged is with them (R16)."""
     instance = cluster.holder_instance()
@@ -469,7 +478,8 @@ FAULTS = (
     Fault("terminated", restart_gracefully, (2.0, 30.0)),
     Fault("disk stalled", stall_disk, (0.5, 15.0)),
     Fault("disk full", fill_disk, (1.0, 20.0), 0.5),
-    Fault("volume destroyed", destroy_volume, (0.5, 5.0), 0.4),
+    Fault("volume destroyed", destroy_volume, (0.5, 5.0), 0.3),
+    Fault("data directory removed", remove_data_directory, (0.5, 5.0), 0.3),
     Fault("primary's disk lost its tail", lose_tail, (0.2, 5.0), 0.5, modes=("synchronous",)),
     Fault("clock rate changed", change_clock_rate, weight=0.5),
     Fault("wall clock stepped", step_wall_clock, weight=0.5),

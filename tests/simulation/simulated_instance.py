@@ -194,10 +194,11 @@ class SimulatedInstance:
         self.host.reboot()
         self.boot_id = self._random_id()
 
-    def destroy_volume(self) -> None:
+    def destroy_volume(self, *, with_memory: bool) -> None:
         self.crash()
         self.volume = DataVolume(self.postgres, self.name)
-        self.storage = SimulatedStorage(self)
+        if with_memory:
+            self.storage = SimulatedStorage(self)
 
     def is_over(self, incarnation: str) -> bool:
         """Is that life of the container over, its Postgres included (R9)?"""

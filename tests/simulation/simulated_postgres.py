@@ -179,6 +179,10 @@ class SimulatedPostgres:
         volume.claim = None
         return chain.current
 
+    async def histories(self) -> tuple[Timeline, ...]:
+        data = self._access.volume.data
+        return tuple(sorted(each for each, parents in data.histories.items() if parents)) if data is not None else ()
+
     async def forget_dead_ends(self, chain: TimelineChain) -> None:
         await self._access.write_file()
         data = self._access.volume.data

@@ -208,7 +208,18 @@ class PostgresServer(Backends):
         data = self.data
         clean = data.state is ClusterState.SHUT_DOWN
         log = data.log
-        self.timeline = max(target, log.entries[-1].timeline)
+        if log.entries[-1].timeline != target:
+            # pg_control did not know yet of the timeline that the log goes on with: crash recovery follows none.
+            self.cluster.count("crash recovery ended where the log left pg_control's timeline")
+            along = line_of(data.histories, target)
+            log.cut(
+                next(
+                    start_of(n)
+                    for n, each in enumerate(log.entries)
+                    if timeline_at(along, start_of(n)) != each.timeline
+                )
+            )
+        self.timeline = target
         self.rows = rows_of(log.entries)
         data.minimum_recovery = None
         if clean:
@@ -240,9 +251,12 @@ class PostgresServer(Backends):
 
     def _promoted(self) -> None:
         self.startup.child.end()
+        self.receive_lsn = None
+        self._after_disk(self._promotion_noted)
+
+    def _promotion_noted(self) -> None:
         # CreateEndOfRecoveryRecord: so crash recovery finds the new timeline before its first checkpoint.
         self.data.minimum_recovery = (self.timeline, self.data.log.flushed)
-        self.receive_lsn = None
         self._open_read_write()
         self.checkpointer.later(self.cluster.world.random.uniform(0.05, 3.0), self.checkpoint)
 

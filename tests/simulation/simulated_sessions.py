@@ -6,6 +6,7 @@ dropped while the whole goes on.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +28,19 @@ class Child:
         self.paused = False
         self.on_resume: list[Callable[[], object]] = []
         """Run once it goes on, after all that was held."""
-        self._held: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self._held: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
 
     def run(self, callback: Callable[..., object], *args: Any) -> None:
-        """At once if it runs; otherwise when it runs again, in order."""
+        """At once if it runs and nothing waits before it; otherwise when it runs again, in order."""
         process = self.process
         if not self.alive or not process.alive:
             return
-        if self.paused:
-            self._held.append((callback, args))
-        elif process.held:
-            process.call_soon(self.run, callback, *args)
-        else:
+        if not self.paused and not self._held and not process.held:
             callback(*args)
+            return
+        self._held.append((callback, args))
+        if len(self._held) == 1 and not self.paused:
+            process.call_soon(self._go_on)
 
     def later(self, delay_s: float, callback: Callable[..., object], *args: Any) -> Timer:
         return self.process.call_later(delay_s, self.run, callback, *args)
@@ -49,12 +50,24 @@ class Child:
 
     def resume(self) -> None:
         self.paused = False
-        held, self._held = self._held, []
-        for callback, args in held:
-            self.process.call_soon(self.run, callback, *args)
-        callbacks, self.on_resume = self.on_resume, []
-        for after in callbacks:
-            self.process.call_soon(self.run, after)
+        self.process.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        while self._held and not self.paused:
+            if self.process.held:
+                self.process.call_soon(self._go_on)
+                return
+            callback, args = self._held[0]
+            # What it asks for while others wait comes after them.
+            try:
+                callback(*args)
+            finally:
+                if self._held:
+                    self._held.popleft()
+        if not self.paused:
+            callbacks, self.on_resume = self.on_resume, []
+            for after in callbacks:
+                self.process.call_soon(self.run, after)
 
     def end(self) -> None:
         self.alive = False

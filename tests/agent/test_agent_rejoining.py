@@ -1,0 +1,167 @@
+"""How a standby starts and follows: by which record, and what it does about a history that is none of the cluster's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agent_builders import CHAIN, A, B, P, end, holder, record, taken_by_a
+from agent_instance import Instance
+
+from instance_manager.agent.agent import Agent
+from instance_manager.agent.context import OperationFailed
+from instance_manager.agent.rejoining import Rejoining
+from instance_manager.core.record import ClusterRecord, Holder
+from instance_manager.core.roles import Role
+from instance_manager.core.types import Epoch, Timeline
+from instance_manager.core.voting import VolumeState
+
+
+class Standby(Instance):
+    """`a` has Postgres as a standby here; what `p` or another does is in the record."""
+
+    def __init__(self, directory: Path, found: ClusterRecord) -> None:
+        super().__init__(directory, "a", found)
+        self.context.role = Role.STANDBY
+        self.rejoining = Rejoining(self.context)
+
+    async def remembers(self, change: Callable[[VolumeState], VolumeState]) -> None:
+        await self.volume.save(change)
+        self.events.clear()
+
+
+# A dead end: a history that a promotion left behind which was cut off before its first record.
+
+
+async def test_p4_a_standby_that_receives_nothing_over_a_dead_end_is_restarted_to_follow(tmp_path: Path) -> None:
+    async with Standby(tmp_path, record()) as a:
+        a.database.left = (Timeline(3),)
+        await a.rejoining.follow()
+        assert a.events == ["stop", "volume", "start standby"]
+        ((upstream, chain),) = a.database.started
+        assert upstream is not None
+        assert (upstream.holder, upstream.epoch, upstream.member_id) == (P, 5, A)
+        # By the history the start knows which to forget.
+        assert chain == CHAIN
+        assert a.context.role is Role.STANDBY
+
+
+async def test_p4_a_standby_that_does_not_stop_in_time_is_killed_and_started_past_its_dead_end(tmp_path: Path) -> None:
+    async with Standby(tmp_path, record()) as a:
+        a.database.left = (Timeline(3),)
+        a.database.stops = False
+        await a.rejoining.follow()
+        assert a.events == ["stop", "kill", "volume", "start standby"]
+
+
+async def test_p4_a_standby_that_receives_is_not_restarted_whatever_histories_are_left_there(tmp_path: Path) -> None:
+    async with Standby(tmp_path, record()) as a:
+        a.database.left = (Timeline(3),)
+        # From the same primary, under an earlier epoch of it.
+        a.database.receiving, a.database.following = True, (P, Epoch(4))
+        await a.rejoining.follow()
+        assert a.events == ["volume", "follow"]
+        assert a.database.started == []
+
+
+async def test_p4_a_standby_without_a_dead_end_is_told_to_follow_where_it_runs(tmp_path: Path) -> None:
+    async with Standby(tmp_path, record()) as a:
+        await a.rejoining.follow()
+        assert a.events == ["volume", "follow"]
+        assert a.database.started == []
+
+
+async def test_p4_r5_who_promises_a_later_epoch_while_it_stops_is_not_started_to_follow_the_earlier(
+    tmp_path: Path,
+) -> None:
+    async with Standby(tmp_path, record()) as a:
+
+        async def promise() -> None:
+            await a.volume.save(lambda state: state.promising(Epoch(6), B))
+
+        a.database.left = (Timeline(3),)
+        a.database.on["stop"] = promise
+        with pytest.raises(ValueError, match="promised epoch 6"):
+            await a.rejoining.follow()
+        assert a.database.started == []
+        assert a.volume.state.promised_epoch == 6
+
+
+# A start that follows nobody yet.
+
+
+async def test_r3_a_standby_is_started_by_the_later_of_the_lease_and_what_its_volume_remembers(tmp_path: Path) -> None:
+    """A Lease that was put back knows less of the history than this log may have, and would tell of a shorter one."""
+    later = taken_by_a()
+    async with Standby(tmp_path, record()) as a:
+        await a.remembers(lambda state: state.saw_record(later))
+        await a.rejoining.start_standby("the Lease is damaged")
+        assert a.database.judged_by == [later.chain]
+    async with Standby(tmp_path, later) as a:
+        await a.remembers(lambda state: replace(state, known_record=record()))
+        await a.rejoining.start_standby("a standby may serve reads")
+        assert a.database.judged_by == [later.chain]
+
+
+async def test_r3_a_standby_is_started_by_what_its_volume_remembers_when_the_lease_is_gone(tmp_path: Path) -> None:
+    async with Standby(tmp_path, record()) as a:
+        await a.remembers(lambda state: state.saw_record(taken_by_a()))
+        a.store.put(None)
+        await a.keeper.read()
+        await a.rejoining.start_standby("the Lease is gone")
+        assert a.database.judged_by == [taken_by_a().chain]
+        assert a.database.started == [(None, None)]
+        assert a.volume.state.starts == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [({"at": None}, "the end of its log cannot be told"), ({"needs": end(300)}, "must receive up to 2:0/12C")],
+    ids=["its end cannot be told", "recovery needs more than there is"],
+)
+async def test_r5_a_standby_is_not_started_to_follow_nobody_when(
+    tmp_path: Path, facts: dict[str, Any], reason: str
+) -> None:
+    async with Standby(tmp_path, record()) as a:
+        for name, value in facts.items():
+            setattr(a.database, name, value)
+        with pytest.raises(OperationFailed, match=reason):
+            await a.rejoining.start_standby("a standby may serve reads")
+        assert (a.events, a.database.started, a.volume.state.starts) == ([], [], 0)
+
+
+# A clone that somebody asks for.
+
+
+class Reinitialised(Standby):
+    def __init__(self, directory: Path, found: ClusterRecord) -> None:
+        super().__init__(directory, found)
+        self.caller.on("p", "nudge", True)
+        self.caller.on("b", "nudge", True)
+        self.agent = Agent(self.context)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [holder(A, "a-life-1"), holder(A, "a-life-0"), None],
+    ids=["it holds the Lease", "an earlier life of it holds the Lease", "nobody holds the Lease"],
+)
+async def test_r6_r16_a_directory_is_not_cloned_anew_when(tmp_path: Path, found: Holder | None) -> None:
+    """Whatever the holder's log has that no other has would be gone with it."""
+    before = record(holder=found, voters=frozenset({B}))
+    async with Reinitialised(tmp_path, before) as a:
+        with pytest.raises(OperationFailed, match="switch over first"):
+            await a.agent.reinitialise()
+        assert a.record.excluded == frozenset()
+        assert a.events == []
+
+
+async def test_r6_the_directory_of_a_standby_is_given_up_in_the_record_to_be_cloned_anew(tmp_path: Path) -> None:
+    async with Reinitialised(tmp_path, record()) as a:
+        assert await a.agent.reinitialise() == "a will be set aside and cloned from p"
+        assert a.record.excluded == {A}
+        # It is a voter until the primary has dropped it by the table.
+        assert a.record.voters == {A, B}
