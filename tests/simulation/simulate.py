@@ -11,6 +11,7 @@ import argparse
 import multiprocessing
 import os
 import queue
+import signal
 import sys
 import time
 from collections import Counter
@@ -73,6 +74,7 @@ def run_many(first: int, count: int, jobs: int, *, variant: str | None, until_s:
     parent = os.getpid()
 
     def work() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         while os.getppid() == parent and not stop.is_set() and (until_s is None or time.monotonic() < until_s):
             with next_seed.get_lock():
                 seed = next_seed.value
@@ -100,6 +102,10 @@ def _collect(
     while left:
         try:
             outcome = outcomes.get(timeout=5)
+        except KeyboardInterrupt:
+            print("... interrupted: the seeds that run are finished", flush=True)
+            stop.set()
+            continue
         except queue.Empty:
             if any(worker.exitcode not in (None, 0) for worker in workers):
                 raise RuntimeError("a worker died: is there memory enough?") from None
