@@ -12,6 +12,9 @@ from pathlib import Path
 from instance_manager.config import Configuration
 
 HEARTBEAT_TIMEOUT_S = 3.0
+NO_ARCHIVER = (
+    "archive: the supervisor does not start the archiver yet, so nothing would be archived; take the section out"
+)
 
 
 class LaunchError(Exception):
@@ -35,6 +38,8 @@ def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
             found.append(f"secrets.{key}: {path} is empty")
         if mode & (stat.S_IRWXO | stat.S_IWGRP):
             found.append(f"secrets.{key}: {path} is open to other users; chmod 600 it")
+    if configuration.archive is not None:
+        found.append(NO_ARCHIVER)
     programs = configuration.postgres.bin_directory
     if programs is not None and not os.access(programs / "postgres", os.X_OK):
         found.append(f"postgres.bin_directory: {programs} has no program postgres")
@@ -46,6 +51,8 @@ def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
 
 def prepare_directories(configuration: Configuration) -> None:
     """Make what the supervisor and the agent expect to find. LaunchError: one cannot be made or is no directory."""
+    if configuration.archive is not None:
+        raise LaunchError(NO_ARCHIVER)
     owner = pwd.getpwnam(configuration.instance.run_as) if os.geteuid() == 0 else None
     own = (os.geteuid(), os.getegid())
     postgres = (owner.pw_uid, owner.pw_gid) if owner is not None else own

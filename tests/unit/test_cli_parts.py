@@ -18,7 +18,7 @@ import yaml
 from test_config import GOOD, with_value
 
 from instance_manager import demo_locator, launch, logs, wall_clock
-from instance_manager.config import Configuration, load_configuration
+from instance_manager.config import ArchiveSection, Configuration, load_configuration
 from instance_manager.coordination.describe import describe
 from instance_manager.core.record import Holder, Release, StoredRecord, SwitchoverRequest, initial_record
 from instance_manager.core.types import (
@@ -249,6 +249,14 @@ def test_the_supervisors_command_line_holds_the_timings_and_no_secret(short: Pat
     assert "--termination-log /t --" in text
     assert text.endswith(f"-I -m instance_manager.agent --config {path}")
     assert "secret-secret" not in text
+
+
+def test_an_archive_that_nothing_would_fill_is_refused(short: Path) -> None:
+    configuration, _ = configuration_in(short)
+    archiving = msgspec.structs.replace(configuration, archive=ArchiveSection(directory=short / "archive"))
+    assert launch.surroundings_problems(archiving) == (launch.NO_ARCHIVER,)
+    with pytest.raises(launch.LaunchError, match="take the section out"):
+        launch.prepare_directories(archiving)
 
 
 def test_what_the_machine_lacks_is_told_all_at_once(short: Path) -> None:
