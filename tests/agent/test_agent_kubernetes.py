@@ -222,6 +222,7 @@ async def test_new_clients_are_led_elsewhere_before_a_primary_stops_writing(tmp_
         p.context.publication = told
         p.context.publish_role()
         p.knows("a", "b")
+        assert p.database.at is not None
         p.caller.ends_at("a", p.database.at)
         duties = PrimaryDuties(p.context)
         await duties._give_up(p.record, (MemberName("a"), A), "switchover")
