@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import os
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -119,11 +122,17 @@ class FakeService:
                 raise UnknownCall(f"no such command: {verb}")
 
 
+_next_port = itertools.count(os.getpid() * 89)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Of those from which the kernel takes none for outgoing connections: such a one may be gone before a server binds it."""
+    while True:
+        port = 10000 + next(_next_port) % 5000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def make_configuration(directory: Path) -> Configuration:

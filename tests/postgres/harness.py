@@ -16,6 +16,7 @@ import asyncio
 import atexit
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import shutil
@@ -72,10 +73,18 @@ def major_version(bin_directory: Path = BIN_DIRECTORY) -> int:
     return int(found[1])
 
 
+_FIRST_PORT, _PORTS = 20000, 12000
+_next_port = itertools.count(os.getpid() * 97)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Of those from which the kernel takes none for outgoing connections: such a one may be gone before a server binds it."""
+    while True:
+        port = _FIRST_PORT + next(_next_port) % _PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 async def wait_until(

@@ -7,11 +7,12 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from harness import free_port
 
 from instance_manager.core.types import Lsn, parse_lsn
 from instance_manager.postgres.binaries import find_bin_directory, server_version
@@ -64,13 +65,6 @@ ROLES = RoleOptions(
     monitoring_password=MONITORING_PASSWORD,
     application_password=APPLICATION_PASSWORD,
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class OwnServer:
