@@ -179,7 +179,10 @@ def main() -> int:
     missing = list(simulation_branches.never(summary.counters)) if arguments.all_branches else []
     for name in missing:
         print(f"NEVER EXERCISED: {name}")
-    return 1 if summary.failures or missing else 0
+    wrong = list(simulation_branches.wrong_excuses(summary.counters))
+    for words in wrong:
+        print(f"WRONG IN NOT_HERE: {words!r} names no branch, or one that was taken")
+    return 1 if summary.failures or missing or wrong else 0
 
 
 if __name__ == "__main__":
