@@ -73,7 +73,7 @@ def major_version(bin_directory: Path = BIN_DIRECTORY) -> int:
     return int(found[1])
 
 
-_FIRST_PORT, _PORTS = 20000, 12000
+_FIRST_PORT, _PORTS = 26000, 6000
 _next_port = itertools.count(os.getpid() * 97)
 
 
