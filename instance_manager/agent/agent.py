@@ -209,7 +209,7 @@ class Agent:
             exit_ = c.link.last_exit
             how = f"{exit_.reason}, {exit_.description}" if exit_ is not None else "unknown"
             log.warning("Postgres has ended (%s)", how)
-            c.gate_open = False
+            c.synchronous_confirmed = c.gate_open = False
             if c.holds_lease and not c.link.expected_exit:
                 c.start_yielding(f"Postgres ended by itself ({how})")
             if c.role in WITH_POSTGRES:
@@ -229,6 +229,8 @@ class Agent:
         if standby and c.role in (Role.STARTING, Role.STOPPED, Role.STOPPING) and idle:
             c.take_role(Role.STANDBY, "Postgres runs as a standby")
         if c.database.running_read_write and c.role is Role.STOPPED and idle:
+            # What was confirmed was so of a server before this one.
+            c.synchronous_confirmed = c.gate_open = False
             c.take_role(Role.PROMOTING, "Postgres has started after all")
         holds = record is not None and record.holder is not None and record.holder.member_id == c.volume.state.member_id
         if not holds:
