@@ -25,6 +25,7 @@ from instance_manager.config import Configuration, ConfigurationError, MemberSec
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
+from instance_manager.launch import NO_ARCHIVER
 from instance_manager.logs import logging_to
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
@@ -107,6 +108,8 @@ async def _watched(agent: Agent, configuration_file: Path, seen: Signature | Non
 def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Callable[[], Awaitable[str]]:
     async def reload() -> str:
         configuration = await asyncio.to_thread(load_configuration, configuration_file)
+        if configuration.archive is not None:
+            raise ConfigurationError(f"{configuration_file}: {NO_ARCHIVER}")
         before = agent.context.configuration
         if _fixed(configuration) != _fixed(before):
             raise ConfigurationError(

@@ -209,7 +209,7 @@ class Agent:
             exit_ = c.link.last_exit
             how = f"{exit_.reason}, {exit_.description}" if exit_ is not None else "unknown"
             log.warning("Postgres has ended (%s)", how)
-            c.synchronous_confirmed = c.gate_open = False
+            c.gate_open = False
             if c.holds_lease and not c.link.expected_exit:
                 c.start_yielding(f"Postgres ended by itself ({how})")
             if c.role in WITH_POSTGRES:
@@ -229,8 +229,6 @@ class Agent:
         if standby and c.role in (Role.STARTING, Role.STOPPED, Role.STOPPING) and idle:
             c.take_role(Role.STANDBY, "Postgres runs as a standby")
         if c.database.running_read_write and c.role is Role.STOPPED and idle:
-            # What was confirmed was so of a server before this one.
-            c.synchronous_confirmed = c.gate_open = False
             c.take_role(Role.PROMOTING, "Postgres has started after all")
         holds = record is not None and record.holder is not None and record.holder.member_id == c.volume.state.member_id
         if not holds:
@@ -352,8 +350,8 @@ class Agent:
             if act == "promote" and self._operation_act in TAKEOVERS:
                 # It has just taken the Lease, and goes on to promote by itself.
                 return
-            if act == "leave" and self._operation_act == "hand_over":
-                # The Lease is released already: who takes it is told yet.
+            if act == "leave" and self._operation_act == "hand_over" and not c.database.running:
+                # The Lease is released, and who takes it is told yet. A server that runs is left at once.
                 return
             if self._operation_act in TO_THE_END and act not in ENDS_ANY:
                 return

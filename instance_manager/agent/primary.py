@@ -131,8 +131,9 @@ class PrimaryDuties:
             await c.database.start_standby(chain=record.chain)
         else:
             opening = self._opening_set(record)
-            await c.database.start_primary(record.epoch, opening)
+            # Before: it may start although nobody answered, and what was confirmed was so of the server before it.
             c.synchronous, c.synchronous_confirmed = opening, False
+            await c.database.start_primary(record.epoch, opening)
             c.opened_s = c.clock.now_s()
         c.stop_yielding()
 
@@ -318,24 +319,21 @@ class PrimaryDuties:
         c = self._c
         if c.volume.state.intended_record is None:
             return record
-        mine = c.holder
-
-        def unchanged(current: ClusterRecord) -> ClusterRecord:
-            if current.holder is None or current.holder != mine or current.epoch != record.epoch:
-                raise WriteRefused(f"the Lease is at epoch {current.epoch}, not this instance's of {record.epoch}")
-            return current
-
-        stored = await c.keeper.write(unchanged)
+        stored = await c.keeper.write(lambda current: self._still_held(current, record))
         await c.volume.save(lambda state: state.writing(stored.record, None))
         return stored.record
 
+    def _still_held(self, current: ClusterRecord, record: ClusterRecord) -> ClusterRecord:
+        """`current`, if this life holds it in the epoch of `record`. WriteRefused."""
+        if current.holder is None or current.holder != self._c.holder or current.epoch != record.epoch:
+            raise WriteRefused(f"the Lease is at epoch {current.epoch}, not this instance's of {record.epoch}")
+        return current
+
     async def _write(self, record: ClusterRecord, change: Change) -> StoredRecord:
         """A change by the holder of this epoch, and never on a successor's record, whatever happened meanwhile."""
-        mine = self._c.holder
 
         def guarded(current: ClusterRecord) -> ClusterRecord:
-            if current.holder is None or current.holder != mine or current.epoch != record.epoch:
-                raise WriteRefused(f"the Lease is at epoch {current.epoch}, not this instance's of {record.epoch}")
+            self._still_held(current, record)
             if (current.voters, current.quorum, current.mode) != (record.voters, record.quorum, record.mode):
                 raise WriteRefused("the voters have changed meanwhile")
             return change(current)

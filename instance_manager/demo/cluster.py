@@ -225,22 +225,7 @@ class LocalCluster:
 
     def why_not_redundant(self) -> str | None:
         """What is missing to full redundancy, in words; None when every instance does its part."""
-        status = self.primary_status()
-        if status is None:
-            return "no instance says that it is the primary"
-        if not status.accepts_clients:
-            return f"{status.primary} does not let clients in yet"
-        for instance in status.instances:
-            if not instance.reachable:
-                return f"{status.primary} does not reach {instance.name}"
-            if instance.name != status.primary and (instance.role != "standby" or instance.postgres != "running"):
-                return f"{instance.name} is {instance.role}, its Postgres {instance.postgres}"
-        expected = len(self.names) - 1
-        if status.durability != "asynchronous" and (
-            len(status.voters) < expected or (status.quorum or 0) < min(status.synchronous_wanted, expected)
-        ):
-            return f"{len(status.voters)} of {expected} voters, q {status.quorum}"
-        return None
+        return why_not_redundant(self.primary_status(), standbys=len(self.names) - 1)
 
     # --- starting ---
 
@@ -440,3 +425,21 @@ class LocalCluster:
 
 def _is_supervisor(pid: int) -> bool:
     return "instance_manager.supervisor" in processes.title_of(pid)
+
+
+def why_not_redundant(status: ClusterStatus | None, *, standbys: int) -> str | None:
+    """By what the primary says: what it lacks to as many standbys that do their part; None when nothing."""
+    if status is None:
+        return "no instance says that it is the primary"
+    if not status.accepts_clients:
+        return f"{status.primary} does not let clients in yet"
+    for instance in status.instances:
+        if not instance.reachable:
+            return f"{status.primary} does not reach {instance.name}"
+        if instance.name != status.primary and (instance.role != "standby" or instance.postgres != "running"):
+            return f"{instance.name} is {instance.role}, its Postgres {instance.postgres}"
+    if status.durability != "asynchronous" and (
+        len(status.voters) < standbys or (status.quorum or 0) < min(status.synchronous_wanted, standbys)
+    ):
+        return f"{len(status.voters)} of {standbys} voters, q {status.quorum}"
+    return None

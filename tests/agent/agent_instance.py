@@ -31,6 +31,7 @@ from instance_manager.config import (
     SecretsSection,
 )
 from instance_manager.core.decide import PeerState, PostgresView
+from instance_manager.core.lease import Permit
 from instance_manager.core.quorum import SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import Role
@@ -78,6 +79,7 @@ class FakeDatabase:
         self.started: list[tuple[Upstream | None, TimelineChain | None]] = []
         self.senders: dict[MemberId, int] = {}
         self.set: list[SynchronousSet] = []
+        self.exists = True
         self.left: tuple[Timeline, ...] = ()
         """Timelines of histories that are not the cluster's."""
 
@@ -147,14 +149,26 @@ class FakeDatabase:
         self.started.append((upstream, chain))
         self.running = True
 
+    async def start_primary(self, epoch: Epoch, opening: SynchronousSet) -> None:
+        await self._do("start primary")
+        self.running = self.running_read_write = True
+
     async def stopped_facts(self, chain: TimelineChain | None) -> StoppedFacts:
         self.judged_by.append(chain)
         return StoppedFacts(
-            exists=True, half_rewound=False, foreign=None, system_identifier="7001", end=self.at, needs=self.needs
+            exists=self.exists,
+            half_rewound=False,
+            foreign=None,
+            system_identifier="7001",
+            end=self.at,
+            needs=self.needs,
         )
 
     async def shutdown_end(self, chain: TimelineChain | None) -> WalEnd | None:
         return self.at
+
+    async def clone(self, host: str, port: int, system_identifier: str, on_progress: Callable[[str], None]) -> None:
+        await self._do("clone")
 
     async def stop_following(self, chain: TimelineChain, *, deadline_s: float) -> WalEnd:
         await self._do("stop following")
@@ -171,6 +185,7 @@ class FakeDatabase:
 class FakeLink:
     def __init__(self, name: str, events: list[str]) -> None:
         self.incarnation = f"{name}-life-1"
+        self.permit: Permit | None = None
         self._events = events
 
     async def revoke(self, epoch: Epoch) -> None:

@@ -295,6 +295,29 @@ async def test_r12_a_primary_reaffirms_only_if_q_voters_would_follow_and_then_ab
         assert p.volume.state.last_record == replace(p.record)
 
 
+async def test_r12_a_primary_reaffirms_above_what_one_that_is_no_voter_promised(tmp_path: Path) -> None:
+    """Alone it has no voters to ask, and who promised a later epoch follows nobody of an earlier."""
+    async with Primary(tmp_path, record(voters=frozenset(), quorum=0)) as p:
+        p.knows("b", promised_epoch=Epoch(19))
+        await p.duties.reaffirm("b promised 19")
+        assert p.record.epoch == 20
+
+
+async def test_p5_a_server_that_starts_although_nobody_answered_has_confirmed_nothing(tmp_path: Path) -> None:
+    async with Primary(tmp_path, record(quorum=0, voters=frozenset())) as p:
+        p.context.synchronous_confirmed = True
+        p.database.running = p.database.running_read_write = False
+        p.database.on["start primary"] = nobody_answers
+        with pytest.raises(OperationFailed, match="nobody answered"):
+            await p.duties.resume()
+        assert p.events[-1] != "start primary"
+        assert not p.context.synchronous_confirmed
+
+
+async def nobody_answers() -> None:
+    raise OperationFailed("nobody answered")
+
+
 async def test_r12_the_pauses_between_reaffirmations_double(tmp_path: Path) -> None:
     async with Primary(tmp_path, record()) as p:
         pauses = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from agent_instance import Instance
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.context import OperationFailed
 from instance_manager.agent.rejoining import Rejoining
+from instance_manager.core.decide import Decision
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, Timeline
@@ -165,3 +167,53 @@ async def test_r6_the_directory_of_a_standby_is_given_up_in_the_record_to_be_clo
         assert a.record.excluded == {A}
         # It is a voter until the primary has dropped it by the table.
         assert a.record.voters == {A, B}
+
+
+# A hand-over, and the end of the instance.
+
+
+async def deciding_to_leave(agent: Agent) -> bool:
+    """Does the hand-over that is under way go on?"""
+    agent._operation_act = "hand_over"
+    agent._operation = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
+    handing_over = agent._operation
+    await agent._act(Decision("wait", "so that nothing is begun in its place"))
+    await agent._act(Decision("leave", "shutdown was asked for"))
+    goes_on = not handing_over.cancelled()
+    await agent._end_operation()
+    return goes_on
+
+
+async def test_a_hand_over_that_has_stopped_postgres_is_finished_before_the_instance_leaves(tmp_path: Path) -> None:
+    async with Reinitialised(tmp_path, record()) as a:
+        a.database.running = False
+        assert await deciding_to_leave(a.agent)
+
+
+async def test_section_1_a_server_that_runs_without_the_lease_is_left_at_once(tmp_path: Path) -> None:
+    async with Reinitialised(tmp_path, record()) as a:
+        assert not await deciding_to_leave(a.agent)
+
+
+# A directory that is not there.
+
+
+async def test_r6_a_voter_without_a_directory_gives_its_id_up_and_is_cloned(tmp_path: Path) -> None:
+    """There is no log left that an election could rest on; with `required` the primary never drops its last voter."""
+    async with Standby(tmp_path, record()) as a:
+        a.knows("p")
+        a.database.running = a.database.exists = False
+        await a.rejoining.rejoin("Postgres does not run here")
+        assert a.events[:2] == ["volume", "clone"]
+        assert a.volume_states[0].member_id is None
+        assert a.volume.state.member_id not in (None, A)
+
+
+async def test_r6_a_voter_with_a_directory_is_neither_rewound_nor_cloned(tmp_path: Path) -> None:
+    async with Standby(tmp_path, record()) as a:
+        a.knows("p")
+        a.database.running = False
+        a.database.at = end(300, timeline=1)
+        with pytest.raises(OperationFailed, match="the primary drops it first"):
+            await a.rejoining.rejoin("Postgres does not run here")
+        assert a.events == []

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,8 @@ from instance_manager.ports import ObjectStore
 
 # Real servers, as the tests of Postgres use them.
 sys.path.append(str(Path(__file__).parent.parent / "postgres"))
-from harness import Cluster, make_template
+from harness import Cluster
+from postgres_fixtures import cluster, postgres_template  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")
@@ -91,26 +90,6 @@ async def local_desk(tmp_path: Path, directory_store: DirectoryStore) -> AsyncIt
 
 
 @pytest.fixture(scope="session")
-def postgres_template() -> Iterator[Path]:
-    """A stopped data directory with segments of 1 MiB, made by initdb once per session."""
-    directory = Path(tempfile.mkdtemp(prefix="im-pg-template-"))
-    try:
-        yield make_template(directory)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-@pytest.fixture
-def cluster(postgres_template: Path) -> Iterator[Cluster]:
-    """Servers of one test; all are killed and deleted at its end."""
-    made = Cluster(postgres_template)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture(scope="session")
 def barman() -> Path:
     """Folder of barman-cloud's programs, in a virtual environment of their own: their pins are not ours."""
     return barman_programs()
@@ -122,7 +101,7 @@ def s3_section(proxy: FaultProxy, bucket: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def directory_section(cluster: Cluster) -> dict[str, Any]:
+def directory_section(cluster: Cluster) -> dict[str, Any]:  # noqa: F811 - the fixture
     root = cluster.root / "archive"
     root.mkdir()
     return {"directory": str(root)}

@@ -18,6 +18,7 @@ from pod_image import ROOT
 from pod_runner import PodRunner
 from pod_worker import PodWorker
 
+from instance_manager.demo.cluster import why_not_redundant
 from instance_manager.demo.processes import InstanceProcesses, look
 from instance_manager.status import ClusterStatus
 
@@ -147,18 +148,9 @@ class KubernetesCluster:
     def why_not_redundant(self) -> str | None:
         """What is missing to full redundancy, in words; None when every instance and every label is as it should be."""
         status = self.primary_status()
-        if status is None:
-            return "no instance says that it is the primary"
-        if not status.accepts_clients:
-            return f"{status.primary} does not let clients in yet"
-        for instance in status.instances:
-            if not instance.reachable:
-                return f"{status.primary} does not reach {instance.name}"
-            if instance.name != status.primary and (instance.role != "standby" or instance.postgres != "running"):
-                return f"{instance.name} is {instance.role}, its Postgres {instance.postgres}"
-        standbys = self.instances - 1
-        if len(status.voters) < standbys or (status.quorum or 0) < min(status.synchronous_wanted, standbys):
-            return f"{len(status.voters)} of {standbys} voters, q {status.quorum}"
+        if (missing := why_not_redundant(status, standbys=self.instances - 1)) is not None:
+            return missing
+        assert status is not None
         labels = self.labelled("primary"), self.labelled("replica")
         if labels != ([status.primary], sorted(set(self.names) - {status.primary})):
             return f"labelled primary and replica are {labels}"
