@@ -21,7 +21,8 @@ from instance_manager.agent.installed_postgres import InstalledPostgres, local_s
 from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorError
 from instance_manager.agent.surroundings import surroundings_of
 from instance_manager.agent.volume import VolumeDirectory, VolumeUnusable, boot_id
-from instance_manager.config import Configuration, ConfigurationError, MemberSection, load_configuration
+from instance_manager.config import Configuration, ConfigurationError, load_configuration
+from instance_manager.config_sections import MemberSection
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.postgres_port import Upstream
-from instance_manager.config import MemberSection
+from instance_manager.config_sections import MemberSection
 from instance_manager.core.lease import initial_first_write
 from instance_manager.core.record import ClusterRecord, initial_record, initialised
 from instance_manager.core.rejoin import DirectoryFacts, Rejoin, plan_rejoin

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from instance_manager.agent.publishing import Unpublished
-from instance_manager.config import Configuration, KubernetesCoordinationSection
+from instance_manager.config import Configuration
+from instance_manager.config_sections import KubernetesCoordinationSection
 from instance_manager.ports import Coordination, Publication
 
 

@@ -19,7 +19,8 @@ from instance_manager.archive.fetch import FetchSettings
 from instance_manager.archive.stores.directory import DirectoryStore
 from instance_manager.archive.stores.s3 import S3Settings, S3Store
 from instance_manager.archive.streaming import FLUSHED_QUERY, Flushed
-from instance_manager.config import ArchiveSection, Configuration, ConfigurationError, load_configuration
+from instance_manager.config import Configuration, ConfigurationError, load_configuration
+from instance_manager.config_sections import ArchiveSection
 from instance_manager.core.types import Timeline, parse_lsn
 from instance_manager.logs import logging_to
 from instance_manager.ports import ObjectStore

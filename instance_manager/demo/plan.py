@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from instance_manager.codec import from_json, to_json
-from instance_manager.config import Durability
+from instance_manager.config_sections import Durability
 
 MARKER = "instance-manager-cluster.json"
 APPLICATION = "app"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from instance_manager.config import Durability
+from instance_manager.config_sections import Durability
 from instance_manager.demo import processes
 from instance_manager.demo.cluster import Launch, LocalCluster
 from instance_manager.demo.plan import APPLICATION, ClusterPlan, Layout, loopback_plan

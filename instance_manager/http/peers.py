@@ -15,7 +15,7 @@ from types import TracebackType
 import aiohttp
 from msgspec.structs import replace
 
-from instance_manager.config import MemberSection
+from instance_manager.config_sections import MemberSection
 from instance_manager.http.ports import DEADLINE_HEADER
 from instance_manager.http.token import PeerToken
 from instance_manager.ports import PeerRefused, PeerRejected, PeerSilent

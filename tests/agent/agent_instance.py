@@ -20,9 +20,9 @@ from instance_manager.agent.standby_watch import Walsender
 from instance_manager.agent.supervisor_link import SupervisorLink
 from instance_manager.agent.volume import Volume, VolumeDirectory
 from instance_manager.codec import from_json, to_json
-from instance_manager.config import (
+from instance_manager.config import Configuration
+from instance_manager.config_sections import (
     ClusterSection,
-    Configuration,
     CoordinationSection,
     Durability,
     InstanceSection,

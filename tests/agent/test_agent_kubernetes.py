@@ -20,11 +20,8 @@ from instance_manager.agent.peering import WatchAnswer
 from instance_manager.agent.primary import PrimaryDuties
 from instance_manager.agent.publishing import publish_note
 from instance_manager.agent.rejoining import Rejoining
-from instance_manager.config import (
-    Configuration,
-    CoordinationSection,
-    KubernetesCoordinationSection,
-)
+from instance_manager.config import Configuration
+from instance_manager.config_sections import CoordinationSection, KubernetesCoordinationSection
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId, MemberName

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from instance_manager.config import Durability
+from instance_manager.config_sections import Durability
 from instance_manager.demo.cluster import LocalCluster
 from instance_manager.demo.plan import APPLICATION, loopback_plan
 from instance_manager.demo.ports import choose_base_port

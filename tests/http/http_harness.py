@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from instance_manager.config import (
+from instance_manager.config import Configuration
+from instance_manager.config_sections import (
     ClusterSection,
-    Configuration,
     CoordinationSection,
     InstanceSection,
     LocalCoordinationSection,

@@ -17,7 +17,8 @@ import msgspec
 import pytest
 from http_harness import TOKEN, FakeService
 
-from instance_manager.config import Configuration, MemberSection
+from instance_manager.config import Configuration
+from instance_manager.config_sections import MemberSection
 from instance_manager.http import server
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable

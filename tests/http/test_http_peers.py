@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from http_harness import FakeService
 
-from instance_manager.config import Configuration, MemberSection
+from instance_manager.config import Configuration
+from instance_manager.config_sections import MemberSection
 from instance_manager.http.peers import PeerClient
 from instance_manager.ports import PeerRefused, PeerRejected, PeerSilent
 

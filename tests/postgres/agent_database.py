@@ -11,9 +11,9 @@ from harness import PostgresProcess
 from instance_manager.agent.database import Database
 from instance_manager.agent.installed_postgres import InstalledPostgres
 from instance_manager.agent.supervisor_link import SupervisorLink
-from instance_manager.config import (
+from instance_manager.config import Configuration
+from instance_manager.config_sections import (
     ClusterSection,
-    Configuration,
     CoordinationSection,
     InstanceSection,
     LocalCoordinationSection,

@@ -24,7 +24,7 @@ from simulation_branches import taken
 from instance_manager.agent.context import Context
 from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.codec import from_json
-from instance_manager.config import Durability
+from instance_manager.config_sections import Durability
 from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
 from instance_manager.core.roles import TRANSITIONS, Role
 from instance_manager.core.timing import Timings

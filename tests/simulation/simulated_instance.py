@@ -19,9 +19,9 @@ from simulated_volume import DataVolume, PostgresCluster
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.assembly import Ports, assemble
-from instance_manager.config import (
+from instance_manager.config import Configuration
+from instance_manager.config_sections import (
     ClusterSection,
-    Configuration,
     CoordinationSection,
     Durability,
     InstanceSection,

@@ -18,7 +18,8 @@ import yaml
 from test_config import GOOD, with_value
 
 from instance_manager import demo_locator, launch, logs, wall_clock
-from instance_manager.config import ArchiveSection, Configuration, load_configuration
+from instance_manager.config import Configuration, load_configuration
+from instance_manager.config_sections import ArchiveSection
 from instance_manager.coordination.describe import describe
 from instance_manager.core.record import Holder, Release, StoredRecord, SwitchoverRequest, initial_record
 from instance_manager.core.types import (

@@ -1,0 +1,140 @@
+"""The sections of an instance's configuration: names, types and defaults. What must fit together is checked in `config`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+
+Durability = Literal["preferred", "required", "asynchronous"]
+ARCHIVE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every part of the configuration."""
+
+
+class ClusterSection(Section, frozen=True):
+    name: str
+    uid: str = ""
+    """Random id of this cluster, so that a Lease of another cluster of this name is recognised (R14).
+
+    On Kubernetes it may be left out: then whoever creates the Lease makes one at random, each volume remembers it from the
+    first time that it follows or leads, and takes no other for its own. (Nothing that is known before the Lease would do: the
+    uid of a StatefulSet changes when it is deleted with `--cascade=orphan` and made anew, a secret is rotated, a
+    namespace outlives its clusters.)"""
+    instances: Annotated[int, msgspec.Meta(ge=1, le=99)] | None = None
+    """On Kubernetes: how many members there are, NAME-0 to NAME-(instances - 1)."""
+    durability: Durability = "preferred"
+    synchronous_standbys: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """How many standbys must hold a commit before it is acknowledged; by default half the instances, rounded down."""
+    maximum_lag_on_failover_bytes: Annotated[int, msgspec.Meta(ge=0)] = 16 * 1024 * 1024
+    """Asynchronous clusters only: a candidate further behind the last known position does not take over by itself."""
+
+
+class MemberSection(Section, frozen=True):
+    name: str
+    host: str
+    postgres_port: Port
+    http_port: Port
+
+
+class InstanceSection(Section, frozen=True, kw_only=True):
+    name: str = ""
+    """On Kubernetes the pod's name, and not given."""
+    directory: Path
+    """Volume of this instance: holds `data/` (Postgres), `state/` (promises, outside the data directory: P6),
+    `socket/` and `control.sock`."""
+    listen_host: str | None = None
+    """Address that Postgres and HTTP bind; by default the member's own `host`."""
+    priority: int = 0
+    """Among equal logs the higher one is preferred as primary."""
+    run_as: str = "postgres"
+    """Operating system user of Postgres when the instance manager runs as root; ignored otherwise."""
+    termination_log: Path | None = None
+    minimum_free_bytes: Annotated[int, msgspec.Meta(ge=0)] = 32 * 1024 * 1024
+    """A primary with less free space on its volume hands over to a voter that has more; two segments of WAL."""
+    shutdown_timeout_s: Annotated[float, msgspec.Meta(ge=5, le=3600)] = 25.0
+    """After SIGTERM everything that is left is killed then: some seconds less than the pod's grace period, after which the
+    kubelet would do it."""
+
+
+class LocalCoordinationSection(Section, frozen=True):
+    directory: Path
+    """Holds the Lease record; shared by all instances of this machine."""
+    locks_directory: Path
+    """One lock file per instance, held by its supervisor and its Postgres: the proof of life and death."""
+
+
+class KubernetesCoordinationSection(Section, frozen=True):
+    namespace: str = ""
+    """Of the Lease and the pods: by default the pod's own ($POD_NAMESPACE, else its service account's)."""
+    lease: str = ""
+    """Name of the Lease; by default the cluster's."""
+    kubeconfig: Path | None = None
+    """For development outside of a pod; by default the pod's service account."""
+
+
+class CoordinationSection(Section, frozen=True):
+    """Exactly one of both."""
+
+    local: LocalCoordinationSection | None = None
+    kubernetes: KubernetesCoordinationSection | None = None
+
+
+class SecretsSection(Section, frozen=True):
+    """Files with one secret each; read at use, never logged, never in an argument list."""
+
+    peer_token: Path
+    replication_password: Path
+    application_password: Path
+    monitoring_password: Path
+
+
+class PostgresSection(Section, frozen=True):
+    bin_directory: Path | None = None
+    parameters: dict[str, str | int | float | bool] = {}
+    host_based_access: tuple[str, ...] = ()
+    """Lines of pg_hba.conf for applications, after the instance manager's own."""
+    application_networks: tuple[str, ...] = ("127.0.0.1/32", "::1/128")
+    """Networks from which the application's owner may log in with its password."""
+    application_database: str = "app"
+    application_owner: str = "app"
+
+
+class S3Section(Section, frozen=True):
+    """An S3 bucket. What is left out is taken from the environment, as AWS's own tools do (a web identity too)."""
+
+    bucket: str
+    prefix: str = ""
+    endpoint: str | None = None
+    region: str | None = None
+    path_style: bool = False
+    """Bucket in the path instead of the host's name, as most stores other than AWS want it."""
+    credentials_file: Path | None = None
+    """In the form of `~/.aws/credentials`; read again when the store refuses."""
+    profile: str | None = None
+    ca_file: Path | None = None
+    """Certificates of the authority that signed the endpoint's."""
+    server_side_encryption: Literal["AES256", "aws:kms"] | None = None
+    kms_key_id: str | None = None
+    conditional_writes: Literal["required", "emulated"] = "required"
+    """`emulated`, for a store that ignores `If-None-Match`: look before each write. Not safe against two writers at once."""
+
+
+class ArchiveSection(Section, frozen=True):
+    directory: Path | None = None
+    """A file system that survives the loss of this instance's volume; this or `s3`."""
+    s3: S3Section | None = None
+    server_name: str | None = None
+    """The archive's name in the store, by default the cluster's; one per cluster for ever."""
+    codec: Literal["zstd", "lz4", "gzip", "none"] = "zstd"
+    """Fixed when the archive is begun."""
+    level: int | None = None
+    parallel: Annotated[int, msgspec.Meta(ge=1, le=12)] = 4
+    stream_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    """How much the loss of every volume at once may cost, besides the upload; 0: only finished segments are archived."""
+    prefetch_bytes: Annotated[int, msgspec.Meta(ge=0)] = 128 * 1024 * 1024
