@@ -30,12 +30,13 @@ async def give_back(
     """
     c = context
     taken, chain = c.taken, c.record.chain
-    if taken is None or taken.found.chain is None or chain is None or not c.holds_lease:
+    found_chain = taken.found.chain if taken is not None else None
+    if taken is None or found_chain is None or chain is None or not c.holds_lease:
         raise OperationFailed("there is nothing to be given back")
     found = taken.found
     end = c.database.view().end if c.database.running else (await c.database.stopped_facts(chain)).end
     # Others may have followed it there, under this claim or one before it.
-    promoted = end is not None and not found.chain.knows(end.timeline) and chain.knows(end.timeline)
+    promoted = end is not None and not found_chain.knows(end.timeline) and chain.knows(end.timeline)
     await c.link.revoke(c.record.epoch)
     record = await settled(c.record)
     # Persisted before: after this nobody may take what was given back for lost and repair the Lease by it (R3).
