@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 
 Link = tuple[str, str, str]
 LOOK_S = 0.05
-HOLDER_HELD_UP_S = 2.0
-"""Less than its supervisor's patience."""
+ANSWER_LATE_S = 0.9
 
 
 class _Ambush:
@@ -36,6 +35,10 @@ class _Ambush:
         for link in links:
             self.cluster.network.block(*link)
             self._undos.append(lambda link=link: self.cluster.network.unblock(*link))
+
+    def slow(self, link: Link, added_s: float) -> None:
+        self.cluster.network.slow(*link, added_s)
+        self._undos.append(lambda: self.cluster.network.slow(*link, 0.0))
 
     def cut_from_store(self, name: str) -> None:
         self.cut((name, "store", "store"), ("store", name, "store"))
@@ -151,69 +154,32 @@ def directory_vanishes(cluster: SimulatedCluster, chance: random.Random) -> Call
     return None
 
 
-def damaged_for_a_former_primary(cluster: SimulatedCluster, chance: random.Random) -> Callable[[], None] | None:
-    """R3: the primary is isolated and replaced, comes back, and the record is damaged as soon as it has seen the other's;
-    that one's agent is held up for a moment."""
-    primary = _holder(cluster)
-    before = cluster.record
-    if primary is None or before is None:
-        return None
-    ambush = _Ambush(cluster)
-
-    def seen(state: VolumeState) -> None:
-        last = state.last_record
-        if last is not None and state.was_primary and state.recorded_epoch > last.epoch:
-            _hold_up_agent(cluster.holder_instance())
-            ambush.over = ambush.damage_record()
-
-    def look() -> None:
-        record = cluster.record
-        if record is not None and _opened_by_another(before, record):
-            ambush.mend()
-            ambush.watch_memory(primary, seen)
-
-    ambush.cut(*cluster.links_of(primary.name, ["http", "replication", "store"]))
-    ambush.keep_looking(look)
-    return ambush.end
-
-
-def _opened_by_another(before: ClusterRecord, now: ClusterRecord) -> bool:
-    return (
-        now.holder is not None
-        and now.opened
-        and before.holder is not None
-        and now.holder.member_id != before.holder.member_id
-    )
-
-
-def _hold_up_agent(instance: SimulatedInstance | None) -> None:
-    agent = instance.supervisor.agent if instance is not None and instance.supervisor is not None else None
-    if instance is not None and agent is not None:
-        agent.pause()
-        instance.world.call_later(HOLDER_HELD_UP_S, agent.resume)
-
-
 def unwritable_candidate(cluster: SimulatedCluster, chance: random.Random) -> Callable[[], None] | None:
-    """R11: the primary has lost the store, and its way to it the standbys' answers; the one that stands cannot write its
-    promise, and the others answer it late. Then the primary asks it not to stand."""
-    primary = _holder(cluster)
-    if primary is None:
+    """R11: the primary has lost the store and its standbys. The one that stands cannot write its promise, and the others
+    answer it late; meanwhile it hears the primary again, which asks it not to stand."""
+    primary, record = _holder(cluster), cluster.record
+    if primary is None or record is None or record.quorum == 0:
+        return None
+    voters = [each for each in cluster.instances.values() if cluster.member_at(each) in record.voters]
+    if len(voters) < 2:
         return None
     ambush = _Ambush(cluster)
-    others = [each for each in cluster.instances.values() if each is not primary]
-    candidate = chance.choice(others)
+    # The others have no better log, and by its name it is the first of equals.
+    candidate = voters[0]
     ambush.cut_from_store(primary.name)
-    for other in others:
-        ambush.cut((other.name, primary.name, "http"))
+    for other in voters:
+        ambush.cut((other.name, primary.name, "http"), (primary.name, other.name, "http"))
         ambush.cut((other.name, primary.name, "replication"), (primary.name, other.name, "replication"))
         if other is not candidate:
-            link = (other.name, candidate.name, "http")
-            cluster.network.slow(*link, 0.6)
-            ambush.then(lambda link=link: cluster.network.slow(*link, 0.0))
+            ambush.slow((other.name, candidate.name, "http"), ANSWER_LATE_S)
     candidate.storage.broken = True
+    ambush.then(lambda: setattr(candidate.storage, "broken", False))
+    heard: list[bool] = []
 
-    def mend() -> None:
-        candidate.storage.broken = False
+    def look() -> None:
+        if not heard and candidate.agent is not None and candidate.agent.context.takeover_open:
+            heard.append(True)
+            cluster.network.unblock(primary.name, candidate.name, "http")
 
-    ambush.then(mend)
+    ambush.keep_looking(look)
     return ambush.end

@@ -43,6 +43,7 @@ NOT_HERE = {
     'q is 0: nobody can be elected (R7)")': "a pre-vote has just judged the very same record",
     "the stamp is of epoch": "a stamp is written with its record's epoch, and leaves it with the next holder",
     "this instance was not the last holder that it knows of": "a directory that was a primary's wrote a record as its holder",
+    "of another holder since": "a volume notes another's epoch when it follows it, and is no primary's from then on",
     "the end of its log cannot be told": "here a stopped directory's log can always be read to its end",
     "this member has not promised itself": "a candidate promises itself first, or does not ask",
 }
