@@ -101,8 +101,10 @@ class Database:
         """The end of the last complete record, since nothing more can be received (`stop_following`)."""
         self._slots = asyncio.Lock()
         """Slots are dropped and made one after another, whoever asks."""
-        self._slots_for: frozenset[MemberId] | None = None
-        """As they were last made so for the server that runs; None: not yet."""
+        self._slots_for: frozenset[MemberId] = frozenset()
+        self._slots_of_pid: int | None = None
+        """Which server's slots were last made so."""
+        self._slots_tried_of_pid: int | None = None
         self._slots_kept_s = float("-inf")
         self._stopping_since_s: float | None = None
         self._checkpoint: asyncio.Task[None] | None = None
@@ -114,6 +116,10 @@ class Database:
     @property
     def running(self) -> bool:
         return self._link.postgres is not None
+
+    @property
+    def _pid(self) -> int | None:
+        return self._link.postgres.pid if self._link.postgres is not None else None
 
     @property
     def running_read_write(self) -> bool:
@@ -230,7 +236,7 @@ class Database:
                 self._following = self._starts_with
             try:
                 self._take(await self._postgres.observe(deadline_s=LOOK_DEADLINE_S))
-                if self._slots_for is None and process.mode == "standby":
+                if self._slots_of_pid != process.pid and process.mode == "standby":
                     await self._drop_old_slots(process.pid)
             except (LocalPostgresError, OSError) as error:
                 self._answers = False
@@ -256,7 +262,6 @@ class Database:
         self._seen, self._seen_of_pid, self._answers = None, None, False
         self._message, self._timeline, self._proven = None, Timeline(0), None
         self._following = None
-        self._slots_for, self._slots_kept_s = None, float("-inf")
         self._stopping_since_s = None
 
     async def answers_new_connection(self, deadline_s: float) -> None:
@@ -425,7 +430,7 @@ class Database:
 
     async def prepare_slots(self, members: frozenset[MemberId]) -> None:
         """A slot for each member, none for others. Cheap while nothing changed; what is there is seen again at times."""
-        if members == self._slots_for and self._clock.now_s() - self._slots_kept_s < SLOTS_INTERVAL_S:
+        if members == self._slots_for and self._slots_of_pid == self._pid and self._slots_are_fresh:
             return
         async with self._slots:
             await self._keep_slots(members)
@@ -433,15 +438,19 @@ class Database:
     async def _drop_old_slots(self, pid: int) -> None:
         """Of the time when this was the primary: they would keep WAL for ever. Never those of a promotion that has begun."""
         async with self._slots:
-            again = self._clock.now_s() - self._slots_kept_s >= SLOTS_INTERVAL_S
-            if self._slots_for is None and self._seen_of_pid == pid and again:
+            just_tried = self._slots_tried_of_pid == pid and self._slots_are_fresh
+            if pid == self._pid and pid != self._slots_of_pid and not just_tried:
                 await self._keep_slots(frozenset())
 
+    @property
+    def _slots_are_fresh(self) -> bool:
+        return self._clock.now_s() - self._slots_kept_s < SLOTS_INTERVAL_S
+
     async def _keep_slots(self, members: frozenset[MemberId]) -> None:
-        pid, self._slots_kept_s = self._seen_of_pid, self._clock.now_s()
+        pid = self._pid
+        self._slots_tried_of_pid, self._slots_kept_s = pid, self._clock.now_s()
         await self._postgres.keep_slots(members)
-        if self._seen_of_pid == pid:
-            self._slots_for = members
+        self._slots_for, self._slots_of_pid = members, pid
 
     async def fill_gaps(self, chain: TimelineChain) -> None:
         """Whoever follows asks for every history; a promotion that was cut off, or a clone, may lack some (P4)."""

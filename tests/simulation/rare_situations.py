@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from instance_manager.codec import from_json
@@ -34,7 +35,7 @@ class _Ambush:
     def cut(self, *links: Link) -> None:
         for link in links:
             self.cluster.network.block(*link)
-            self._undos.append(lambda link=link: self.cluster.network.unblock(*link))
+            self._undos.append(partial(self.cluster.network.unblock, *link))
 
     def slow(self, link: Link, added_s: float) -> None:
         self.cluster.network.slow(*link, added_s)

@@ -504,7 +504,6 @@ FAULTS = (
     # They lie in wait, for as long as it takes.
     Fault("a winner cannot open", winner_cannot_open, (35.0, 50.0), 0.1),
     Fault("data directory vanishes under a living container", directory_vanishes, weight=0.1),
-    Fault("damaged for a former primary", (20.0, 30.0), 0.1, modes=("synchronous",)),
     Fault("a candidate cannot write its promise", unwritable_candidate, (7.0, 10.0), 0.1),
 )
 
