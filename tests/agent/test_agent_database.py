@@ -51,8 +51,8 @@ class Slots:
     def __init__(self) -> None:
         self.kept: frozenset[MemberId] | None = None
         self.asked: list[frozenset[MemberId]] = []
-        self.goes_on = asyncio.Event()
-        self.goes_on.set()
+        self.takes_s: deque[float] = deque()
+        """One call after another; then each is answered at once."""
         self.running = SimpleNamespace(settings_file=None)
 
     def inspect_at_start(self) -> None:
@@ -66,7 +66,7 @@ class Slots:
 
     async def keep_slots(self, members: Collection[MemberId]) -> None:
         self.asked.append(frozenset(members))
-        await self.goes_on.wait()
+        await asyncio.sleep(self.takes_s.popleft() if self.takes_s else 0)
         self.kept = frozenset(members)
 
 
@@ -95,24 +95,20 @@ async def server(tmp_path: Path) -> Any:
 
 
 async def test_old_slots_that_are_dropped_slowly_are_gone_before_a_promotion_makes_the_new_ones(server: Server) -> None:
-    server.slots.goes_on.clear()
+    server.slots.takes_s.append(3.0)
     looking = asyncio.create_task(server.database._look())
     await settle()
     promoting = asyncio.create_task(server.database.prepare_slots(MEMBERS))
-    await settle()
-    server.slots.goes_on.set()
     await asyncio.gather(looking, promoting)
     assert server.slots.asked == [frozenset(), MEMBERS]
     assert server.slots.kept == MEMBERS
 
 
 async def test_a_first_look_that_comes_after_the_promotion_has_begun_drops_no_slot(server: Server) -> None:
-    server.slots.goes_on.clear()
+    server.slots.takes_s.append(3.0)
     promoting = asyncio.create_task(server.database.prepare_slots(MEMBERS))
     await settle()
     looking = asyncio.create_task(server.database._look())
-    await settle()
-    server.slots.goes_on.set()
     await asyncio.gather(looking, promoting)
     assert server.slots.kept == MEMBERS
     await server.database._look()
