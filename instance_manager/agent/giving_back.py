@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from instance_manager.agent.context import Context, OperationFailed
-from instance_manager.core.lease import given_back
+from instance_manager.core.lease import given_back, helps_to_give_back
 from instance_manager.core.record import ClusterRecord
 
 PAUSE_S = 10.0
@@ -13,10 +13,12 @@ PAUSE_S = 10.0
 
 
 def unopened_for_s(context: Context) -> float | None:
-    """How long ago this agent took the Lease that it holds and has not opened; None otherwise."""
+    """How long ago this agent took the Lease that it holds, has not opened and could leave to another; None otherwise."""
     c = context
     record, taken = c.keeper.record, c.taken
     if record is None or taken is None or not c.holds_lease or record.opened or record.epoch < taken.epoch:
+        return None
+    if not helps_to_give_back(record, taken.found, c.member_id):
         return None
     return c.clock.now_s() - taken.at_s
 

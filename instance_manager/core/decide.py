@@ -147,7 +147,7 @@ class Observation:
     """Back-off after a lost election (R12)."""
     reaffirm_again_in_s: float
     unopened_for_s: float | None = None
-    """How long ago this agent took the Lease that it holds, while nobody was let in yet (R13); None otherwise."""
+    """How long ago this agent took the Lease that it holds, while nobody was let in and another could take it (R13)."""
 
     @property
     def holds_lease(self) -> bool:
