@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 Link = tuple[str, str, str]
 LOOK_S = 0.05
 ANSWER_LATE_S = 0.9
+PAUSED_SHARE = 0.2
+STORE_LOST_S = 3.0
+LOSS_ALLOWED_S = 40.0
+"""After a user has asked for the verb that may lose."""
 
 
 class _Ambush:
@@ -76,14 +80,6 @@ class _Ambush:
         self.cluster.lies_in_wait = False
         self.mend()
 
-    def damage_record(self) -> bool:
-        """As `simulated_faults.damage_record`: not where nobody could tell any more what was in it."""
-        cluster = self.cluster
-        if cluster.has_lost_volume or not cluster.has_data or cluster.mode != "synchronous":
-            return False
-        cluster.store.damage()
-        return True
-
 
 def _holder(cluster: SimulatedCluster) -> SimulatedInstance | None:
     """Of whom the next one may lie in wait; one at a time, for two would only be in each other's way."""
@@ -93,34 +89,29 @@ def _holder(cluster: SimulatedCluster) -> SimulatedInstance | None:
 
 def winner_cannot_open(cluster: SimulatedCluster, chance: random.Random) -> Callable[[], None] | None:
     """R13: the primary crashes; whoever is elected has a Postgres that never lives for long, and the others do not reach
-    the store until it gives the Lease back. Perhaps the record is damaged when it has then promised another."""
+    the store until it gives the Lease back. Perhaps a user pauses the cluster meanwhile."""
     primary = _holder(cluster)
     before = cluster.record
-    if primary is None or before is None:
+    if primary is None or before is None or not before.opened:
         return None
     ambush = _Ambush(cluster)
     winner: list[SimulatedInstance] = []
-    damages = chance.random() < 0.7
-
-    def damage_after_promise(state: VolumeState) -> None:
-        last = state.last_record
-        if damages and last is not None and state.was_primary and state.promised_epoch > last.epoch:
-            ambush.over = ambush.damage_record()
 
     def look() -> None:
         record = cluster.record
         if record is None:
             return
         if winner and record.holder is None and record.release is None:
-            ambush.mend()
             cluster.world.counters["rare: a winner gave the Lease back"] += 1
-            ambush.watch_memory(winner[0], damage_after_promise)
-            winner.clear()
+            ambush.over = True
+            ambush.mend()
             return
         if not winner and _just_elected(before, record):
             elected = cluster.holder_instance()
             assert elected is not None
             winner.append(elected)
+            if chance.random() < PAUSED_SHARE:
+                cluster.verb("pause", {}, on=elected)
             for name in cluster.names:
                 if name != elected.name:
                     ambush.cut_from_store(name)
@@ -183,4 +174,34 @@ def unwritable_candidate(cluster: SimulatedCluster, chance: random.Random) -> Ca
             cluster.network.unblock(primary.name, candidate.name, "http")
 
     ambush.keep_looking(look)
+    return ambush.end
+
+
+def interrupted_failover_with_loss(cluster: SimulatedCluster, chance: random.Random) -> Callable[[], None] | None:
+    """R3: the record is damaged while its holder reaches no voter, so that a user asks that holder for the verb with loss;
+    and when it has promised the next epoch to itself, it loses the store for a moment."""
+    primary, record = _holder(cluster), cluster.record
+    if primary is None or record is None or record.quorum == 0 or cluster.has_lost_volume or not cluster.has_data:
+        return None
+    ambush = _Ambush(cluster)
+    ambush.cut(*cluster.links_of(primary.name, ["http"]))
+    cluster.store.damage()
+
+    def promised(state: VolumeState) -> None:
+        last = state.last_record
+        if last is not None and state.was_primary and state.promised_epoch > last.epoch:
+            ambush.over = True
+            ambush.mend()
+            cut = _Ambush(cluster)
+            cut.cut_from_store(primary.name)
+            cluster.world.call_later(STORE_LOST_S, cut.end)
+
+    def ask() -> None:
+        agent = primary.supervisor.agent if primary.supervisor is not None else None
+        if not ambush.over and agent is not None and agent.alive:
+            cluster.checker.loss_allowed_until_s = cluster.world.now_s + LOSS_ALLOWED_S
+            cluster.verb("failover", {"allow_data_loss": True}, on=primary)
+
+    ambush.watch_memory(primary, promised)
+    cluster.world.call_later(cluster.timings.hard_s + 1.0, ask)
     return ambush.end

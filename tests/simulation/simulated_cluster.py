@@ -289,12 +289,12 @@ class SimulatedCluster:
             hint_duplicated=sometimes(0.5),
         )
 
-    def verb(self, verb: str, arguments: dict[str, Any]) -> None:
-        """A user's command to any instance that runs, not waited for."""
+    def verb(self, verb: str, arguments: dict[str, Any], *, on: SimulatedInstance | None = None) -> None:
+        """A user's command to this or any instance that runs, not waited for."""
         running = [i for i in self.instances.values() if i.supervisor is not None and i.supervisor.agent is not None]
         if not running:
             return
-        instance = self.chance.choice(running)
+        instance = on or self.chance.choice(running)
         supervisor = instance.supervisor
         if supervisor is None or supervisor.agent is None or instance.agent is None or not supervisor.agent.alive:
             return

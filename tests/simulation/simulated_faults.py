@@ -11,7 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rare_situations import directory_vanishes, unwritable_candidate, winner_cannot_open
+from rare_situations import (
+    directory_vanishes,
+    interrupted_failover_with_loss,
+    unwritable_candidate,
+    winner_cannot_open,
+)
 
 if TYPE_CHECKING:
     from simulated_cluster import SimulatedCluster
@@ -504,6 +509,7 @@ FAULTS = (
     # They lie in wait, for as long as it takes.
     Fault("a winner cannot open", winner_cannot_open, (35.0, 50.0), 0.1),
     Fault("data directory vanishes under a living container", directory_vanishes, weight=0.1),
+    Fault("failover with loss interrupted", interrupted_failover_with_loss, (25.0, 30.0), 0.1, modes=("synchronous",)),
     Fault("a candidate cannot write its promise", unwritable_candidate, (7.0, 10.0), 0.1),
 )
 
