@@ -20,7 +20,7 @@ from instance_manager.config import Configuration
 from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import TRANSITIONS, Role
-from instance_manager.core.types import MemberId
+from instance_manager.core.types import Epoch, MemberId
 from instance_manager.ports import Clock, Coordination, Publication
 from instance_manager.status import DecisionLine
 
@@ -86,6 +86,17 @@ def _without_numbers(text: str) -> str:
     return text.translate(_NO_DIGITS)
 
 
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """A write by which this agent took the Lease, or may have."""
+
+    found: ClusterRecord
+    """The record that it stood on."""
+    epoch: Epoch
+    at_s: float
+    """When it was about to be sent, CLOCK_BOOTTIME."""
+
+
 @dataclass(slots=True)
 class Context:
     configuration: Configuration
@@ -125,8 +136,8 @@ class Context:
     suspects: str | None = None
     yielding: str | None = None
     yielding_since_s: float | None = None
-    found: ClusterRecord | None = None
-    """The record that the last takeover of this agent stood on (R13)."""
+    taken: Takeover | None = None
+    """The last that this agent wrote, until it has promoted by it (R13)."""
     operation: str | None = None
     """What takes long, with its progress, for people."""
     paused_until_s: float = 0.0

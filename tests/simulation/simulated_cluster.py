@@ -142,6 +142,8 @@ class SimulatedCluster:
         self._destroyed: dict[MemberId, DataDirectory] = {}
         self._members: dict[str, tuple[bytes, MemberId | None]] = {}
         self._volume_spent = False
+        self.lies_in_wait = False
+        """One of `rare_situations` does."""
         self.undos: dict[int, tuple[Fault, Undo]] = {}
         self._next_undo = 0
         self._last_mend_s = float("inf")
@@ -245,6 +247,14 @@ class SimulatedCluster:
         if member is not None and instance.volume.data is not None:
             self._destroyed[member] = instance.volume.data
         instance.destroy_volume(with_memory=with_memory)
+
+    def lose_directory_alone(self, instance: SimulatedInstance) -> None:
+        """Under a living container."""
+        self.spend_volume()
+        member = self.member_at(instance)
+        if member is not None and instance.volume.data is not None:
+            self._destroyed[member] = instance.volume.data
+        instance.lose_directory()
 
     def state_before_every_memory(self, chance: random.Random) -> float | None:
         """How long ago the record was at an epoch that every volume remembers a later one of; None: never."""
