@@ -137,6 +137,16 @@ def taken() -> Counter[str]:
     return found
 
 
+def note(name: str) -> str:
+    """Why this branch may be at zero, for the summary; empty if it may not."""
+    if name in GUARDS:
+        return "  (a guard)"
+    for words, why in (*NOT_HERE.items(), *SECOND_LOOKS.items()):
+        if words in name:
+            return f"  ({why})"
+    return ""
+
+
 def wrong_excuses(counters: Counter[str]) -> Iterator[str]:
     """Words of NOT_HERE that name no branch, or one that was taken after all."""
     for words in NOT_HERE:
