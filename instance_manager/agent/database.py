@@ -554,6 +554,15 @@ class Database:
             await self._reload()
         return names
 
+    async def wal_segment_bytes(self) -> int:
+        """Of the data directory; the same for all of the cluster."""
+        return (await self._postgres.control_data()).wal_segment_bytes
+
+    async def wake_archiving(self) -> None:
+        """A reload ends the minute's pause that Postgres's archiver makes after three failures."""
+        if self.running:
+            await self._reload()
+
     def restart_order(self) -> RestartOrder:
         """Who must be restarted first for the configuration to take effect everywhere without stopping replay."""
         if self._seen is None:

@@ -7,12 +7,12 @@ import os
 import sys
 
 from instance_manager.supervisor import fence, processes
+from instance_manager.supervisor.companion import COMPANION_SEPARATOR
 from instance_manager.supervisor.exit_codes import ExitCode
 from instance_manager.supervisor.log import Log
 from instance_manager.supervisor.supervisor import Options, Supervisor
 
 KUBERNETES_TERMINATION_LOG = "/dev/termination-log"
-COMPANION_SEPARATOR = "---"
 
 
 def main() -> ExitCode:

@@ -10,6 +10,9 @@ from instance_manager.supervisor.backoff import Backoff
 from instance_manager.supervisor.log import Log
 from instance_manager.supervisor.processes import Child, spawn
 
+COMPANION_SEPARATOR = "---"
+"""Stands between the agent's command line and the companion's."""
+
 
 class Companion:
     """The command that is to run, and its process while there is one. An empty command: there is none, ever."""
