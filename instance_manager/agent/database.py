@@ -105,6 +105,7 @@ class Database:
         self._stopping_since_s: float | None = None
         self._checkpoint: asyncio.Task[None] | None = None
         self._allowing = Allowing(postgres, may_fetch=lambda: self._following is not None)
+        self._promoting = False
         self._asked_s = clock.now_s()
         """When this server was last told to follow somebody else than before."""
         self._report = postgres.inspect_at_start()
@@ -240,7 +241,8 @@ class Database:
                 self._answers = False
                 if SHUTTING_DOWN in str(error) and self._stopping_since_s is None:
                     self._stopping_since_s = self._clock.now_s()
-        if process is not None and process.mode == "standby":
+        # Looked at anew: it may have been promoted meanwhile, and then it archives.
+        if not self._promoting and self._link.postgres is not None and self._link.postgres.mode == "standby":
             await self._allowing.allow(self._standby_may())
         if before != (self._answers, self._seen.is_receiving if self._seen else None):
             self._on_change()
@@ -417,9 +419,10 @@ class Database:
         """Become exactly the claimed timeline (P4); stopped again if it became anything else."""
         await self._postgres.write_access(Access.CLOSED)
         await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
-        # Before: the new timeline's history waits to be archived from the first moment.
-        await self._allowing.allow("push")
+        self._promoting = True
         try:
+            # Before: the new timeline's history waits to be archived from the first moment.
+            await self._allowing.allow("push")
             self._timeline = await self._postgres.promote(
                 chain, lambda: self._link.promote(epoch), deadline_s=deadline_s
             )
@@ -427,6 +430,8 @@ class Database:
             if isinstance(error, promotion.PromotedWrong) or error.triggered:
                 await self.kill()
             raise
+        finally:
+            self._promoting = False
         await self._look()
 
     # Serving.
