@@ -181,7 +181,7 @@ def main() -> int:
         print(f"NEVER EXERCISED: {name}")
     wrong = list(simulation_branches.wrong_excuses(summary.counters))
     for words in wrong:
-        print(f"WRONG IN NOT_HERE: {words!r} names no branch, or one that was taken")
+        print(f"WRONG EXCUSE: {words!r} names no branch, or one that was taken")
     return 1 if summary.failures or missing or wrong else 0
 
 
