@@ -6,6 +6,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 TEST_FOLDERS := $(sort $(dir $(wildcard tests/*/*.py)))
+# Where `make demo DEMO_OPTIONS='--s3 ENDPOINT/BUCKET'` logs in.
+S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PROFILE,AWS_REGION,AWS_DEFAULT_REGION
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
@@ -28,7 +30,7 @@ $(VENV)/.made-for-tests: $(VENV)/.made
 	@touch $@
 
 demo: system $(VENV)/.made
-	@$(SUDO) $(RUN) instance_manager demo $(DEMO_OPTIONS)
+	@$(if $(SUDO),$(SUDO) --preserve-env=$(S3_VARIABLES)) $(RUN) instance_manager demo $(DEMO_OPTIONS)
 
 lint: $(VENV)/.made-for-tests
 	$(RUN) ruff check .

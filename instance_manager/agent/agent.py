@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
+from instance_manager.agent.archiving import Archiving
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.control import Control
 from instance_manager.agent.elections import Elections
@@ -93,7 +94,8 @@ class Agent:
         self.elections = Elections(context)
         self.primary = PrimaryDuties(context)
         self.rejoining = Rejoining(context)
-        self.reporting = Reporting(context)
+        self.archiving = Archiving(context)
+        self.reporting = Reporting(context, self.archiving.state)
         self.control_verbs = Control(
             context,
             self.reporting,
@@ -146,6 +148,7 @@ class Agent:
                 tasks.create_task(self._tick()),
                 tasks.create_task(self._look_for_death()),
                 tasks.create_task(keep_extending(c)),
+                tasks.create_task(self.archiving.run()),
             ]
             await self._loop()
             await c.publication.finish(deadline_s=LAST_WORDS_S)
@@ -181,6 +184,7 @@ class Agent:
             self._follow_members()
             self._notice_lost_data()
             c.publish_role()
+            self.archiving.look()
             if not self._adopted:
                 await self._adopt()
             observation = self.observe()

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from instance_manager.agent.archiver_port import Archiver, NoArchiver
 from instance_manager.agent.database import Database
 from instance_manager.agent.health import Health
 from instance_manager.agent.lease_keeper import LeaseKeeper
@@ -114,6 +115,7 @@ class Context:
     chance: random.Random
     """Ids and randomised waits: the system's own randomness; in a simulation, the seed's."""
     publication: Publication = field(default_factory=Unpublished)
+    archiver: Archiver = field(default_factory=NoArchiver)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     announced: asyncio.Event = field(default_factory=asyncio.Event)
     voting: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -126,6 +128,8 @@ class Context:
     """Clients are let in."""
     giving_up: bool = False
     """In order, and still serving: new clients are led elsewhere."""
+    archives_to_the_end: bool = False
+    """It stops with nobody to take over: what is left goes to the archive while Postgres ends."""
     opened_s: float | None = None
     """When this primary began to run read-write."""
     takeover_open: bool = False
@@ -195,6 +199,7 @@ class Context:
         self.role = role
         self.publish_role()
         self.announce()
+        self.wake.set()
 
     def publish_role(self) -> None:
         """`primary` only while it is open for writes, and not from the moment that it means to stop."""

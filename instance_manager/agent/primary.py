@@ -490,7 +490,15 @@ class PrimaryDuties:
             c.take_role(Role.STOPPING, reason)
         finally:
             c.giving_up = False
-        clean = await c.database.stop(deadline_s=timings.stop_timeout_s if target else 4 * timings.stop_timeout_s)
+        # Whoever takes over archives what is left. Where nobody does it is now or after the next start, if there is one.
+        c.archives_to_the_end = target is None
+        try:
+            clean = await c.database.stop(
+                deadline_s=timings.stop_timeout_s if target else 4 * timings.stop_timeout_s,
+                archive_for_s=0.0 if target else 2 * timings.stop_timeout_s,
+            )
+        finally:
+            c.archives_to_the_end = False
         c.gate_open = False
         if not clean:
             await c.database.kill()

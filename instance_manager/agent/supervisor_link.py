@@ -162,6 +162,10 @@ class SupervisorLink:
         self.expected_exit = True
         await self._request({"type": "kill"}, deadline_s)
 
+    def restart_companion(self) -> None:
+        """The third child hangs: it is killed, and started again."""
+        self._send({"type": "restart_companion"})
+
     async def goodbye(self) -> None:
         with contextlib.suppress(SupervisorError):
             await self._request({"type": "goodbye"})

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from instance_manager.core.archive_state import ArchiveState
 from instance_manager.core.election import Candidate, place
 from instance_manager.core.lease import entitled_by_time
 from instance_manager.core.record import ClusterRecord, Holder
@@ -90,6 +91,7 @@ class PeerState:
     problem: str | None = None
     opened: bool = False
     synchronous: str | None = None
+    archive: ArchiveState | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,6 +61,9 @@ class Slots:
     def forget(self) -> None:
         return None
 
+    async def allow_archive(self, what: object, *, deadline_s: float) -> None:
+        return None
+
     async def observe(self, *, deadline_s: float) -> Any:
         return SimpleNamespace(walreceiver=None, is_receiving=False, in_recovery=True)
 
