@@ -13,21 +13,26 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import msgspec
+
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.assembly import HEALTH_INTERVAL_S, Ports, assemble
 from instance_manager.agent.configuration_file import Signature, keep_reading, signature
 from instance_manager.agent.health import DiskProbe
 from instance_manager.agent.installed_postgres import InstalledPostgres, local_server
+from instance_manager.agent.instance_metrics import InstanceMetrics, statistics_options
 from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorError
 from instance_manager.agent.surroundings import surroundings_of
 from instance_manager.agent.volume import VolumeDirectory, VolumeUnusable, boot_id
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
-from instance_manager.config_sections import MemberSection
+from instance_manager.config_sections import MemberSection, MetricsSection
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
 from instance_manager.launch import NO_ARCHIVER
 from instance_manager.logs import logging_to
+from instance_manager.metrics.custom import QueriesUnusable
+from instance_manager.metrics.postgres import Options, PostgresMetrics
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
 
@@ -72,7 +77,10 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
                 make_postgres=lambda reload: InstalledPostgres(configuration, server, version, reload),
             ),
         )
-        agent.reload_configuration = _reloader(agent, configuration_file, members)
+        statistics = PostgresMetrics(server, version.major, _options_or_none(configuration))
+        ending.push_async_callback(statistics.close)
+        agent.reload_configuration = _reloader(agent, configuration_file, members, statistics)
+        agent.exposition = InstanceMetrics(agent.context, statistics, disk).exposition
         disk.start()
         async with serve(agent, configuration), _watched(agent, configuration_file, seen):
             # What was imported and built stays: later collections need not look at it again.
@@ -106,7 +114,22 @@ async def _watched(agent: Agent, configuration_file: Path, seen: Signature | Non
             await watching
 
 
-def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Callable[[], Awaitable[str]]:
+def _options_or_none(configuration: Configuration) -> Options:
+    """A broken file of queries costs its own metrics, and never the start of an instance."""
+    try:
+        return statistics_options(configuration)
+    except QueriesUnusable as error:
+        log.error("no custom queries: %s", error)  # noqa: TRY400 - the text says it all
+        return statistics_options(msgspec.structs.replace(configuration, metrics=_without_queries(configuration)))
+
+
+def _without_queries(configuration: Configuration) -> MetricsSection:
+    return msgspec.structs.replace(configuration.metrics, queries=())
+
+
+def _reloader(
+    agent: Agent, configuration_file: Path, members: _Members, statistics: PostgresMetrics
+) -> Callable[[], Awaitable[str]]:
     async def reload() -> str:
         configuration = await asyncio.to_thread(load_configuration, configuration_file)
         if configuration.archive is not None:
@@ -117,6 +140,11 @@ def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Call
                 f"{configuration_file}: instance, coordination, the cluster's name and uid (and members, where they are "
                 "listed) change at a restart of the instance only"
             )
+        try:
+            options = await asyncio.to_thread(statistics_options, configuration)
+        except QueriesUnusable as error:
+            raise ConfigurationError(str(error)) from error
+        statistics.replace_options(options)
         agent.context.configuration = members.configuration = configuration
         agent.context.wake.set()
         restart = await agent.context.database.reload_configuration(configuration)

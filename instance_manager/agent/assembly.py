@@ -18,6 +18,7 @@ from instance_manager.agent.supervisor_link import Datagrams, SupervisorLink
 from instance_manager.agent.volume import Volume, VolumeStorage
 from instance_manager.config import Configuration
 from instance_manager.core.types import Epoch, MemberName
+from instance_manager.metrics.measures import Measures
 from instance_manager.ports import Clock, Coordination, PeerCaller, Publication
 
 HEALTH_INTERVAL_S = 1.0
@@ -64,6 +65,7 @@ class _Late:
 def assemble(configuration: Configuration, ports: Ports) -> Agent:
     """VolumeUnusable, and OSError where the directory cannot be looked at. Nothing runs before `Agent.run`."""
     clock = ports.clock
+    measures = Measures()
     late = _Late()
     link = SupervisorLink(ports.datagrams, now_s=clock.now_s, on_event=late.supervisor_event)
     postgres = ports.make_postgres(lambda: link.signal("HUP"))
@@ -88,6 +90,7 @@ def assemble(configuration: Configuration, ports: Ports) -> Agent:
         grant=link.extend,
         on_change=late.wake,
         chance=ports.chance,
+        measured=measures.renewed,
     )
     peers = Peers(
         ports.caller,
@@ -113,6 +116,7 @@ def assemble(configuration: Configuration, ports: Ports) -> Agent:
         boot_id=ports.boot_id,
         chance=ports.chance,
         publication=ports.publication,
+        measures=measures,
     )
     late.made = Agent(context)
     return late.made
