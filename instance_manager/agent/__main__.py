@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -25,7 +26,7 @@ from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorEr
 from instance_manager.agent.surroundings import surroundings_of
 from instance_manager.agent.volume import VolumeDirectory, VolumeUnusable, boot_id
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
-from instance_manager.config_sections import MemberSection, MetricsSection
+from instance_manager.config_sections import MemberSection
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
@@ -77,7 +78,7 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
                 make_postgres=lambda reload: InstalledPostgres(configuration, server, version, reload),
             ),
         )
-        statistics = PostgresMetrics(server, version.major, _options_or_none(configuration))
+        statistics = PostgresMetrics(server, version.major, _usable_options(configuration))
         ending.push_async_callback(statistics.close)
         agent.reload_configuration = _reloader(agent, configuration_file, members, statistics)
         agent.exposition = InstanceMetrics(agent.context, statistics, disk).exposition
@@ -114,17 +115,15 @@ async def _watched(agent: Agent, configuration_file: Path, seen: Signature | Non
             await watching
 
 
-def _options_or_none(configuration: Configuration) -> Options:
+def _usable_options(configuration: Configuration) -> Options:
     """A broken file of queries costs its own metrics, and never the start of an instance."""
     try:
         return statistics_options(configuration)
     except QueriesUnusable as error:
         log.error("no custom queries: %s", error)  # noqa: TRY400 - the text says it all
-        return statistics_options(msgspec.structs.replace(configuration, metrics=_without_queries(configuration)))
-
-
-def _without_queries(configuration: Configuration) -> MetricsSection:
-    return msgspec.structs.replace(configuration.metrics, queries=())
+        without = msgspec.structs.replace(configuration.metrics, queries=())
+        options = statistics_options(msgspec.structs.replace(configuration, metrics=without))
+        return replace(options, custom_unusable=True)
 
 
 def _reloader(

@@ -177,15 +177,16 @@ STAT_ARCHIVER = MetricQuery(
 STAT_REPLICATION = MetricQuery(
     name="pg_stat_replication",
     sql="""
-    SELECT application_name, host(client_addr) AS client_addr, state, reply_time,
+    SELECT r.application_name, host(r.client_addr) AS client_addr, r.state, coalesce(s.slot_name, '') AS slot_name,
+           r.reply_time,
            CASE WHEN NOT pg_is_in_recovery() THEN pg_wal_lsn_diff(pg_current_wal_lsn(), '0/0')::float8 END
                AS pg_current_wal_lsn_bytes,
-           CASE WHEN NOT pg_is_in_recovery() THEN pg_wal_lsn_diff(pg_current_wal_lsn(), replay_lsn)::float8 END
+           CASE WHEN NOT pg_is_in_recovery() THEN pg_wal_lsn_diff(pg_current_wal_lsn(), r.replay_lsn)::float8 END
                AS pg_wal_lsn_diff
-    FROM pg_stat_replication
+    FROM pg_stat_replication r LEFT JOIN pg_replication_slots s ON s.active_pid = r.pid
     """,
     columns=(
-        *_labels("application_name", "client_addr", "state"),
+        *_labels("application_name", "client_addr", "state", "slot_name"),
         *_columns(
             "GAUGE",
             {

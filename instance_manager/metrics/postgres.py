@@ -88,6 +88,8 @@ class Options:
     """Also one series for each table and statistic."""
     refresh_s: float = 30.0
     custom: tuple[CustomQuery, ...] = ()
+    custom_unusable: bool = False
+    """There should be custom queries, and their files cannot be used."""
 
 
 class PostgresMetrics:
@@ -325,10 +327,15 @@ class PostgresMetrics:
     # What is shown.
 
     def _blocks(self, results: list[_Result], began_s: float, running: bool) -> list[Block]:
-        server = self.options.server_label
         up = bool(results) and results[0].succeeded
-        blocks = [gauge("pg_up", "1: Postgres answered this scrape.", up, server=server)]
-        blocks[0].family = Family("pg_up", "gauge", blocks[0].family.help, ("server",))
+        blocks = [
+            gauge("pg_up", "1: Postgres answered this scrape.", up),
+            gauge(
+                "instance_manager_custom_queries_load_error",
+                "1: a file of custom queries cannot be used, so none of them runs; the log says why.",
+                self.options.custom_unusable,
+            ),
+        ]
         # From a server that does not answer nothing of before is shown: it would pass for the present.
         shown = [*results, *self._kept.values()] if up else results
         if not up and running and not results:
