@@ -240,7 +240,7 @@ ALERTS = (
         severity="warning",
         summary=f"{WHERE}: slot {{{{ $labels.slot_name }}}} has lost WAL that it needs.",
         means="The slot fell behind `max_slot_wal_keep_size`; what streams from it cannot go on.",
-        look="Whose slot it is.",
+        look="Whose slot it is: those of members are named after their member id.",
         do="A member's standby: `instance-manager reinit NAME`. A logical consumer: set up its subscription anew.",
     ),
     Alert(
