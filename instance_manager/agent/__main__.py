@@ -12,11 +12,15 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from instance_manager.agent.agent import Agent
+from instance_manager.agent.archiver_client import ArchiverClient
+from instance_manager.agent.archiver_port import Archiver, NoArchiver
+from instance_manager.agent.archiver_status import ask_archiver
 from instance_manager.agent.assembly import HEALTH_INTERVAL_S, Ports, assemble
 from instance_manager.agent.configuration_file import Signature, keep_reading, signature
 from instance_manager.agent.health import DiskProbe
@@ -30,7 +34,6 @@ from instance_manager.config_sections import MemberSection
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
-from instance_manager.launch import NO_ARCHIVER
 from instance_manager.logs import logging_to
 from instance_manager.metrics.custom import QueriesUnusable
 from instance_manager.metrics.postgres import Options, PostgresMetrics
@@ -76,17 +79,25 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
                 publication=around.publication,
                 caller=caller,
                 make_postgres=lambda reload: InstalledPostgres(configuration, server, version, reload),
+                make_archiver=lambda wake: _archiver(configuration, clock, wake),
             ),
         )
         statistics = PostgresMetrics(server, version.major, _usable_options(configuration))
         ending.push_async_callback(statistics.close)
         agent.reload_configuration = _reloader(agent, configuration_file, members, statistics)
-        agent.exposition = InstanceMetrics(agent.context, statistics, disk).exposition
+        asked = partial(ask_archiver, configuration.archive_socket) if configuration.archive is not None else None
+        agent.exposition = InstanceMetrics(agent.context, statistics, disk, archiver=asked).exposition
         disk.start()
         async with serve(agent, configuration), _watched(agent, configuration_file, seen):
             # What was imported and built stays: later collections need not look at it again.
             gc.freeze()
             await agent.run()
+
+
+def _archiver(configuration: Configuration, clock: BootTime, wake: Callable[[], None]) -> Archiver:
+    if configuration.archive is None:
+        return NoArchiver()
+    return ArchiverClient(configuration.archive_socket, clock, on_answer=wake)
 
 
 class _Members:
@@ -131,13 +142,11 @@ def _reloader(
 ) -> Callable[[], Awaitable[str]]:
     async def reload() -> str:
         configuration = await asyncio.to_thread(load_configuration, configuration_file)
-        if configuration.archive is not None:
-            raise ConfigurationError(f"{configuration_file}: {NO_ARCHIVER}")
         before = agent.context.configuration
         if _fixed(configuration) != _fixed(before):
             raise ConfigurationError(
-                f"{configuration_file}: instance, coordination, the cluster's name and uid (and members, where they are "
-                "listed) change at a restart of the instance only"
+                f"{configuration_file}: instance, coordination, archive, the cluster's name and uid (and members, where they "
+                "are listed) change at a restart of the instance only"
             )
         try:
             options = await asyncio.to_thread(statistics_options, configuration)
@@ -159,7 +168,14 @@ def _fixed(configuration: Configuration) -> tuple[object, ...]:
     """What does not change while the instance runs. On Kubernetes members come and go."""
     listed = configuration.members if configuration.coordination.local is not None else ()
     cluster = configuration.cluster
-    return configuration.instance, configuration.coordination, cluster.name, cluster.uid, listed
+    return (
+        configuration.instance,
+        configuration.coordination,
+        configuration.archive,
+        cluster.name,
+        cluster.uid,
+        listed,
+    )
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from instance_manager import __version__
+from instance_manager.agent.archiver_status import ArchiverAnswer
 from instance_manager.agent.context import Context
 from instance_manager.agent.health import DiskHealth
 from instance_manager.config import Configuration
@@ -43,7 +44,7 @@ def statistics_options(configuration: Configuration) -> Options:
 
 
 class InstanceMetrics:
-    """`exposition` is one scrape. `archive_status` asks the archiver, for its whole status as JSON; None: no archive."""
+    """`exposition` is one scrape. `archiver` asks the archiver for its status; None: no archive is configured."""
 
     def __init__(
         self,
@@ -51,14 +52,13 @@ class InstanceMetrics:
         postgres: PostgresStatistics,
         disk: DiskHealth,
         *,
-        archive_status: Callable[[], Awaitable[bytes]] | None = None,
-        archiver_pid: Callable[[], int | None] = lambda: None,
+        archiver: Callable[[], Awaitable[ArchiverAnswer]] | None = None,
     ) -> None:
         self._c = context
         self._postgres = postgres
         self._disk = disk
-        self._archive_status = archive_status
-        self._archiver_pid = archiver_pid
+        self._archiver = archiver
+        self._archiver_pid: int | None = None
 
     async def exposition(self) -> bytes:
         """Both parts are asked at once, each with its own limit, so that the answer is there within a second."""
@@ -72,14 +72,16 @@ class InstanceMetrics:
         return permit.soft_s - self._c.clock.now_s() if permit is not None and self._c.holds_lease else 0.0
 
     async def _archive(self) -> list[Block]:
-        if self._archive_status is None:
+        if self._archiver is None:
             return []
         try:
             async with asyncio.timeout(ARCHIVE_BUDGET_S):
-                status: bytes | None = await self._archive_status()
+                answer = await self._archiver()
         except (OSError, TimeoutError, EOFError):
-            status = None
-        return archive_blocks(status)
+            self._archiver_pid = None
+            return archive_blocks(None)
+        self._archiver_pid = answer.pid
+        return archive_blocks(answer.status)
 
     def _blocks(self) -> list[Block]:
         c = self._c
@@ -240,8 +242,8 @@ class InstanceMetrics:
         if (took_s := getattr(disk, "flush_s", None)) is not None:
             flush.add(took_s, "instance")
         pids = {"agent": os.getpid(), "supervisor": os.getppid()}
-        if (archiver := self._archiver_pid()) is not None:
-            pids["archiver"] = archiver
+        if self._archiver_pid is not None:
+            pids["archiver"] = self._archiver_pid
         return [
             restarts.block(),
             reaped.block(),
