@@ -34,7 +34,7 @@ from instance_manager.config_sections import MemberSection
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
-from instance_manager.logs import logging_to
+from instance_manager.logs import logging_to, set_level
 from instance_manager.metrics.custom import QueriesUnusable
 from instance_manager.metrics.postgres import Options, PostgresMetrics
 from instance_manager.postgres.binaries import server_version
@@ -153,6 +153,7 @@ def _reloader(
         except QueriesUnusable as error:
             raise ConfigurationError(str(error)) from error
         statistics.replace_options(options)
+        set_level(configuration.log_level)
         agent.context.configuration = members.configuration = configuration
         agent.context.wake.set()
         restart = await agent.context.database.reload_configuration(configuration)

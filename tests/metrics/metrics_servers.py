@@ -36,10 +36,11 @@ class Scrape:
     def __init__(self, blocks: list[Block]) -> None:
         self.text = render(blocks).decode()
         self.samples: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        named = {line.split(" ")[2] for line in self.text.splitlines() if line.startswith("# TYPE ")}
         for family in text_string_to_metric_families(self.text):
             for sample in family.samples:
                 name = sample.name
-                if name.endswith("_total") and f"# TYPE {name} " not in self.text:
+                if name.endswith("_total") and name not in named:
                     # The library's own ending, which the exporter's counters do not have.
                     name = name.removesuffix("_total")
                 self.samples[name, frozenset(sample.labels.items())] = sample.value

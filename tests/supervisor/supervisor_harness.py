@@ -216,8 +216,9 @@ class Harness:
 
     def log(self, event: str) -> list[dict[str, Any]]:
         """The supervisor's log lines of one event."""
-        lines = [line for line in self._log_path.read_text().splitlines() if line.startswith('{"ts"')]
-        return [record for record in map(json.loads, lines) if record["event"] == event]
+        lines = [line for line in self._log_path.read_text().splitlines() if line.startswith('{"time"')]
+        records = [json.loads(line) for line in lines]
+        return [{**record, **record["fields"]} for record in records if record["message"] == event]
 
     def living(self) -> list[int]:
         """Everything that this run started and that still lives."""

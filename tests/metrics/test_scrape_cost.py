@@ -1,0 +1,83 @@
+"""What a full scrape costs with many databases and tables, beside the same queries asked bare."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+import pytest
+from harness import Cluster
+from metrics_servers import SERVER, collecting, scrape
+
+from instance_manager.metrics import catalogue, settings
+from instance_manager.metrics.exposition import render
+from instance_manager.metrics.postgres import Options
+from instance_manager.postgres.host_based_access import MONITORING_ROLE
+from instance_manager.postgres.sql import Session, connect
+
+DATABASES, TABLES_EACH = 50, 20
+TARGET_S = 0.1
+ROUNDS = 9
+
+
+async def _median_s(work: Callable[[], Awaitable[object]]) -> float:
+    took = []
+    for _ in range(ROUNDS):
+        began_s = time.perf_counter()
+        await work()
+        took.append(time.perf_counter() - began_s)
+    return statistics.median(took)
+
+
+@pytest.mark.timeout(300)
+async def test_a_full_scrape_of_50_databases_and_1000_tables_takes_a_tenth_of_a_second(cluster: Cluster) -> None:
+    """On a loaded machine as well: no more than twice what the bare queries take there at the same time."""
+    primary = cluster.add("p")
+    primary.set_dynamic(synchronous_standby_names="")
+    primary.configure(fsync="off")
+    await primary.start()
+    await primary.execute(f"CREATE ROLE {MONITORING_ROLE} LOGIN IN ROLE pg_monitor")
+    await primary.execute("CREATE DATABASE tenant_0")
+    connection = await asyncpg.connect(
+        host=str(primary.socket), port=primary.port, user="postgres", password="", database="tenant_0", ssl=False
+    )
+    for number in range(TABLES_EACH):
+        await connection.execute(f"CREATE TABLE public.orders_{number} (id int PRIMARY KEY)")
+    await connection.close()
+    for number in range(1, DATABASES):
+        await primary.execute(f"CREATE DATABASE tenant_{number} TEMPLATE tenant_0")
+
+    async with collecting(primary, Options(SERVER, refresh_s=3600)) as measured:
+        await scrape(measured)
+        assert measured._round is not None
+        await measured._round
+        seen = await scrape(measured)
+        tables = [labels for name, labels in seen.samples if name == "pg_stat_user_tables_seq_scan"]
+        assert len(tables) == DATABASES * TABLES_EACH
+        assert seen.value("pg_exporter_last_scrape_error") == 0
+
+        size = 0
+
+        async def full() -> None:
+            nonlocal size
+            size = len(render(await measured.collect(running=True, budget_s=20)))
+
+        bare_session = Session(await connect(primary.server, as_monitor=True))
+        queries = [query.sql for query in catalogue.EACH_SCRAPE if query.is_for(15, is_primary=True)]
+
+        async def bare() -> None:
+            for query in (*queries, settings.SQL):
+                await bare_session.fetch_prepared(query, deadline_s=20)
+
+        try:
+            await bare()
+            bare_s = await _median_s(bare)
+            full_s = await _median_s(full)
+        finally:
+            bare_session.terminate()
+    print(
+        f"{len(seen.samples)} samples, {size / 1e6:.1f} MB: {1000 * full_s:.0f} ms, bare queries {1000 * bare_s:.0f} ms"
+    )
+    assert full_s < max(TARGET_S, 2 * bare_s)
