@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_tools import Writer, http_get, stopped, wait_other_primary
+from cluster_tools import Writer, http_get, psql, stopped, wait_other_primary
 
 from instance_manager.demo.cluster import LocalCluster
 
@@ -85,6 +85,12 @@ def test_every_query_of_both_dashboards_returns_data_after_a_failover(
     lasting_cluster.wait_redundant(75)
     with Writer(lasting_cluster, "metrics_are_told") as writer, prometheus_of(lasting_cluster, tmp_path) as prometheus:
         writer.wait_for_more(20)
+        told = psql(
+            lasting_cluster.connection_string(),
+            "CREATE TABLE IF NOT EXISTS measured (id int); INSERT INTO measured VALUES (1), (2); "
+            "UPDATE measured SET id = 3 WHERE id = 1; DELETE FROM measured",
+        )
+        assert told.code == 0, str(told)
         wanted = f"min(count_over_time(instance_manager_build_info[1m])) >= {SCRAPES} and count(up == 1) == 3"
         lasting_cluster.wait(lambda: prometheus.ask(wanted), 60, "all three are scraped")
         empty = [query for query in QUERIES if not prometheus.ask(query)]

@@ -22,18 +22,21 @@ TARGET_S = 0.1
 ROUNDS = 9
 
 
-async def _median_s(work: Callable[[], Awaitable[object]]) -> float:
-    took = []
+async def _medians_s(work: Callable[[], Awaitable[object]]) -> tuple[float, float]:
+    """Of the time that passed, and of this process's processor time."""
+    took, used = [], []
     for _ in range(ROUNDS):
-        began_s = time.perf_counter()
+        began_s, cpu_s = time.perf_counter(), time.process_time()
         await work()
         took.append(time.perf_counter() - began_s)
-    return statistics.median(took)
+        used.append(time.process_time() - cpu_s)
+    return statistics.median(took), statistics.median(used)
 
 
 @pytest.mark.timeout(300)
 async def test_a_full_scrape_of_50_databases_and_1000_tables_takes_a_tenth_of_a_second(cluster: Cluster) -> None:
-    """On a loaded machine as well: no more than twice what the bare queries take there at the same time."""
+    """Where other work takes the machine, no more than three times what the bare queries take there at the same time; what this
+    process itself uses stays below a tenth of a second in any case."""
     primary = cluster.add("p")
     primary.set_dynamic(synchronous_standby_names="")
     primary.configure(fsync="off")
@@ -73,11 +76,13 @@ async def test_a_full_scrape_of_50_databases_and_1000_tables_takes_a_tenth_of_a_
 
         try:
             await bare()
-            bare_s = await _median_s(bare)
-            full_s = await _median_s(full)
+            bare_s, bare_cpu_s = await _medians_s(bare)
+            full_s, full_cpu_s = await _medians_s(full)
         finally:
             bare_session.terminate()
     print(
-        f"{len(seen.samples)} samples, {size / 1e6:.1f} MB: {1000 * full_s:.0f} ms, bare queries {1000 * bare_s:.0f} ms"
+        f"{len(seen.samples)} samples, {size / 1e6:.1f} MB: {1000 * full_s:.0f} ms ({1000 * full_cpu_s:.0f} ms of processor "
+        f"here); bare queries {1000 * bare_s:.0f} ms ({1000 * bare_cpu_s:.0f} ms)"
     )
-    assert full_s < max(TARGET_S, 2 * bare_s)
+    assert full_cpu_s < TARGET_S
+    assert full_s < max(TARGET_S, 3 * bare_s)

@@ -203,6 +203,7 @@ class Harness:
                     [*command, *self.options, "--", *agent],
                     env=self.environment,
                     stdin=subprocess.DEVNULL,
+                    stdout=log if stderr is None else stderr,
                     stderr=log if stderr is None else stderr,
                     pass_fds=pass_fds,
                 )
