@@ -34,6 +34,8 @@ SCRAPE_BUDGET_S = 0.7
 QUERY_DEADLINE_S = 2.0
 """Of one built-in query, on both ends: a session that exceeds it is closed."""
 ROUND_DEADLINE_S = 120.0
+STATEMENTS_KEPT = 50
+"""More than there are cheap queries: each is parsed and planned once in the life of the lasting session."""
 STALE_S = 600.0
 DATABASES_MAX = 500
 DATABASES_SQL = (
@@ -153,7 +155,7 @@ class PostgresMetrics:
         began_s = time.monotonic()
         try:
             session = await self._lasting_session()
-            rows = await session.fetch_prepared(
+            rows = await session.fetch(
                 f"SELECT pg_is_in_recovery() AS standby, array({DATABASES_SQL}) AS databases",
                 deadline_s=QUERY_DEADLINE_S,
             )
@@ -172,21 +174,25 @@ class PostgresMetrics:
 
     async def _lasting_session(self) -> Session:
         if self._session is None or not self._session.is_open:
-            self._session = Session(await self._connect("postgres", QUERY_DEADLINE_S))
+            connection = await self._connect("postgres", QUERY_DEADLINE_S, statements_kept=STATEMENTS_KEPT)
+            self._session = Session(connection)
         return self._session
 
-    async def _connect(self, database: str, timeout_s: float, schemas: tuple[str, ...] = ()) -> asyncpg.Connection:
+    async def _connect(
+        self, database: str, timeout_s: float, schemas: tuple[str, ...] = (), statements_kept: int = 0
+    ) -> asyncpg.Connection:
         return await connect(
             self._server,
             database=database,
             statement_timeout_s=timeout_s,
             as_monitor=True,
             schemas=schemas,
+            statements_kept=statements_kept,
         )
 
     def _reading(self, session: Session, query: MetricQuery) -> Callable[[], Awaitable[list[Block]]]:
         async def read() -> list[Block]:
-            rows = await session.fetch_prepared(query.sql, deadline_s=QUERY_DEADLINE_S)
+            rows = await session.fetch(query.sql, deadline_s=QUERY_DEADLINE_S)
             return query.read(rows, self.options.server_label)
 
         return read
@@ -194,7 +200,7 @@ class PostgresMetrics:
     def _settings(self, session: Session) -> Callable[[], Awaitable[list[Block]]]:
         async def read() -> list[Block]:
             return settings.read(
-                await session.fetch_prepared(settings.SQL, deadline_s=QUERY_DEADLINE_S), self.options.server_label
+                await session.fetch(settings.SQL, deadline_s=QUERY_DEADLINE_S), self.options.server_label
             )
 
         return read

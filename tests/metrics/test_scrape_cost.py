@@ -67,12 +67,12 @@ async def test_a_full_scrape_of_50_databases_and_1000_tables_takes_a_tenth_of_a_
             nonlocal size
             size = len(render(await measured.collect(running=True, budget_s=20)))
 
-        bare_session = Session(await connect(primary.server, as_monitor=True))
+        bare_session = Session(await connect(primary.server, as_monitor=True, statements_kept=50))
         queries = [query.sql for query in catalogue.EACH_SCRAPE if query.is_for(15, is_primary=True)]
 
         async def bare() -> None:
             for query in (*queries, settings.SQL):
-                await bare_session.fetch_prepared(query, deadline_s=20)
+                await bare_session.fetch(query, deadline_s=20)
 
         try:
             await bare()
