@@ -11,6 +11,7 @@ from simulated_listening import HTTP
 from test_mended_defects import another_serves, primary_of, record_of, until, whole_cluster
 
 from instance_manager.agent.agent import Agent
+from instance_manager.agent.database import Database
 from instance_manager.core.decide import Observation
 
 SETTLES_WITHIN_S = 20.0
@@ -48,6 +49,57 @@ def test_at_rest_an_agent_looks_once_a_second_while_clients_write(
         # One a second, and one for each read, renewal and change of the Lease that this store tells of.
         assert REST_S * 0.9 <= observed.count(name) <= REST_S * 2.3, "often it looks five times a second"
         assert rests(instance)
+
+
+@pytest.fixture
+def looks(cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Database, float]]:
+    """Each look at Postgres: whose, and when it was begun."""
+    begun: list[tuple[Database, float]] = []
+    look = Database._look
+
+    async def told(database: Database) -> None:
+        begun.append((database, cluster.world.now_s))
+        await look(database)
+
+    monkeypatch.setattr(Database, "_look", told)
+    return begun
+
+
+def test_at_rest_each_look_at_postgres_is_judged_at_once(
+    cluster: SimulatedCluster, looks: list[tuple[Database, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed: list[tuple[Database, float]] = []
+    observe = Agent.observe
+
+    def told(agent: Agent) -> Observation:
+        observed.append((agent.context.database, cluster.world.now_s))
+        return observe(agent)
+
+    monkeypatch.setattr(Agent, "observe", told)
+    cluster.world.run(cluster.world.now_s + REST_S)
+    assert len(looks) >= 3 * REST_S * 0.9
+    for database, begun_s in looks[:-3]:
+        assert any(by is database and begun_s < at_s < begun_s + 0.1 for by, at_s in observed)
+
+
+def test_a_release_is_compared_with_a_look_that_is_younger(
+    cluster: SimulatedCluster, looks: list[tuple[Database, float]]
+) -> None:
+    cluster.verb("switchover", {})
+    until(cluster, lambda: record_of(cluster).release is not None, 2.0, look_s=0.001)
+    release = record_of(cluster).release
+    assert release is not None
+    target = next(each for each in cluster.instances.values() if cluster.member_at(each) == release.target)
+    assert target.agent is not None
+    context = target.agent.context
+    until(cluster, lambda: context.record.release is not None, 1.0, look_s=0.001)
+    known_s = cluster.world.now_s
+    until(
+        cluster,
+        lambda: any(by is context.database and begun_s >= known_s - 0.001 for by, begun_s in looks),
+        0.02,
+        look_s=0.001,
+    )
 
 
 def test_at_rest_peers_are_heard_each_second_and_ask_for_nothing(cluster: SimulatedCluster) -> None:
