@@ -11,7 +11,7 @@ S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PR
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image kubernetes clean system monitoring-tools
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image kubernetes clean system monitoring-tools scrape-cost
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -48,6 +48,10 @@ unit: system monitoring-tools $(VENV)/.made-for-tests
 	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation
 	# One after another: these measure time and memory, and run whole clusters.
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
+
+# What a scrape of 50 databases and 1,000 tables costs.
+scrape-cost: system $(VENV)/.made-for-tests
+	$(RUN) pytest -s $(PYTEST_OPTIONS) tests/metrics/scrape_cost.py
 
 # The exhaustive check of the protocol, every interleaving; and that each broken rule is caught.
 exhaustive: $(VENV)/.made-for-tests
