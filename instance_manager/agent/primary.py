@@ -33,9 +33,9 @@ from instance_manager.core.quorum import (
     synchronous_for,
     wanted_set,
 )
-from instance_manager.core.record import ClusterRecord, StoredRecord
+from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
 from instance_manager.core.roles import Role
-from instance_manager.core.types import Epoch, MemberId, MemberName, Timeline, WalEnd, member_name_of
+from instance_manager.core.types import Epoch, Lsn, MemberId, MemberName, Timeline, WalEnd, member_name_of
 from instance_manager.postgres.synchronous import BarrierNotPassed
 
 log = logging.getLogger("instance_manager.agent.primary")
@@ -73,11 +73,23 @@ class PrimaryDuties:
         # Before, so that the others stream at once: commits wait for them.
         await c.database.prepare_slots(self._everybody())
         await c.database.promote(
-            chain=record.chain, epoch=record.epoch, deadline_s=c.configuration.timings.promote_timeout_s
+            chain=record.chain,
+            epoch=record.epoch,
+            deadline_s=c.configuration.timings.promote_timeout_s,
+            archived_to=self._archived_to(),
         )
         c.opened_s = c.clock.now_s()
         c.found = None
         c.journal.note("promoted", f"timeline {switch.timeline} from {switch.parent}, epoch {record.epoch}")
+
+    def _archived_to(self) -> Lsn | None:
+        """What the primary before this one told of its archive; None: nothing, or it is not known who that was."""
+        c = self._c
+        before = c.found.holder or c.found.release if c.found is not None else None
+        if before is None or c.archived_to is None:
+            return None
+        member = before.member_id if isinstance(before, Holder) else before.releaser
+        return c.archived_to[1] if c.archived_to[0] == member else None
 
     async def resume(self) -> None:
         """The holder starts again: it asks enough voters that nobody is ahead (R16), writes itself a later epoch, starts."""
