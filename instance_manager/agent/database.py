@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from instance_manager.agent.allowing import ALLOW_DEADLINE_S, Allowing
+from instance_manager.agent.beat import Beat
 from instance_manager.agent.postgres_port import LocalPostgres, Upstream
 from instance_manager.agent.server_files import parse_set
 from instance_manager.agent.standby_watch import Walsender
-from instance_manager.agent.supervisor_link import SupervisorLink
+from instance_manager.agent.supervisor_link import SupervisorLink, SupervisorSilent
 from instance_manager.config import Configuration
 from instance_manager.core.decide import PostgresView
 from instance_manager.core.quorum import NOBODY, SynchronousSet
@@ -48,6 +49,8 @@ FOLLOW_DEADLINE_S = 5.0
 ASK_ARCHIVE_AFTER_S = 2.0
 """A standby that is told to follow and receives nothing for this time may ask the archive for what its primary lacks."""
 SYNCHRONOUS_DEADLINE_S = 5.0
+SLOTS_INTERVAL_S = 10.0
+"""A slot that is missing keeps its member from streaming: the primary looks again this often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +83,7 @@ class Database:
         postgres: LocalPostgres,
         link: SupervisorLink,
         clock: Clock,
+        beat: Beat,
         *,
         on_change: Callable[[], None],
     ) -> None:
@@ -87,6 +91,9 @@ class Database:
         self._postgres = postgres
         self._link = link
         self._clock = clock
+        self._beat = beat
+        self.at_rest = False
+        """All is well and nothing is pending: fewer looks are enough."""
         self._on_change = on_change
         self._settings = DynamicSettings(postgres.running.settings_file)
         self._synchronous = SynchronousReplication(postgres.running, self._settings)
@@ -102,7 +109,13 @@ class Database:
         self._received_s = clock.now_s()
         self._proven: WalEnd | None = None
         """The end of the last complete record, since nothing more can be received (`stop_following`)."""
-        self._slots_for: frozenset[MemberId] | None = None
+        self._slots = asyncio.Lock()
+        """Slots are dropped and made one after another, whoever asks."""
+        self._slots_for: frozenset[MemberId] = frozenset()
+        self._slots_of_pid: int | None = None
+        """Which server's slots were last made so."""
+        self._slots_tried_of_pid: int | None = None
+        self._slots_kept_s = float("-inf")
         self._stopping_since_s: float | None = None
         self._checkpoint: asyncio.Task[None] | None = None
         self._allowing = Allowing(postgres, may_fetch=lambda: self._following is not None)
@@ -117,6 +130,10 @@ class Database:
     @property
     def running(self) -> bool:
         return self._link.postgres is not None
+
+    @property
+    def _pid(self) -> int | None:
+        return self._link.postgres.pid if self._link.postgres is not None else None
 
     @property
     def running_read_write(self) -> bool:
@@ -214,7 +231,7 @@ class Database:
         while True:
             await self._look()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._observe_interval_s):
+                async with asyncio.timeout(self._beat.left_s((2 if self.at_rest else 1) * self._observe_interval_s)):
                     await self._wake.wait()
             self._wake.clear()
 
@@ -233,11 +250,9 @@ class Database:
                 self._following = self._starts_with
                 self._asked_s = self._clock.now_s()
             try:
-                first = self._seen is None
                 self._take(await self._postgres.observe(deadline_s=LOOK_DEADLINE_S))
-                if first and process.mode == "standby":
-                    # Slots of the time when this was the primary would keep WAL for ever.
-                    await self._postgres.keep_slots(())
+                if self._slots_of_pid != process.pid and process.mode == "standby":
+                    await self._drop_old_slots(process.pid)
             except (LocalPostgresError, OSError) as error:
                 self._answers = False
                 if SHUTTING_DOWN in str(error) and self._stopping_since_s is None:
@@ -270,7 +285,6 @@ class Database:
         self._seen, self._seen_of_pid, self._answers = None, None, False
         self._message, self._timeline, self._proven = None, Timeline(0), None
         self._following = None
-        self._slots_for = None
         self._stopping_since_s = None
 
     async def answers_new_connection(self, deadline_s: float) -> None:
@@ -338,7 +352,9 @@ class Database:
             await self._allowing.allow(None)
         cut_off = asyncio.create_task(self._end_archiving(archive_for_s))
         try:
-            await self._link.signal("INT")
+            with contextlib.suppress(SupervisorSilent):
+                # It waits there and is carried out: whoever asked goes on to see the end of it, or to kill.
+                await self._link.signal("INT")
             stopped = await self._link.wait_stopped(deadline_s)
         finally:
             cut_off.cancel()
@@ -475,11 +491,28 @@ class Database:
         return await self._postgres.lets_clients_in()
 
     async def prepare_slots(self, members: frozenset[MemberId]) -> None:
-        """A slot for each member, none for others. Cheap while nothing changed."""
-        if members == self._slots_for:
+        """A slot for each member, none for others. Cheap while nothing changed; what is there is seen again at times."""
+        if members == self._slots_for and self._slots_of_pid == self._pid and self._slots_are_fresh:
             return
+        async with self._slots:
+            await self._keep_slots(members)
+
+    async def _drop_old_slots(self, pid: int) -> None:
+        """Of the time when this was the primary: they would keep WAL for ever. Never those of a promotion that has begun."""
+        async with self._slots:
+            just_tried = self._slots_tried_of_pid == pid and self._slots_are_fresh
+            if pid == self._pid and pid != self._slots_of_pid and not just_tried:
+                await self._keep_slots(frozenset())
+
+    @property
+    def _slots_are_fresh(self) -> bool:
+        return self._clock.now_s() - self._slots_kept_s < SLOTS_INTERVAL_S
+
+    async def _keep_slots(self, members: frozenset[MemberId]) -> None:
+        pid = self._pid
+        self._slots_tried_of_pid, self._slots_kept_s = pid, self._clock.now_s()
         await self._postgres.keep_slots(members)
-        self._slots_for = members
+        self._slots_for, self._slots_of_pid = members, pid
 
     async def fill_gaps(self, chain: TimelineChain) -> None:
         """Whoever follows asks for every history; a promotion that was cut off, or a clone, may lack some (P4)."""
