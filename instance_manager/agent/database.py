@@ -314,7 +314,7 @@ class Database:
         """
         if chain is not None:
             await self._postgres.forget_dead_ends(chain)
-        await self._allowing.allow(None)
+        await self._allowing.allow(None, server_runs=False)
         await self._postgres.set_standby_signal(True)
         await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
         self._starts_with = (upstream.holder, upstream.epoch) if upstream is not None else None
