@@ -81,6 +81,7 @@ class PrimaryDuties:
             archived_to=self._archived_to(),
         )
         c.opened_s = c.clock.now_s()
+        c.measures.takeover_reached("promotion", c.opened_s)
         c.taken = None
         c.journal.note("promoted", f"timeline {switch.timeline} from {switch.parent}, epoch {record.epoch}")
 
@@ -264,6 +265,7 @@ class PrimaryDuties:
         await self._write(record, lambda current: replace(current, opened=True))
         await c.database.open_gate()
         c.gate_open = True
+        c.measures.opened(c.clock.now_s())
         c.take_role(Role.PRIMARY, "clients are let in")
         c.journal.note("open", f"clients enter; {c.synchronous}, q {record.quorum}")
         c.database.checkpoint_soon()
