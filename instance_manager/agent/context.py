@@ -22,7 +22,7 @@ from instance_manager.config import Configuration
 from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import TRANSITIONS, Role
-from instance_manager.core.types import Epoch, MemberId
+from instance_manager.core.types import Epoch, Lsn, MemberId
 from instance_manager.metrics.measures import Measures
 from instance_manager.ports import Clock, Coordination, Publication
 from instance_manager.status import DecisionLine
@@ -132,6 +132,8 @@ class Context:
     """Clients are let in."""
     giving_up: bool = False
     """In order, and still serving: new clients are led elsewhere."""
+    archived_to: tuple[MemberId, Lsn] | None = None
+    """The last primary that told how far its archive is, and what it told."""
     archives_to_the_end: bool = False
     """It stops with nobody to take over: what is left goes to the archive while Postgres ends."""
     opened_s: float | None = None
