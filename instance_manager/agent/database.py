@@ -230,6 +230,9 @@ class Database:
         """Look again and again; at once when asked to."""
         while True:
             await self._look()
+            if self.at_rest:
+                # So that nobody judges by a look of the second before.
+                self._on_change()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._beat.left_s((2 if self.at_rest else 1) * self._observe_interval_s)):
                     await self._wake.wait()
