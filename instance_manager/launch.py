@@ -24,20 +24,21 @@ class LaunchError(Exception):
 def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
     """What a valid configuration still lacks on this machine; each a sentence for the user."""
     found = []
-    secrets = configuration.secrets
-    for key in secrets.__struct_fields__:
-        path: Path = getattr(secrets, key)
+    secret_files = {f"secrets.{key}": path for key, path in configuration.secrets.files.items()}
+    if configuration.control is not None and configuration.control.token_file is not None:
+        secret_files["control.token_file"] = configuration.control.token_file
+    for key, path in secret_files.items():
         try:
             with path.open("rb") as file:
                 content = file.read(4096).strip()
             mode = path.stat().st_mode
         except OSError as error:
-            found.append(f"secrets.{key}: {path} cannot be read: {error.strerror}")
+            found.append(f"{key}: {path} cannot be read: {error.strerror}")
             continue
         if not content:
-            found.append(f"secrets.{key}: {path} is empty")
+            found.append(f"{key}: {path} is empty")
         if mode & (stat.S_IRWXO | stat.S_IWGRP):
-            found.append(f"secrets.{key}: {path} is open to other users; chmod 600 it")
+            found.append(f"{key}: {path} is open to other users; chmod 600 it")
     if configuration.archive is not None:
         found.append(NO_ARCHIVER)
     programs = configuration.postgres.bin_directory
