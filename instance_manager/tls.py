@@ -32,8 +32,9 @@ class CertificateFacts:
     common_name: str | None
     names: frozenset[str]
     """Common name, DNS names, addresses, mail addresses and URIs."""
+    begins_s: float
     ends_s: float
-    """When it ends, in seconds since 1970."""
+    """Its life, in seconds since 1970."""
 
 
 def server_context(
@@ -120,6 +121,7 @@ def facts_of(shown: Mapping[str, object]) -> CertificateFacts:
     return CertificateFacts(
         common_name=common_names[0] if common_names else None,
         names=frozenset((*common_names, *alternatives)),
+        begins_s=float(ssl.cert_time_to_seconds(str(shown["notBefore"]))),
         ends_s=float(ssl.cert_time_to_seconds(str(shown["notAfter"]))),
     )
 
