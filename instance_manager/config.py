@@ -125,6 +125,11 @@ class Configuration(Section, frozen=True, kw_only=True):
         return self.instance.directory / "socket"
 
     @property
+    def certificates_directory(self) -> Path:
+        """Copies of the proven certificates, for Postgres's user; beside the data, so that no backup takes them."""
+        return self.state_directory / "tls"
+
+    @property
     def control_socket(self) -> Path:
         return self.instance.directory / "control.sock"
 

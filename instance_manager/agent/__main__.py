@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import random
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,21 +16,24 @@ from pathlib import Path
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.assembly import HEALTH_INTERVAL_S, Ports, assemble
+from instance_manager.agent.beside import certificates_of, running_beside
 from instance_manager.agent.configuration_file import Signature, keep_reading, signature
 from instance_manager.agent.health import DiskProbe
 from instance_manager.agent.installed_postgres import InstalledPostgres, local_server
 from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorError
 from instance_manager.agent.surroundings import surroundings_of
 from instance_manager.agent.volume import VolumeDirectory, VolumeUnusable, boot_id
+from instance_manager.certificate_sets import Certificates
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
 from instance_manager.config_sections import MemberSection
-from instance_manager.http.peers import PeerClient
+from instance_manager.http.peers import PeerClient, PeerTls
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
 from instance_manager.launch import NO_ARCHIVER
 from instance_manager.logs import logging_to
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
+from instance_manager.tls import CertificateUnusable
 
 log = logging.getLogger("instance_manager.agent")
 
@@ -52,11 +56,23 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
     disk = DiskProbe((configuration.state_directory,), clock, HEALTH_INTERVAL_S)
     around = surroundings_of(configuration)
     members = _Members(configuration)
+    certificates = await asyncio.to_thread(certificates_of, configuration, server)
     async with contextlib.AsyncExitStack() as ending:
         ending.push_async_callback(around.coordination.close)
         caller = await ending.enter_async_context(
-            PeerClient(members.find, configuration.secrets.peer_token, address=around.address)
+            PeerClient(
+                members.find,
+                configuration.secrets.peer_token,
+                address=around.address,
+                tls=_peer_tls(configuration, certificates),
+            )
         )
+        made: list[InstalledPostgres] = []
+
+        def make_postgres(reload: Callable[[], Awaitable[None]]) -> InstalledPostgres:
+            made.append(InstalledPostgres(configuration, server, version, reload))
+            return made[-1]
+
         agent = assemble(
             configuration,
             Ports(
@@ -69,15 +85,32 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
                 coordination=around.coordination,
                 publication=around.publication,
                 caller=caller,
-                make_postgres=lambda reload: InstalledPostgres(configuration, server, version, reload),
+                make_postgres=make_postgres,
             ),
         )
         agent.reload_configuration = _reloader(agent, configuration_file, members)
         disk.start()
-        async with serve(agent, configuration), _watched(agent, configuration_file, seen):
+        async with (
+            serve(agent, configuration, certificates) as listeners,
+            _watched(agent, configuration_file, seen),
+            running_beside(agent, made[-1], server, listeners, certificates),
+        ):
             # What was imported and built stays: later collections need not look at it again.
             gc.freeze()
             await agent.run()
+
+
+def _peer_tls(configuration: Configuration, certificates: Certificates | None) -> PeerTls | None:
+    tls = configuration.tls
+    if tls is None or certificates is None or certificates.peers_client is None:
+        return None
+    used = certificates
+
+    def context() -> ssl.SSLContext:
+        assert used.peers_client is not None  # noqa: S101 - once made, it is only replaced
+        return used.peers_client
+
+    return PeerTls(context, required=tls.required)
 
 
 class _Members:
@@ -114,8 +147,8 @@ def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Call
         before = agent.context.configuration
         if _fixed(configuration) != _fixed(before):
             raise ConfigurationError(
-                f"{configuration_file}: instance, coordination, the cluster's name and uid (and members, where they are "
-                "listed) change at a restart of the instance only"
+                f"{configuration_file}: instance, coordination, tls, control, the cluster's name and uid (and members, where "
+                "they are listed) change at a restart of the instance only"
             )
         agent.context.configuration = members.configuration = configuration
         agent.context.wake.set()
@@ -132,7 +165,15 @@ def _fixed(configuration: Configuration) -> tuple[object, ...]:
     """What does not change while the instance runs. On Kubernetes members come and go."""
     listed = configuration.members if configuration.coordination.local is not None else ()
     cluster = configuration.cluster
-    return configuration.instance, configuration.coordination, cluster.name, cluster.uid, listed
+    return (
+        configuration.instance,
+        configuration.coordination,
+        configuration.tls,
+        configuration.control,
+        cluster.name,
+        cluster.uid,
+        listed,
+    )
 
 
 def main() -> int:
@@ -152,7 +193,14 @@ def main() -> int:
         except KeyError:
             log.exception("the agent is started by its supervisor: use `instance-manager run`")
             return 2
-        except (ListenError, TokenUnusable, VolumeUnusable, LocalPostgresError, SupervisorError) as error:
+        except (
+            ListenError,
+            TokenUnusable,
+            CertificateUnusable,
+            VolumeUnusable,
+            LocalPostgresError,
+            SupervisorError,
+        ) as error:
             log.error("the agent cannot run: %s", error)  # noqa: TRY400 - the text says it all
             return 1
         except BaseExceptionGroup as group:

@@ -55,6 +55,11 @@ class AccessSettings:
     lines: Sequence[str] = field(default=())
     """The user's own lines, before the ones for `application_networks`."""
     require_tls: bool = False
+    """Of members and of everybody by `application_networks`; a user's own line says for itself."""
+    replication_by_certificate: bool = False
+    """Members prove themselves by a certificate with the role's name; their password does not count then."""
+    superuser_networks: Sequence[str] = ()
+    """From where the superuser may log in with a password, over TLS; by default from nowhere."""
 
 
 def render_hba(settings: AccessSettings, access: Access) -> str:
@@ -66,12 +71,19 @@ def render_hba(settings: AccessSettings, access: Access) -> str:
         f"local all {superuser} peer map={AGENT_MAP}",
         f"local replication {superuser} peer map={AGENT_MAP}",
         f"local all {_quoted(MONITORING_ROLE)} peer map={AGENT_MAP}",
+    ]
+    if access is Access.OPEN:
+        lines += [f"hostssl all {superuser} {n} scram-sha-256" for n in _networks(settings.superuser_networks)]
+    lines += [
         f"host all {superuser} all reject",
         f"host replication {superuser} all reject",
     ]
     for network in _networks(settings.replication_networks) or ("all",):
         # pg_rewind is an ordinary connection, to the database postgres.
-        lines.append(f"{host} replication,postgres {replication} {network} scram-sha-256")
+        if settings.replication_by_certificate:
+            lines.append(f"hostssl replication,postgres {replication} {network} cert")
+        else:
+            lines.append(f"{host} replication,postgres {replication} {network} scram-sha-256")
     lines += [
         f"local all,replication {replication} reject",
         f"host all {replication} all reject",

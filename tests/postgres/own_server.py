@@ -22,6 +22,7 @@ from instance_manager.postgres.configuration import (
     NOTHING_SYNCHRONOUS,
     POSTGRESQL_CONF,
     REPLICATION_CONF,
+    ClientTls,
     ParameterValue,
     ReplicationSettings,
     StaticSettings,
@@ -94,7 +95,7 @@ class OwnServer:
         return self.server.data_directory
 
     def source(self, user: str = REPLICATION_ROLE) -> SourceServer:
-        return SourceServer("127.0.0.1", self.server.port, self.passfile, user=user, sslmode="disable")
+        return SourceServer("127.0.0.1", self.server.port, self.passfile, user=user, tls=ClientTls("disable"))
 
     def configure(
         self,
