@@ -20,7 +20,7 @@ system:
 
 $(VENV)/.made: pyproject.toml constraints.txt | system
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
-	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[certificates]'
 	@touch $@
 
 $(VENV)/.made-for-tests: $(VENV)/.made

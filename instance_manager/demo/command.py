@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from instance_manager.demo.cluster import LocalCluster
-from instance_manager.demo.plan import DirectoryUnusable, Layout, loopback_plan
+from instance_manager.demo.plan import ADMINISTRATOR, DirectoryUnusable, Layout, loopback_plan, ports_needed
 from instance_manager.demo.ports import PortsTaken, choose_base_port
 from instance_manager.demo.prerequisites import missing_prerequisite
 from instance_manager.demo.processes import now_s
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-port", type=int, metavar="P", help="first of two ports per instance; default: a free block"
     )
     parser.add_argument("--durability", choices=("preferred", "required", "asynchronous"), help="default: preferred")
+    parser.add_argument("--tls", action="store_true", help="certificates for Postgres, peers and control")
     parser.add_argument("--no-view", action="store_true", help="no live view, only what changes")
     parser.add_argument("--yes", action="store_true", help="do not ask anything (nothing is asked at present)")
 
@@ -88,8 +89,9 @@ def _cluster(namespace: argparse.Namespace) -> LocalCluster:
     instances = namespace.instances or 3
     plan = loopback_plan(
         instances=instances,
-        base_port=choose_base_port(2 * instances, namespace.base_port),
+        base_port=choose_base_port(ports_needed(instances, tls=namespace.tls), namespace.base_port),
         durability=namespace.durability or "preferred",
+        tls=namespace.tls,
     )
     return LocalCluster.create(plan) if namespace.data is None else LocalCluster.create_in(namespace.data, plan)
 
@@ -100,6 +102,7 @@ def _check_unchanged(cluster: LocalCluster, namespace: argparse.Namespace) -> No
     for option, wanted, present in (
         ("--instances", namespace.instances, len(plan.members)),
         ("--durability", namespace.durability, plan.durability),
+        ("--tls", namespace.tls or None, plan.tls),
         ("--base-port", namespace.base_port, plan.members[0].postgres_port),
     ):
         if wanted is not None and wanted != present:
@@ -203,8 +206,17 @@ def _lines(cluster: LocalCluster) -> str:
         f'psql "{text}"\n'
         f'pgbench -i -s 10 "{text}" && pgbench -c 4 -T 600 -P 5 "{text}"\n'
         "instance-manager status | switchover | drill --yes    (in another terminal)\n"
+        f"{_line_of_control(cluster)}"
         f"logs: {cluster.layout.directory / 'logs'}    Ctrl-C stops everything"
     )
+
+
+def _line_of_control(cluster: LocalCluster) -> str:
+    member = cluster.plan.members[0]
+    if member.control_port is None:
+        return ""
+    certificate = cluster.layout.certificates / "control" / ADMINISTRATOR
+    return f"instance-manager status --host {member.host}:{member.control_port} --certificate {certificate}    (over the network)\n"
 
 
 def _last_line(log: Path) -> str:
