@@ -45,7 +45,7 @@ class ManagedExtension(Section, frozen=True):
     version: str | None = None
     """None: the newest when it is created, and never changed."""
     schema: str | None = None
-    """By default `public` for one that Postgres trusts, else a schema of its own name, in which only the superuser creates."""
+    """By default `public` for one that Postgres trusts, else `extensions`, in which only the superuser may create."""
 
 
 class ManagedDatabase(Section, frozen=True):

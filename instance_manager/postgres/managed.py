@@ -7,7 +7,7 @@ Who does it. Roles and databases are made by the superuser in the database `post
 - one that Postgres calls trusted is created *as the database's owner*, so that whatever a tenant planted runs with the tenant's
   rights (CVE-2026-55769);
 - any other needs the superuser, whose script might call what a tenant planted in the same schema. It goes into a schema in
-  which only the superuser may create, made for it; a schema that is there and somebody else's is refused.
+  which only the superuser may create, by default `extensions`; a schema that is there and somebody else's is refused.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from instance_manager.postgres.sql import Session, quote_identifier, quote_liter
 
 MARK = "made by the instance manager"
 """A comment on a role: only such a one is ever dropped."""
+SUPERUSERS_SCHEMA = "extensions"
 DEADLINE_S = 10.0
 LONG_DEADLINE_S = 120.0
 """Of CREATE DATABASE and CREATE EXTENSION."""
@@ -80,7 +81,7 @@ async def keep(what: str, work: Awaitable[bool]) -> Outcome:
     except ManagedRefused as error:
         return Outcome(what=what, state="left alone", problem=str(error))
     except (asyncpg.PostgresError, LocalPostgresError, OSError, ValueError, TimeoutError) as error:
-        return Outcome(what=what, state="failed", problem=str(error) or type(error).__name__)
+        return Outcome(what=what, state="failed", problem=" ".join(str(error).split()) or type(error).__name__)
     return Outcome(what=what, state="changed" if changed else "as declared")
 
 
@@ -261,7 +262,7 @@ async def _create_extension(sql: Session, wanted: ExtensionWanted) -> None:
         make = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)}; " if wanted.schema is not None else ""
         await _as_role(sql, offered["owner"], f"{make}CREATE EXTENSION {_extension(wanted.name)}{where}{version}")
         return
-    schema = offered["schema"] or wanted.schema or wanted.name.replace("-", "_")
+    schema = offered["schema"] or wanted.schema or SUPERUSERS_SCHEMA
     if schema != "pg_catalog":
         await _require_safe_schema(sql, schema, may_be_missing=True)
     where = "" if offered["schema"] is not None else f" SCHEMA {quote_identifier(schema)}"
