@@ -10,6 +10,15 @@ import sys
 from pathlib import Path
 
 from instance_manager.config import Configuration
+from instance_manager.postgres.bootstrap import name_problem
+from instance_manager.postgres.configuration import check_parameters
+from instance_manager.postgres.host_based_access import (
+    Access,
+    AccessLineRefused,
+    AccessSettings,
+    check_line,
+    render_hba,
+)
 
 HEARTBEAT_TIMEOUT_S = 3.0
 NO_ARCHIVER = (
@@ -21,9 +30,28 @@ class LaunchError(Exception):
     """The instance cannot be started; the text says what to do."""
 
 
+def postgres_problems(configuration: Configuration) -> tuple[str, ...]:
+    """What Postgres must not be told, a sentence each: it would not start, or give away what is not the user's."""
+    section = configuration.postgres
+    found = [f"postgres.parameters: {problem}" for problem in check_parameters(section.parameters)]
+    for line in section.host_based_access:
+        try:
+            check_line(line)
+        except AccessLineRefused as error:
+            found.append(f"postgres.host_based_access: {error}")
+    try:
+        render_hba(AccessSettings(application_networks=section.application_networks), Access.OPEN)
+    except ValueError as error:
+        found.append(f"postgres.application_networks: {error}")
+    for key in ("application_owner", "application_database"):
+        if (problem := name_problem(getattr(section, key))) is not None:
+            found.append(f"postgres.{key}: {problem}")
+    return tuple(found)
+
+
 def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
     """What a valid configuration still lacks on this machine; each a sentence for the user."""
-    found = []
+    found = list(postgres_problems(configuration))
     secret_files = {f"secrets.{key}": path for key, path in configuration.secrets.files.items()}
     if configuration.control is not None and configuration.control.token_file is not None:
         secret_files["control.token_file"] = configuration.control.token_file
@@ -54,6 +82,8 @@ def prepare_directories(configuration: Configuration) -> None:
     """Make what the supervisor and the agent expect to find. LaunchError: one cannot be made or is no directory."""
     if configuration.archive is not None:
         raise LaunchError(NO_ARCHIVER)
+    if problems := postgres_problems(configuration):
+        raise LaunchError("\n".join(problems))
     owner = pwd.getpwnam(configuration.instance.run_as) if os.geteuid() == 0 else None
     own = (os.geteuid(), os.getegid())
     postgres = (owner.pw_uid, owner.pw_gid) if owner is not None else own

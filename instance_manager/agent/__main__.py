@@ -29,7 +29,7 @@ from instance_manager.config_sections import MemberSection
 from instance_manager.http.peers import PeerClient, PeerTls
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
-from instance_manager.launch import NO_ARCHIVER
+from instance_manager.launch import NO_ARCHIVER, postgres_problems
 from instance_manager.logs import logging_to
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
@@ -144,6 +144,8 @@ def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Call
         configuration = await asyncio.to_thread(load_configuration, configuration_file)
         if configuration.archive is not None:
             raise ConfigurationError(f"{configuration_file}: {NO_ARCHIVER}")
+        if problems := postgres_problems(configuration):
+            raise ConfigurationError("\n".join(f"{configuration_file}: {problem}" for problem in problems))
         before = agent.context.configuration
         if _fixed(configuration) != _fixed(before):
             raise ConfigurationError(

@@ -102,8 +102,8 @@ async def create_roles(sql: Sql, options: RoleOptions, *, deadline_s: float = 30
     ValueError: names that are reserved, or no plain names.
     """
     for name in (options.application_owner, options.application_database):
-        if name in _RESERVED or name.startswith("pg_"):
-            raise ValueError(f"{name!r} is reserved")
+        if (problem := name_problem(name)) is not None:
+            raise ValueError(problem)
     owner = quote_identifier(options.application_owner)
     database = quote_identifier(options.application_database)
     done: list[str] = []
@@ -185,6 +185,15 @@ async def create_roles(sql: Sql, options: RoleOptions, *, deadline_s: float = 30
         # 14's default. Our own sessions never look there; others in this database may.
         await run("REVOKE CREATE ON SCHEMA public FROM PUBLIC", "schema public of the database postgres")
     return tuple(done)
+
+
+def name_problem(name: str) -> str | None:
+    """Why nothing of an application may be called so; None: it may."""
+    try:
+        quote_identifier(name)
+    except ValueError as error:
+        return str(error)
+    return f"{name!r} is reserved" if name in _RESERVED or name.startswith("pg_") else None
 
 
 def scram_verifier(password: str, *, salt: bytes | None = None, iterations: int = SCRAM_ITERATIONS) -> str:

@@ -195,13 +195,12 @@ create table public.pg_extension (extname name, extversion text, extowner oid, e
 create table public.pg_roles (rolname name, oid oid, rolsuper bool);
 create table public.pg_namespace (oid oid, nspname name);
 """
-OPERATORS = "".join(  # noqa: S608
-    f"create function public.evil({kind}, {kind}) returns boolean language plpgsql as "
-    "$$ begin insert into public.caught values (current_user, 'operator'); return true; end $$;\n"
-    + "".join(
-        f"create operator public.{sign} (leftarg = {kind}, rightarg = {kind}, function = public.evil);\n"
-        for sign in ("=", "<>", ">", "<")
-    )
+FUNCTION = """create function public.evil(KIND, KIND) returns boolean language plpgsql as
+  $$ begin insert into public.caught values (current_user, 'operator'); return true; end $$;
+"""
+OPERATOR = "create operator public.SIGN (leftarg = KIND, rightarg = KIND, function = public.evil);\n"
+OPERATORS = "".join(
+    (FUNCTION + "".join(OPERATOR.replace("SIGN", sign) for sign in ("=", "<>", ">", "<"))).replace("KIND", kind)
     for kind in ("name", "text", "oid", "integer", "bigint", "pg_lsn", "boolean")
 )
 
