@@ -193,7 +193,8 @@ def _check_options(kind: str, method: str, options: Sequence[str], bare: str) ->
 
 def shown_line(line: str) -> str:
     """A user's line as it may be told and logged: without passwords and secrets."""
-    return re.sub(r'((?:passwd|secrets?)=)("[^"]*|[^\s"]*)', r"\1...", line)
+    whole = re.sub(r'("[a-z_]*(?:passwd|secrets?)=)[^"]*', r"\1...", line)
+    return re.sub(r'((?:passwd|secrets?)=)("[^"]*"?|[^\s"]+)', r"\1...", whole)
 
 
 def _networks(networks: Iterable[str]) -> tuple[str, ...]:

@@ -127,7 +127,10 @@ def test_a_line_that_the_server_would_not_start_with_is_refused_before(tmp_path:
     assert told in problems_of(tmp_path, "postgres.host_based_access", [line])
 
 
-@pytest.mark.parametrize("option", ['ldapbindpasswd="a secret"', "ldapbindpasswd=asecret", 'radiussecrets="a secret"'])
+@pytest.mark.parametrize(
+    "option",
+    ['ldapbindpasswd="a secret"', '"ldapbindpasswd=a secret"', "ldapbindpasswd=asecret", 'radiussecrets="a secret"'],
+)
 def test_a_refused_line_is_told_without_the_secret_in_it(option: str) -> None:
     for line in (f"host all all all ldap {option} bad=1", f"host all all all trust {option}", f"nothing {option}"):
         with pytest.raises(AccessLineRefused) as caught:
