@@ -33,7 +33,7 @@ def rows() -> dict[str, list[str]]:
 
 
 @cache
-def tests_of(path: Path) -> frozenset[str]:
+def functions_of(path: Path) -> frozenset[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     return frozenset(node.name for node in functions if node.name.startswith("test_"))
@@ -52,5 +52,5 @@ def test_the_tests_that_hold_a_rule_exist(rule: str) -> None:
         file, _, name = test.partition("::")
         path = ROOT / "tests" / file
         assert path.is_file(), test
-        assert tests_of(path), test
-        assert name == "*" or name in tests_of(path), test
+        assert functions_of(path), test
+        assert name == "*" or name in functions_of(path), test
