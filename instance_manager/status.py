@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from instance_manager.core.archive_state import ArchiveState
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionLine:
@@ -94,6 +96,8 @@ class ClusterStatus:
     """Of the instance that tells."""
     managed: tuple[ManagedStatus, ...] = ()
     """On the primary: what `managed` declares."""
+    archive: ArchiveState | None = None
+    """Of the primary's archiver; None: no archive is configured, or the primary does not answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from instance_manager.agent.agent import Agent
+from instance_manager.agent.archiver_client import ArchiverClient
+from instance_manager.agent.archiver_port import Archiver, NoArchiver
 from instance_manager.agent.assembly import HEALTH_INTERVAL_S, Ports, assemble
 from instance_manager.agent.beside import certificates_of, running_beside
 from instance_manager.agent.configuration_file import Signature, keep_reading, signature
@@ -29,7 +31,7 @@ from instance_manager.config_sections import MemberSection
 from instance_manager.http.peers import PeerClient, PeerTls
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
-from instance_manager.launch import NO_ARCHIVER, postgres_problems
+from instance_manager.launch import postgres_problems
 from instance_manager.logs import logging_to
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
@@ -86,6 +88,7 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
                 publication=around.publication,
                 caller=caller,
                 make_postgres=make_postgres,
+                make_archiver=lambda wake: _archiver(configuration, clock, wake),
             ),
         )
         agent.reload_configuration = _reloader(agent, configuration_file, members)
@@ -111,6 +114,12 @@ def _peer_tls(configuration: Configuration, certificates: Certificates | None) -
         return used.peers_client
 
     return PeerTls(context, required=tls.required)
+
+
+def _archiver(configuration: Configuration, clock: BootTime, wake: Callable[[], None]) -> Archiver:
+    if configuration.archive is None:
+        return NoArchiver()
+    return ArchiverClient(configuration.archive_socket, clock, on_answer=wake)
 
 
 class _Members:
@@ -142,15 +151,13 @@ async def _watched(agent: Agent, configuration_file: Path, seen: Signature | Non
 def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Callable[[], Awaitable[str]]:
     async def reload() -> str:
         configuration = await asyncio.to_thread(load_configuration, configuration_file)
-        if configuration.archive is not None:
-            raise ConfigurationError(f"{configuration_file}: {NO_ARCHIVER}")
         if problems := postgres_problems(configuration):
             raise ConfigurationError("\n".join(f"{configuration_file}: {problem}" for problem in problems))
         before = agent.context.configuration
         if _fixed(configuration) != _fixed(before):
             raise ConfigurationError(
-                f"{configuration_file}: instance, coordination, tls, control, the cluster's name and uid (and members, where "
-                "they are listed) change at a restart of the instance only"
+                f"{configuration_file}: instance, coordination, tls, control, archive, the cluster's name and uid (and members, "
+                "where they are listed) change at a restart of the instance only"
             )
         agent.context.configuration = members.configuration = configuration
         agent.context.wake.set()
@@ -172,6 +179,7 @@ def _fixed(configuration: Configuration) -> tuple[object, ...]:
         configuration.coordination,
         configuration.tls,
         configuration.control,
+        configuration.archive,
         cluster.name,
         cluster.uid,
         listed,

@@ -45,6 +45,14 @@ class MemberPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArchivePlan:
+    """A directory beside the instances; with `endpoint`, a bucket there, with credentials from the environment."""
+
+    endpoint: str | None = None
+    bucket: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
     name: str
     uid: str
@@ -57,6 +65,7 @@ class ClusterPlan:
     """Certificates for everything, by an authority of its own."""
     managed: str = ""
     """The section `managed` of every instance, as YAML; for tests."""
+    archive: ArchivePlan | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -75,6 +84,7 @@ def loopback_plan(
     parameters: tuple[tuple[str, str], ...] = (),
     tls: bool = False,
     managed: str = "",
+    archive: ArchivePlan | None = None,
 ) -> ClusterPlan:
     """Members demo-1, demo-2, ... on 127.0.0.1: Postgres from `base_port` on, HTTP on the ports after those; see `ports_needed`."""
     members = tuple(
@@ -98,6 +108,7 @@ def loopback_plan(
         parameters=parameters,
         tls=tls,
         managed=managed,
+        archive=archive,
     )
 
 
@@ -119,6 +130,11 @@ class Layout:
     @property
     def store(self) -> Path:
         return self.directory / "store"
+
+    @property
+    def archive(self) -> Path:
+        """Where the WAL goes, unless it is a bucket."""
+        return self.directory / "archive"
 
     @property
     def locks(self) -> Path:
@@ -175,6 +191,8 @@ def write_files(layout: Layout, plan: ClusterPlan) -> None:
     for name in ("config", "logs", "stores"):
         (layout.directory / name).mkdir(mode=0o755, exist_ok=True)
     layout.secrets.mkdir(mode=0o700, exist_ok=True)
+    if plan.archive is not None and plan.archive.endpoint is None:
+        layout.archive.mkdir(mode=0o700, exist_ok=True)
     for name in ("peer-token", "replication", "application", "monitoring"):
         _write_private(layout.secrets / name, secrets.token_urlsafe(24))
     password = (layout.secrets / "application").read_text(encoding="utf-8")
@@ -257,7 +275,19 @@ def configuration_text(layout: Layout, plan: ClusterPlan, me: MemberPlan) -> str
         content["control"] = {"listen": f"{me.host}:{me.control_port}", "allowed_names": [ADMINISTRATOR]}
     if plan.managed:
         content["managed"] = yaml.safe_load(plan.managed)
+    if plan.archive is not None:
+        content["archive"] = _archive_section(layout, plan, plan.archive)
     return yaml.safe_dump(content, sort_keys=False)
+
+
+def _archive_section(layout: Layout, plan: ClusterPlan, archive: ArchivePlan) -> dict[str, object]:
+    if archive.endpoint is None:
+        return {"directory": str(layout.archive)}
+    return {
+        "s3": {"endpoint": archive.endpoint, "bucket": archive.bucket, "path_style": True},
+        # The bucket outlives the cluster, and each cluster has an archive of its own.
+        "server_name": f"{plan.name}-{plan.uid[:8]}",
+    }
 
 
 def _member_content(member: MemberPlan) -> dict[str, object]:

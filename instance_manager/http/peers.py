@@ -1,4 +1,4 @@
-"""Calls to the other instances: one question, one answer, one deadline. How a call failed tells what is known.
+"""Calls to the other instances: one question, and one answer or many. How a call failed tells what is known.
 
 Nothing is retried. A refused connection says at once that nobody listens; silence says nothing but that time passed.
 """
@@ -9,15 +9,17 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import aiohttp
+from aiohttp.http_exceptions import LineTooLong
 
 from instance_manager.config_sections import MemberSection
-from instance_manager.http.ports import DEADLINE_HEADER
+from instance_manager.http.ports import DEADLINE_HEADER, LINES_CONTENT_TYPE
 from instance_manager.http.token import PeerToken
 from instance_manager.ports import PeerRefused, PeerRejected, PeerSilent
 
@@ -40,6 +42,7 @@ class PeerTls:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
+    name: str
     host: str
     port: int
     context: ssl.SSLContext | None
@@ -104,63 +107,108 @@ class PeerClient:
 
         The peer is told the deadline, and works no longer than it is waited for.
         """
+        ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
+        *earlier, last = self._ways(name)
+        for way in earlier:
+            with contextlib.suppress(PeerRefused):
+                return await self._call(way, call, body, ends_s)
+        return await self._call(last, call, body, ends_s)
+
+    async def _call(self, way: _Way, call: str, body: bytes, ends_s: float) -> bytes:
+        deadline_s = max(0.001, ends_s - time.clock_gettime(time.CLOCK_BOOTTIME))
+        async with (
+            _told_apart(way, deadline_s),
+            asyncio.timeout(deadline_s),
+            self._post(way, call, body, {DEADLINE_HEADER: f"{deadline_s:.3f}"}) as response,
+        ):
+            answer = await _read_bounded(response)
+            await self._require_ok(response, answer)
+            return answer
+
+    async def listen(self, name: str, call: str, body: bytes, *, silence_s: float) -> AsyncGenerator[bytes, None]:
+        """What the member `name` goes on telling, a line each; errors as of `call`, and PeerSilent after `silence_s`.
+
+        Ends when the peer has ended it in order. To be closed (`contextlib.aclosing`) by whoever leaves it before.
+        """
+        *earlier, way = self._ways(name)
+        async with contextlib.AsyncExitStack() as connection:
+            response = None
+            for each in earlier:
+                with contextlib.suppress(PeerRefused):
+                    response, way = await self._open(connection, each, call, body, silence_s), each
+                    break
+            if response is None:
+                response = await self._open(connection, way, call, body, silence_s)
+            while True:
+                async with _told_apart(way, silence_s), asyncio.timeout(silence_s):
+                    line = await response.content.readuntil(b"\n", max_size=ANSWER_BYTES_MAX)
+                if not line:
+                    return
+                yield line
+
+    async def _open(
+        self, connection: contextlib.AsyncExitStack, way: _Way, call: str, body: bytes, silence_s: float
+    ) -> aiohttp.ClientResponse:
+        """Of a peer that goes on telling; `connection` ends it."""
+        async with _told_apart(way, silence_s), asyncio.timeout(silence_s):
+            response = await connection.enter_async_context(self._post(way, call, body, {"Accept": LINES_CONTENT_TYPE}))
+            # Never to be used again: nobody knows what is on its way.
+            connection.callback(response.close)
+            if response.status != 200:
+                await self._require_ok(response, await _read_bounded(response))
+        return response
+
+    def _ways(self, name: str) -> tuple[_Way, ...]:
+        """In the order in which they are tried; a later one only where the earlier refused the connection."""
         member = self._find(name)
         if member is None:
             raise PeerSilent(f"{name} is no member of this cluster")
-        ways = self._ways(member, self._address(name) or member.host)
-        ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
-        for way in ways[:-1]:
-            with contextlib.suppress(PeerRefused):
-                return await self._try(name, way, call, body, ends_s)
-        return await self._try(name, ways[-1], call, body, ends_s)
-
-    def _ways(self, member: MemberSection, host: str) -> tuple[_Way, ...]:
-        """In the order in which they are tried; a later one only where the earlier refused the connection."""
-        plain = _Way(host, member.http_port, None, None)
+        host = self._address(name) or member.host
+        plain = _Way(name, host, member.http_port, None, None)
         if self._tls is None or member.peer_port is None:
             return (plain,)
-        by_tls = _Way(host, member.peer_port, self._tls.context(), member.host)
+        by_tls = _Way(name, host, member.peer_port, self._tls.context(), member.host)
         return (by_tls,) if self._tls.required else (by_tls, plain)
 
-    async def _try(self, name: str, way: _Way, call: str, body: bytes, ends_s: float) -> bytes:
-        session = self._open_session()
-        deadline_s = max(0.001, ends_s - time.clock_gettime(time.CLOCK_BOOTTIME))
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await self._ask(session, way, call, body, deadline_s)
-        except aiohttp.ClientConnectorCertificateError as error:
-            raise PeerSilent(f"{name}: its certificate is refused: {error.certificate_error}") from error
-        except aiohttp.ClientConnectorError as error:
-            if isinstance(error.os_error, ConnectionRefusedError):
-                raise PeerRefused(f"{name}: {way.host}:{way.port} refused the connection") from error
-            raise PeerSilent(f"{name}: {error.os_error.strerror or error.os_error}") from error
-        except TimeoutError as error:
-            raise PeerSilent(f"{name}: no answer within {deadline_s:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            # A kept connection breaks when its agent dies: is anybody listening now?
-            if await _is_refused(way, ends_s):
-                raise PeerRefused(f"{name}: the connection broke, and a new one was refused") from error
-            raise PeerSilent(f"{name}: {type(error).__name__} {error}") from error
-
-    async def _ask(self, session: aiohttp.ClientSession, way: _Way, call: str, body: bytes, deadline_s: float) -> bytes:
-        async with session.post(
+    def _post(
+        self, way: _Way, call: str, body: bytes, headers: dict[str, str]
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        return self._open_session().post(
             way.url(call),
             data=body,
-            headers={
-                "Authorization": self._token.bearer,
-                "Content-Type": "application/json",
-                DEADLINE_HEADER: f"{deadline_s:.3f}",
-            },
+            headers={"Authorization": self._token.bearer, "Content-Type": "application/json", **headers},
             allow_redirects=False,
             ssl=way.context or True,
             server_hostname=way.server_name,
-        ) as response:
-            answer = await _read_bounded(response)
-            if response.status == 401:
-                await self._token.read_again()
-            if response.status != 200:
-                raise PeerRejected(response.status, answer[:ERROR_TEXT_MAX].decode("utf-8", "replace"))
-            return answer
+        )
+
+    async def _require_ok(self, response: aiohttp.ClientResponse, answer: bytes) -> None:
+        if response.status == 401:
+            await self._token.read_again()
+        if response.status != 200:
+            raise PeerRejected(response.status, answer[:ERROR_TEXT_MAX].decode("utf-8", "replace"))
+
+
+@contextlib.asynccontextmanager
+async def _told_apart(way: _Way, deadline_s: float) -> AsyncIterator[None]:
+    """Whatever goes wrong within, as PeerRefused or PeerSilent; nothing takes longer than the deadline."""
+    name = way.name
+    ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
+    try:
+        yield
+    except aiohttp.ClientConnectorCertificateError as error:
+        raise PeerSilent(f"{name}: its certificate is refused: {error.certificate_error}") from error
+    except aiohttp.ClientConnectorError as error:
+        if isinstance(error.os_error, ConnectionRefusedError):
+            raise PeerRefused(f"{name}: {way.host}:{way.port} refused the connection") from error
+        raise PeerSilent(f"{name}: {error.os_error.strerror or error.os_error}") from error
+    except TimeoutError as error:
+        raise PeerSilent(f"{name}: no answer within {deadline_s:g} s") from error
+    except (aiohttp.ClientError, OSError, LineTooLong) as error:
+        # A kept connection breaks when its agent dies: is anybody listening now?
+        if await _is_refused(way, ends_s):
+            raise PeerRefused(f"{name}: the connection broke, and a new one was refused") from error
+        raise PeerSilent(f"{name}: {type(error).__name__} {error}") from error
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

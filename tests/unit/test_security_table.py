@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-WANTED = (
+WANTED: tuple[str, ...] = (
     "CVE-2026-55769",
     "CVE-2026-44477",
     "CVE-2026-55765",
