@@ -186,6 +186,7 @@ async def test_control_over_the_network_is_logged_with_who_it_was(
     assert "0000000000000000" not in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
 async def test_the_old_versions_of_tls_are_refused(served: Served, authorities: Authorities) -> None:
     for url in (served.peer_url, served.control_url):
         context = authorities.client(authorities.member("demo-2"))
@@ -257,6 +258,15 @@ async def test_a_member_asks_another_by_mutual_tls(served: Served, authorities: 
         assert await peers.call("demo-1", "echo", b"[1]", deadline_s=5) == b"[1]"
         with pytest.raises(PeerRefused):
             await peers.call("demo-2", "echo", b"", deadline_s=5)
+
+
+async def test_what_a_peer_goes_on_telling_comes_by_mutual_tls_too(served: Served, authorities: Authorities) -> None:
+    async with client_of(served, authorities.member("demo-2")) as peers:
+        with pytest.raises(PeerRejected, match="no such call"):
+            await anext(peers.listen("demo-1", "unheard-of", b"", silence_s=5))
+    async with client_of(served, authorities.ours / "control/bob", authority=authorities.member("demo-1")) as stranger:
+        with pytest.raises(PeerRejected, match="covers no member's host"):
+            await anext(stranger.listen("demo-1", "unheard-of", b"", silence_s=5))
 
 
 async def test_a_member_does_not_believe_a_server_of_another_authority_or_host(
