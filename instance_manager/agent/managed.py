@@ -20,7 +20,7 @@ from instance_manager.threads import Threads, TooManyCalls
 
 log = logging.getLogger("instance_manager.agent.managed")
 
-LOOK_EVERY_S = 2.0
+LOOK_EVERY_S = 3.0
 AGAIN_AFTER_S = 300.0
 """What was as declared is looked at again: somebody may have changed it by hand."""
 RETRY_FIRST_S, RETRY_MAX_S = 5.0, 300.0
@@ -47,7 +47,8 @@ class Managed:
         c = self._c
         while True:
             section = c.configuration.managed
-            if c.role is Role.PRIMARY and c.gate_open:
+            declares = bool(section.roles or section.databases or section.extensions)
+            if declares and c.role is Role.PRIMARY and c.gate_open:
                 await self._look(section)
             else:
                 self._outcomes, self._done_for = (), None
@@ -72,7 +73,7 @@ class Managed:
         c.remarks["managed"] = problems
         self._done_for = declared
         self._next_s = c.clock.now_s() + (self._retry_s if problems else AGAIN_AFTER_S)
-        self._retry_s = min(2 * self._retry_s, RETRY_MAX_S)
+        self._retry_s = min(2 * self._retry_s, RETRY_MAX_S) if problems else RETRY_FIRST_S
 
     async def _signatures(self, section: ManagedSection) -> object:
         """Of the files of passwords: one that has changed is taken over."""
