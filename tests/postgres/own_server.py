@@ -26,6 +26,7 @@ from instance_manager.postgres.configuration import (
     ParameterValue,
     ReplicationSettings,
     StaticSettings,
+    TlsFiles,
     render_postgresql_conf,
     render_replication_conf,
     replication_conninfo,
@@ -103,6 +104,8 @@ class OwnServer:
         replication: ReplicationSettings | None = None,
         access: Access = Access.OPEN,
         parameters: Mapping[str, ParameterValue] | None = None,
+        tls: TlsFiles | None = None,
+        settings: AccessSettings | None = None,
     ) -> None:
         static = StaticSettings(
             major=MAJOR,
@@ -112,9 +115,10 @@ class OwnServer:
             socket_directory=self.server.socket_directory,
             instances=3,
             parameters={"shared_buffers": "16MB", "max_connections": 20, **(parameters or {})},
+            tls=tls,
         )
         replication = replication or ReplicationSettings(synchronous_standby_names=NOTHING_SYNCHRONOUS)
-        hba = render_hba(AccessSettings(application_networks=("127.0.0.1/32",)), access)
+        hba = render_hba(settings or AccessSettings(application_networks=("127.0.0.1/32",)), access)
         for file, text in (
             (POSTGRESQL_CONF, render_postgresql_conf(static)),
             (REPLICATION_CONF, render_replication_conf(replication)),
