@@ -33,6 +33,8 @@ from instance_manager.http.token import PeerToken
 from instance_manager.status import Probes
 
 PEER_REQUESTS_MAX = 64
+SCRAPES_MAX = 4
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 KEEPALIVE_S = 60.0
 SHUTDOWN_S = 0.3
 PEER_DEADLINE_DEFAULT_S = 5.0
@@ -151,6 +153,9 @@ def public_application(service: InstanceService, token: PeerToken | None) -> web
 
     for method in ("GET", "HEAD", "OPTIONS"):
         application.router.add_route(method, "/status", status)
+    metrics = _metrics_handler(service)
+    for method in ("GET", "HEAD", "OPTIONS"):
+        application.router.add_route(method, "/metrics", metrics)
     application.router.add_post(
         "/peer/{call}", _peer_handler(service, token) if token is not None else _peers_elsewhere
     )
@@ -188,6 +193,21 @@ def _probe_handler(
         except probes.MalformedSize as error:
             return json_response(400, {"error": str(error)})
         return json_response(200 if answer.ok else 503, None if request.method == "OPTIONS" else answer.body)
+
+    return handle
+
+
+def _metrics_handler(service: InstanceService) -> Callable[[web.Request], Awaitable[web.Response]]:
+    places = asyncio.Semaphore(SCRAPES_MAX)
+
+    async def handle(request: web.Request) -> web.Response:
+        if request.method == "OPTIONS":
+            return json_response(200, None)
+        if places.locked():
+            return json_response(503, {"error": f"{SCRAPES_MAX} scrapes are at work already"})
+        async with places:
+            body = await service.metrics()
+        return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE, "Cache-Control": "no-store"})
 
     return handle
 
