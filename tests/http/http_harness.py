@@ -90,6 +90,9 @@ class FakeService:
     def status(self) -> ClusterStatus:
         return STATUS
 
+    async def metrics(self) -> bytes:
+        return b""
+
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         match call:
             case "echo":
