@@ -25,7 +25,7 @@ from instance_manager.core.roles import TRANSITIONS, Role
 from instance_manager.core.types import Epoch, Lsn, MemberId
 from instance_manager.metrics.measures import Measures
 from instance_manager.ports import Clock, Coordination, Publication
-from instance_manager.status import DecisionLine
+from instance_manager.status import CertificateStatus, DecisionLine, ManagedStatus
 
 log = logging.getLogger("instance_manager.agent")
 
@@ -148,6 +148,10 @@ class Context:
     yielding_since_s: float | None = None
     taken: Takeover | None = None
     """The last that this agent wrote, until it has promoted by it (R13)."""
+    remarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What a part of this instance wants somebody to look at, a sentence each, by the name of the part."""
+    certificates: Callable[[], tuple[CertificateStatus, ...]] = tuple
+    managed: Callable[[], tuple[ManagedStatus, ...]] = tuple
     operation: str | None = None
     """What takes long, with its progress, for people."""
     paused_until_s: float = 0.0

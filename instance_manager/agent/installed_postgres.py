@@ -98,6 +98,10 @@ class InstalledPostgres:
     async def create_roles(self) -> tuple[str, ...]:
         return await bootstrap.create_roles(self._sql, self._files.role_options())
 
+    def write_passfile(self) -> None:
+        """Of replication, with the secret as it is now. Blocks on the disk."""
+        self._files.write_passfile()
+
     async def checkpoint(self, *, deadline_s: float) -> None:
         await promotion.checkpoint(self._server, deadline_s=deadline_s)
 
