@@ -3,7 +3,8 @@
     python3 -I -S archive_client.py SOCKET push NAME
     python3 -I -S archive_client.py SOCKET fetch MODE NAME PATH
 
-One file, the standard library's socket only, no other process. Exit codes: 0 done; for fetch 10 "proven absent"; 11
+Used where there is no Perl; `client.pl` is the same, and starts five times as fast. One file, the standard library's socket
+only, no other process. Exit codes: 0 done; for fetch 10 "proven absent"; 11
 anything else. The shell line around it (`instance_manager.archive.commands`) makes of them what Postgres must see, also when
 this program cannot start or is killed.
 """
