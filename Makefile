@@ -9,11 +9,11 @@ TEST_FOLDERS := $(sort $(dir $(wildcard tests/*/*.py)))
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image kubernetes clean system
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors benchmark-archive drill drill-ci image test-image kubernetes clean system
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci image test-image kubernetes clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors benchmark-archive drill drill-ci image test-image kubernetes clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -39,7 +39,7 @@ lint: $(VENV)/.made-for-tests
 	$(VENV)/bin/lint-imports
 
 unit: system $(VENV)/.made-for-tests
-	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/simulation
+	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/simulation tests/benchmarks
 	# One after another: these measure time and memory, and run whole clusters.
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
 
@@ -67,6 +67,12 @@ test: lint unit exhaustive
 
 test-majors: system $(VENV)/.made-for-tests
 	tests/majors.sh $(MAJORS)
+
+# Archiving and replay beside pgBackRest and barman-cloud (docs/benchmarks.md); the first time WAL is made, 2 GB in /tmp.
+benchmark-archive: system $(VENV)/.made-for-tests
+	@tests/install-system.sh "$(PYTHON)" benchmark
+	$(VENV)/bin/python tests/benchmarks/archive_benchmark.py $(BENCHMARK_OPTIONS)
+	$(VENV)/bin/python tests/benchmarks/backlog_benchmark.py
 
 drill: $(VENV)/.made
 	@tests/install-system.sh "$(PYTHON)" drill

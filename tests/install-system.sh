@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the project needs from the system: Postgres with its programs, and Python's venv; with `drill` as a second word also
-# the tools of its faults, without which it leaves cases out. Installs only what is missing.
+# the tools of its faults, without which it leaves cases out; with `benchmark` what it is compared with. Installs only what is
+# missing.
 set -euo pipefail
 
 python=${1:-python3}
@@ -23,6 +24,9 @@ if [ "${2:-}" = drill ]; then
     command -v ip >/dev/null || optional+=(iproute2)
     command -v mkfs.ext4 >/dev/null || optional+=(e2fsprogs)
     ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || optional+=(faketime)
+fi
+if [ "${2:-}" = benchmark ]; then
+    command -v pgbackrest >/dev/null || packages+=(pgbackrest)
 fi
 [ $((${#packages[@]} + ${#optional[@]})) -eq 0 ] && exit 0
 

@@ -65,8 +65,6 @@ async def measured(
         if not arguments.no_replay:
             is_nothing = isinstance(peer, Nothing)
             found["replay s"] = await replay(source, min(count, 100), peer, meter, root, from_pg_wal=is_nothing)
-            if peer.resident_pid is not None:
-                found["peak MiB of restore"] = done.peak_mib or 0.0
     finally:
         peer.close()
         meter.reap()
@@ -77,7 +75,6 @@ async def measured(
 
 async def benchmark(arguments: argparse.Namespace) -> Results:
     results: Results = defaultdict(lambda: defaultdict(list))
-    # One more: a target within the last one that is counted.
     source = await wal_source(arguments.root / "wal", arguments.segments)
     for _ in range(arguments.rounds):
         for name in arguments.peers:

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def _run(argv: list[str], server: PostgresProcess) -> None:
 
 
 @contextlib.contextmanager
-def emptied(directory: Path):  # type: ignore[no-untyped-def]
+def emptied(directory: Path) -> Iterator[Path]:
     """A directory that is empty at the start, and gone at the end."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True, mode=0o755)
