@@ -242,7 +242,7 @@ async def test_whose_archive_it_is_shows_before_the_first_segment(line: Line) ->
 
 async def test_orders_and_status_over_the_socket(line: Line) -> None:
     orders = line.desk.primary(epoch=5)
-    assert await ask(line.path, "orders\t" + to_json(orders).decode()) == "done\n"
+    assert (await ask(line.path, "orders\t" + to_json(orders).decode())).startswith('done {"level":"calm"')
     assert line.desk.archiver.orders.current == orders
     assert (await ask(line.path, "orders\t" + to_json(line.desk.primary(epoch=4)).decode())).startswith(
         "failed epoch 4"
