@@ -75,7 +75,9 @@ class StandIn:
     def _list(self, request: web.Request, bucket: str) -> web.Response:
         prefix, delimiter = request.query.get("prefix", ""), request.query.get("delimiter", "")
         after = request.query.get("continuation-token") or request.query.get("start-after", "")
-        contents, folders, last = [], [], ""
+        contents: list[tuple[str, Stored]] = []
+        folders: list[str] = []
+        last = ""
         for key in sorted(self.objects):
             name = key.removeprefix(f"{bucket}/")
             if name == key or not name.startswith(prefix):
