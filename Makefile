@@ -11,11 +11,11 @@ S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PR
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image kubernetes audit clean system monitoring-tools scrape-cost
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors benchmark-archive drill drill-ci image test-image kubernetes audit clean system monitoring-tools scrape-cost
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci image test-image kubernetes audit clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors benchmark-archive drill drill-ci image test-image kubernetes audit clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -45,7 +45,7 @@ lint: $(VENV)/.made-for-tests
 	$(VENV)/bin/lint-imports
 
 unit: system monitoring-tools $(VENV)/.made-for-tests
-	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation
+	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation tests/benchmarks
 	# One after another: these measure time and memory, and run whole clusters.
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
 
@@ -77,6 +77,12 @@ test: lint unit exhaustive
 
 test-majors: system $(VENV)/.made-for-tests
 	tests/majors.sh $(MAJORS)
+
+# Archiving and replay beside pgBackRest and barman-cloud (docs/benchmarks.md); the first time WAL is made, 2 GB in /tmp.
+benchmark-archive: system $(VENV)/.made-for-tests
+	@tests/install-system.sh "$(PYTHON)" benchmark
+	$(VENV)/bin/python tests/benchmarks/archive_benchmark.py $(BENCHMARK_OPTIONS)
+	$(VENV)/bin/python tests/benchmarks/backlog_benchmark.py
 
 drill: $(VENV)/.made
 	@tests/install-system.sh "$(PYTHON)" drill
