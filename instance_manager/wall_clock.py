@@ -1,4 +1,4 @@
-"""The time of day, for people only: in the record's `renewed_at` and in what is shown. Nothing is ever decided by it."""
+"""The time of day: in the record's `renewed_at`, in what is shown, and of certificates. Nothing else is ever decided by it."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def timestamp() -> str:
 def local_time() -> str:
     """Now on the user's wall, `09:08:07`, for a view that refreshes."""
     return datetime.now().astimezone().strftime("%H:%M:%S")  # noqa: TID251
+
+
+def now_utc() -> datetime:
+    """Now, for what a certificate says of its own life: it is written and judged by the wall clock, everywhere."""
+    return datetime.now(UTC)  # noqa: TID251

@@ -18,7 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from instance_manager.demo.cluster import LocalCluster
-from instance_manager.demo.plan import ArchivePlan, DirectoryUnusable, Layout, loopback_plan
+from instance_manager.demo.plan import (
+    ADMINISTRATOR,
+    ArchivePlan,
+    DirectoryUnusable,
+    Layout,
+    loopback_plan,
+    ports_needed,
+)
 from instance_manager.demo.ports import PortsTaken, choose_base_port
 from instance_manager.demo.prerequisites import missing_prerequisite
 from instance_manager.demo.processes import now_s
@@ -41,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-port", type=int, metavar="P", help="first of two ports per instance; default: a free block"
     )
     parser.add_argument("--durability", choices=("preferred", "required", "asynchronous"), help="default: preferred")
+    parser.add_argument("--tls", action="store_true", help="certificates for Postgres, peers and control")
     archive = parser.add_mutually_exclusive_group()
     archive.add_argument(
         "--s3",
@@ -100,8 +108,9 @@ def _cluster(namespace: argparse.Namespace) -> LocalCluster:
     instances = namespace.instances or 3
     plan = loopback_plan(
         instances=instances,
-        base_port=choose_base_port(2 * instances, namespace.base_port),
+        base_port=choose_base_port(ports_needed(instances, tls=namespace.tls), namespace.base_port),
         durability=namespace.durability or "preferred",
+        tls=namespace.tls,
         archive=_archive_plan(namespace),
     )
     return LocalCluster.create(plan) if namespace.data is None else LocalCluster.create_in(namespace.data, plan)
@@ -132,6 +141,7 @@ def _check_unchanged(cluster: LocalCluster, namespace: argparse.Namespace) -> No
     for option, wanted, present in (
         ("--instances", namespace.instances, len(plan.members)),
         ("--durability", namespace.durability, plan.durability),
+        ("--tls", namespace.tls or None, plan.tls),
         ("--base-port", namespace.base_port, plan.members[0].postgres_port),
     ):
         if wanted is not None and wanted != present:
@@ -239,6 +249,7 @@ def _lines(cluster: LocalCluster) -> str:
         f'psql "{text}"\n'
         f'pgbench -i -s 10 "{text}" && pgbench -c 4 -T 600 -P 5 "{text}"\n'
         "instance-manager status | switchover | drill --yes    (in another terminal)\n"
+        f"{_line_of_control(cluster)}"
         f"logs: {cluster.layout.directory / 'logs'}    {_archive_told(cluster)}    Ctrl-C stops everything"
     )
 
@@ -248,6 +259,14 @@ def _archive_told(cluster: LocalCluster) -> str:
     if archive is None:
         return "no archive"
     return f"archive: {archive.endpoint}/{archive.bucket}" if archive.endpoint else f"archive: {cluster.layout.archive}"
+
+
+def _line_of_control(cluster: LocalCluster) -> str:
+    member = cluster.plan.members[0]
+    if member.control_port is None:
+        return ""
+    certificate = cluster.layout.certificates / "control" / ADMINISTRATOR
+    return f"instance-manager status --host {member.host}:{member.control_port} --certificate {certificate}    (over the network)\n"
 
 
 def _last_line(log: Path) -> str:

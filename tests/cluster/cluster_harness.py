@@ -22,14 +22,18 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def running_cluster(
-    *, instances: int = 3, durability: Durability = "preferred", archive: ArchivePlan | None = None
+    *,
+    instances: int = 3,
+    durability: Durability = "preferred",
+    archive: ArchivePlan | None = None,
+    parameters: tuple[tuple[str, str], ...] = (),
 ) -> Iterator[LocalCluster]:
     """Started, fully redundant, and ended with everything of it at the end of the block."""
     plan = loopback_plan(
         instances=instances,
         base_port=choose_base_port(2 * instances, None, spread=True),
         durability=durability,
-        parameters=FAST,
+        parameters=FAST + parameters,
         archive=archive,
     )
     with LocalCluster.create(plan) as cluster:

@@ -78,6 +78,7 @@ class FakeService:
     """`control` knows the verbs echo, slow, fails, endless; `answer_peer` knows echo, hang, refuse and break."""
 
     snapshot: Probes = field(default_factory=primary_probes)
+    scrapes_wait: asyncio.Event | None = None
     finished: list[str] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     say: asyncio.Event = field(default_factory=asyncio.Event)
@@ -91,7 +92,9 @@ class FakeService:
         return STATUS
 
     async def metrics(self) -> bytes:
-        return b"# nothing is measured\n"
+        if self.scrapes_wait is not None:
+            await self.scrapes_wait.wait()
+        return b"# HELP up 1.\n# TYPE up gauge\nup 1\n"
 
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         match call:
