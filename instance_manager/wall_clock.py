@@ -13,3 +13,8 @@ def timestamp() -> str:
 def local_time() -> str:
     """Now on the user's wall, `09:08:07`, for a view that refreshes."""
     return datetime.now().astimezone().strftime("%H:%M:%S")  # noqa: TID251
+
+
+def unix_seconds() -> float:
+    """Now, for formats that tell a time so."""
+    return datetime.now(UTC).timestamp()  # noqa: TID251

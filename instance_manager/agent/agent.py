@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.control import Control
+from instance_manager.agent.details import details_of
 from instance_manager.agent.elections import Elections
 from instance_manager.agent.extension import keep_extending
 from instance_manager.agent.lease_keeper import RenewalFacts, WriteRefused
@@ -28,6 +29,7 @@ from instance_manager.core.decide import Decision, DirectoryView, Observation, d
 from instance_manager.core.lease import given_back, repair
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId, MemberName, member_name_of
+from instance_manager.http.details import Details
 from instance_manager.http.ports import ControlProgress, ControlResult
 from instance_manager.ports import CoordinationError, PeerUnreachable
 from instance_manager.postgres.server import LocalPostgresError
@@ -121,6 +123,9 @@ class Agent:
 
     def status(self) -> ClusterStatus:
         return self.reporting.status()
+
+    def details(self) -> Details:
+        return details_of(self.context, self.reporting.postgres_word())
 
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         return await self.peer_service.answer(call, body)

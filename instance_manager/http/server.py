@@ -14,16 +14,19 @@ import os
 import socket
 import stat
 import struct
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from instance_manager.codec import to_json, to_plain
+from instance_manager.codec import to_json
 from instance_manager.config import Configuration
-from instance_manager.http import probes
+from instance_manager.http import control_routes, openapi
+from instance_manager.http.answers import ErrorBody, errors_in_json, json_response, without_server_version
+from instance_manager.http.lag_history import LagHistory
+from instance_manager.http.limits import BODY_BYTES_MAX, LimitedRunner, Limits
 from instance_manager.http.ports import (
     DEADLINE_HEADER,
     ControlProgress,
@@ -32,14 +35,12 @@ from instance_manager.http.ports import (
     MalformedCall,
     UnknownCall,
 )
+from instance_manager.http.routes import Reply, Route, read_routes
 from instance_manager.http.token import PeerToken
-from instance_manager.status import Probes
 
-BODY_BYTES_MAX = 64 * 1024
 PEER_REQUESTS_MAX = 64
 CONTROL_REQUESTS_MAX = 8
 CONTROL_BODY_TIMEOUT_S = 5.0
-KEEPALIVE_S = 60.0
 SHUTDOWN_S = 0.3
 PEER_DEADLINE_DEFAULT_S = 5.0
 PEER_DEADLINE_MAX_S = 120.0
@@ -56,13 +57,11 @@ class ListenError(Exception):
 async def serve(service: InstanceService, configuration: Configuration) -> AsyncIterator[None]:
     """Answer until the block is left. ListenError or TokenUnusable if it cannot start."""
     token = PeerToken(configuration.secrets.peer_token)
-    public = web.AppRunner(
-        public_application(service, token),
-        access_log=None,
-        keepalive_timeout=KEEPALIVE_S,
-        shutdown_timeout=SHUTDOWN_S,
+    public_limits, control_limits = Limits(), Limits()
+    public = LimitedRunner(
+        public_application(service, token, public_limits), public_limits, shutdown_timeout=SHUTDOWN_S
     )
-    control = web.AppRunner(control_application(service), access_log=None, shutdown_timeout=SHUTDOWN_S)
+    control = LimitedRunner(control_application(service, control_limits), control_limits, shutdown_timeout=SHUTDOWN_S)
     async with contextlib.AsyncExitStack() as stack:
         tcp_socket = _listen_on_tcp(configuration)
         stack.callback(tcp_socket.close)
@@ -74,55 +73,73 @@ async def serve(service: InstanceService, configuration: Configuration) -> Async
         yield
 
 
-def public_application(service: InstanceService, token: PeerToken) -> web.Application:
+def public_application(
+    service: InstanceService, token: PeerToken, limits: Limits | None = None, lags: LagHistory | None = None
+) -> web.Application:
     """Probes, status and peer calls; nothing here changes what a user decides."""
-    application = web.Application(client_max_size=BODY_BYTES_MAX)
-    for path, probe in probes.ROUTES.items():
-        handler = _probe_handler(service, probe)
-        for method in ("GET", "HEAD", "OPTIONS"):
-            application.router.add_route(method, path, handler)
+    application = _application(limits)
+    lags = lags or LagHistory()
+    routes = (*read_routes(service, lags), _peer_route(service, token))
+    for route in (*routes, openapi.route("Instance manager: reading", routes)):
+        route.add_to(application.router)
 
-    async def status(request: web.Request) -> web.Response:
-        if request.method == "OPTIONS":
-            return _json_response(200, None)
-        return _json_response(200, to_plain(service.status()))
+    async def keep_lags(_: web.Application) -> AsyncIterator[None]:
+        keeping = asyncio.create_task(lags.keep(service.status))
+        yield
+        keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeping
 
-    for method in ("GET", "HEAD", "OPTIONS"):
-        application.router.add_route(method, "/status", status)
-    application.router.add_post("/peer/{call}", _peer_handler(service, token))
+    application.cleanup_ctx.append(keep_lags)
     return application
 
 
-def control_application(service: InstanceService) -> web.Application:
+def _application(limits: Limits | None) -> web.Application:
+    application = web.Application(
+        client_max_size=BODY_BYTES_MAX,
+        middlewares=[*((limits.middleware,) if limits is not None else ()), errors_in_json],
+    )
+    application.on_response_prepare.append(without_server_version)
+    return application
+
+
+def control_application(service: InstanceService, limits: Limits | None = None) -> web.Application:
     """A user's verbs; to be served on a Unix socket only, and refused on anything else."""
-    application = web.Application(client_max_size=BODY_BYTES_MAX)
+    application = _application(limits)
     places = asyncio.Semaphore(CONTROL_REQUESTS_MAX)
 
     async def control(request: web.Request) -> web.StreamResponse:
         if (refusal := _refusal_of_caller(request)) is not None:
-            return _json_response(403, {"error": refusal})
+            return json_response(403, {"error": refusal})
         if places.locked():
-            return _json_response(503, {"error": f"{CONTROL_REQUESTS_MAX} commands are at work already"})
+            return json_response(503, {"error": f"{CONTROL_REQUESTS_MAX} commands are at work already"})
         async with places:
+            if request.path in control_routes.VERBS:
+                return await _run_patronis_verb(service, request)
             return await _run_verb(service, request)
 
-    application.router.add_post("/control/{verb}", control)
+    routes = control_routes.routes(control)
+    for route in (*routes, openapi.route("Instance manager: control", routes)):
+        route.add_to(application.router)
     return application
 
 
-def _probe_handler(
-    service: InstanceService, probe: Callable[[Probes, dict[str, str], float], probes.ProbeAnswer]
-) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def handle(request: web.Request) -> web.Response:
-        snapshot = service.probes()
-        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - snapshot.taken_s
-        try:
-            answer = probe(snapshot, dict(request.query), age_s)
-        except probes.MalformedSize as error:
-            return _json_response(400, {"error": str(error)})
-        return _json_response(200 if answer.ok else 503, None if request.method == "OPTIONS" else answer.body)
-
-    return handle
+def _peer_route(service: InstanceService, token: PeerToken) -> Route:
+    return Route(
+        path="/peer/{call}",
+        handler=_peer_handler(service, token),
+        summary="A call between the instances of a cluster.",
+        methods=("POST",),
+        needs="the token of secrets.peer_token",
+        replies={
+            200: Reply("the answer to this call", Any),
+            401: Reply("the token is missing or another", ErrorBody),
+            404: Reply("no such call", ErrorBody),
+            413: Reply(f"more than {BODY_BYTES_MAX} bytes", ErrorBody),
+            503: Reply("too many calls at once", ErrorBody),
+            504: Reply("no answer in time", ErrorBody),
+        },
+    )
 
 
 def _peer_handler(service: InstanceService, token: PeerToken) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -133,25 +150,25 @@ def _peer_handler(service: InstanceService, token: PeerToken) -> Callable[[web.R
         if not token.matches(authorization):
             await token.read_again()
             if not token.matches(authorization):
-                return _json_response(401, {"error": "the token of secrets.peer_token is missing or another"})
+                return json_response(401, {"error": "the token of secrets.peer_token is missing or another"})
         if places.locked():
-            return _json_response(503, {"error": f"{PEER_REQUESTS_MAX} peer calls are at work already"})
+            return json_response(503, {"error": f"{PEER_REQUESTS_MAX} peer calls are at work already"})
         call, deadline_s = request.match_info["call"], _deadline_of(request)
         try:
             async with places, asyncio.timeout(deadline_s):
                 body = await request.read()
                 answer = await service.answer_peer(call, body)
         except UnknownCall as error:
-            return _json_response(404, {"error": str(error) or f"no such call: {call}"})
+            return json_response(404, {"error": str(error) or f"no such call: {call}"})
         except MalformedCall as error:
-            return _json_response(400, {"error": str(error)})
+            return json_response(400, {"error": str(error)})
         except TimeoutError:
-            return _json_response(504, {"error": f"no answer within {deadline_s:g} s"})
+            return json_response(504, {"error": f"no answer within {deadline_s:g} s"})
         except web.HTTPException:
             raise
         except Exception as error:
             _log.exception("a peer call failed", extra={"call": call})
-            return _json_response(500, {"error": f"{type(error).__name__}: {error}"})
+            return json_response(500, {"error": f"{type(error).__name__}: {error}"})
         return web.Response(body=answer, content_type="application/json")
 
     return handle
@@ -166,6 +183,15 @@ def _deadline_of(request: web.Request) -> float:
     return min(wanted_s, PEER_DEADLINE_MAX_S) if wanted_s > 0 else PEER_DEADLINE_DEFAULT_S
 
 
+async def _run_patronis_verb(service: InstanceService, request: web.Request) -> web.StreamResponse:
+    try:
+        async with asyncio.timeout(CONTROL_BODY_TIMEOUT_S):
+            body = await request.read()
+    except TimeoutError:
+        return json_response(408, {"error": "the request's body did not come in time"})
+    return await control_routes.answer(service, request, body)
+
+
 async def _run_verb(service: InstanceService, request: web.Request) -> web.StreamResponse:
     verb = request.match_info["verb"]
     try:
@@ -174,16 +200,16 @@ async def _run_verb(service: InstanceService, request: web.Request) -> web.Strea
         items = service.control(verb, arguments)
         first = await anext(items)
     except UnknownCall as error:
-        return _json_response(404, {"error": str(error) or f"no such command: {verb}"})
+        return json_response(404, {"error": str(error) or f"no such command: {verb}"})
     except (MalformedCall, msgspec.DecodeError) as error:
-        return _json_response(400, {"error": str(error)})
+        return json_response(400, {"error": str(error)})
     except TimeoutError:
-        return _json_response(408, {"error": "the request's body did not come in time"})
+        return json_response(408, {"error": "the request's body did not come in time"})
     except web.HTTPException:
         raise
     except Exception as error:
         _log.exception("a command failed", extra={"verb": verb})
-        return _json_response(500, {"error": f"{type(error).__name__}: {error}"})
+        return json_response(500, {"error": f"{type(error).__name__}: {error}"})
     response = web.StreamResponse(headers={"Content-Type": "application/jsonl", "Cache-Control": "no-store"})
     connected = await _try_to_write(response.prepare(request))
     item: ControlProgress | ControlResult = first
@@ -229,13 +255,6 @@ def _refusal_of_caller(request: web.Request) -> str | None:
     if uid not in (0, os.geteuid()):
         return f"the user with id {uid} may not control this instance"
     return None
-
-
-def _json_response(status: int, body: object | None) -> web.Response:
-    headers = {"Cache-Control": "no-store"}
-    if body is None:
-        return web.Response(status=status, headers={**headers, "Allow": "GET, HEAD, OPTIONS"})
-    return web.Response(status=status, body=to_json(body) + b"\n", content_type="application/json", headers=headers)
 
 
 def _listen_on_tcp(configuration: Configuration) -> socket.socket:
