@@ -133,7 +133,7 @@ def node_status(looked: Looked, *, now_unix_s: float, reasons: tuple[str, ...] =
         role=_role(details),
         patroni=Scope(version=API_VERSION, scope=details.cluster, name=details.name),
         instance_manager=Manager(version=__version__),
-        postmaster_start_time=server.started if server is not None else None,
+        postmaster_start_time=_with_minutes(server.started) if server is not None else None,
         server_version=server.version_number if server is not None else None,
         xlog=xlog,
         timeline=details.timeline,
@@ -183,6 +183,11 @@ def is_sync_standby(details: Details) -> bool:
 def is_quorum_standby(details: Details) -> bool:
     """A commit waits for some of several, of which this is one."""
     return details.voter and not details.holds_every_commit
+
+
+def _with_minutes(time: str) -> str:
+    """Postgres writes an offset of whole hours without minutes, Python and Patroni with them."""
+    return f"{time}:00" if time[-3:-2] in ("+", "-") else time
 
 
 def _state(role: str, postgres: str) -> str:
