@@ -7,12 +7,14 @@ sends a head byte by byte holds one for long. The agent answers its peers on the
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from instance_manager.http.answers import ErrorBody, Handler, json_response
 
@@ -162,6 +164,18 @@ class _Guard(asyncio.Protocol):
             self._timer = None
 
 
+class _NotOurError(logging.Filter):
+    """aiohttp logs a traceback for each request that is no HTTP: whoever reaches the port could fill the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError)
+
+
+_log = logging.getLogger(__name__)
+_log.addFilter(_NotOurError())
+
+
 class LimitedRunner(web.AppRunner):
     """An application within limits; serve it by a `web.SockSite` as any other."""
 
@@ -169,6 +183,8 @@ class LimitedRunner(web.AppRunner):
         super().__init__(
             application,
             access_log=None,
+            logger=_log,
+            auto_decompress=False,
             keepalive_timeout=limits.keepalive_s,
             max_line_size=HEAD_LINE_BYTES_MAX,
             max_field_size=HEAD_LINE_BYTES_MAX,

@@ -20,10 +20,11 @@ from instance_manager.status import ClusterStatus, DecisionLine, InstanceStatus
 from instance_manager.status_view import format_bytes, format_seconds
 
 REFRESH_S = 5
-RISKS_MAX = 20
-INSTANCES_MAX = 12
+RISKS_MAX = 10
+INSTANCES_MAX = 8
 HISTORY_MAX = 8
-TEXT_MAX = 400
+NAME_MAX = 64
+SENTENCE_MAX = 240
 
 
 def response(status: ClusterStatus, details: Details, lags: LagHistory) -> web.Response:
@@ -88,7 +89,7 @@ def _head(status: ClusterStatus) -> Iterable[str]:
     if status.paused:
         special.append("Paused: no failover until <code>resume</code>.")
     if status.fenced:
-        special.append(f"Fenced: {_text(', '.join(status.fenced))}.")
+        special.append(f"Fenced: {_sentence(', '.join(status.fenced))}.")
     if status.switchover is not None:
         special.append(f"A switchover is asked for, to {_text(status.switchover)}.")
     if special:
@@ -101,7 +102,7 @@ def _risks(status: ClusterStatus) -> Iterable[str]:
         return
     yield '<div class="panel risk"><b class="bad">At risk</b><ul>'
     for risk in status.at_risk[:RISKS_MAX]:
-        yield f"<li>{_text(risk)}</li>"
+        yield f"<li>{_sentence(risk)}</li>"
     if len(status.at_risk) > RISKS_MAX:
         yield f"<li>and {len(status.at_risk) - RISKS_MAX} more</li>"
     yield "</ul></div>"
@@ -144,7 +145,7 @@ def _card(instance: InstanceStatus, status: ClusterStatus, samples: Sequence[Sam
     yield "</dl>"
     for note in (instance.problem, instance.operation):
         if note:
-            yield f'<p class="note">{_text(note)}</p>'
+            yield f'<p class="note">{_sentence(note)}</p>'
     if not leads and samples:
         known = [sample for sample in samples if sample is not None]
         highest = format_bytes(max(known)) if known else "not known"
@@ -155,7 +156,7 @@ def _card(instance: InstanceStatus, status: ClusterStatus, samples: Sequence[Sam
 
 def _relation(instance: InstanceStatus, status: ClusterStatus) -> str:
     if instance.name == status.primary:
-        following = [each for each in status.instances if each.receiving and each.reachable]
+        following = [each for each in status.instances if each is not instance and each.receiving and each.reachable]
         return f"streams to {len(following)} of {len(status.instances) - 1}"
     if not instance.reachable:
         return '<span class="bad">does not answer; what is below is old</span>'
@@ -168,12 +169,12 @@ def _commits(status: ClusterStatus) -> Iterable[str]:
     yield "<h2>A commit is acknowledged when</h2>"
     yield '<div class="panel">'
     if status.synchronous_standby_names:
-        yield f"<code>{_text(status.synchronous_standby_names)}</code> hold it"
+        yield f"<code>{_sentence(status.synchronous_standby_names)}</code> hold it"
     else:
         yield '<span class="warn">the primary alone holds it</span>'
-    yield f", {status.synchronous_wanted} standbys are wanted. Durability <code>{_text(status.durability)}</code>."
+    yield f". Standbys wanted: {status.synchronous_wanted}; durability <code>{_text(status.durability)}</code>."
     voters = ", ".join(status.voters[:INSTANCES_MAX]) or "nobody"
-    yield f'<br><span class="dim">Voters <code>{_text(voters)}</code>, q = {_number(status.quorum)}</span></div>'
+    yield f'<br><span class="dim">Voters <code>{_sentence(voters)}</code>, q = {_number(status.quorum)}</span></div>'
 
 
 def _decisions(status: ClusterStatus) -> Iterable[str]:
@@ -188,7 +189,7 @@ def _decision(line: DecisionLine) -> str:
     times = f' <span class="dim">{line.count} times</span>' if line.count > 1 else ""
     return (
         f'<tr><td class="n dim">{_seconds(line.age_s)}</td><td><b>{_text(line.decision)}</b>{times}</td>'
-        f"<td>{_text(line.reason)}</td></tr>"
+        f"<td>{_sentence(line.reason)}</td></tr>"
     )
 
 
@@ -202,9 +203,13 @@ def _history(details: Details) -> Iterable[str]:
     yield "</table></div>"
 
 
-def _text(text: str) -> str:
+def _text(text: str, most: int = NAME_MAX) -> str:
     """Escaped, and no longer than one can read."""
-    return html.escape(text if len(text) <= TEXT_MAX else f"{text[: TEXT_MAX - 1]}…")
+    return html.escape(text if len(text) <= most else f"{text[: most - 1]}…")
+
+
+def _sentence(text: str) -> str:
+    return _text(text, SENTENCE_MAX)
 
 
 def _number(value: int | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from instance_manager.http.lag_history import SAMPLES_MAX, Sample
 
-WIDTH, HEIGHT = 200, 46
+WIDTH, HEIGHT = 2 * (SAMPLES_MAX - 1), 46
 _TOP, _BOTTOM = 4, 42
 _FULL_SCALE_MIN_BYTES = 1024 * 1024
 
@@ -19,22 +19,21 @@ def lag_chart(samples: Sequence[Sample]) -> str:
     """
     known = [sample for sample in samples if sample is not None]
     scale = math.log10(1 + max([_FULL_SCALE_MIN_BYTES, *known]))
-    step = WIDTH / (SAMPLES_MAX - 1)
+    step = 2
     first = SAMPLES_MAX - len(samples)
     parts = []
     for begin, end, is_known in _runs(samples):
         left, right = (first + begin) * step, (first + end - 1) * step
         if not is_known:
             parts.append(
-                f'<rect class="gap" x="{left:.1f}" y="{_TOP}" width="{max(right - left, step):.1f}" '
-                f'height="{_BOTTOM - _TOP}"/>'
+                f'<rect class="gap" x="{left}" y="{_TOP}" width="{max(right - left, step)}" height="{_BOTTOM - _TOP}"/>'
             )
             continue
         points = " ".join(
-            f"{(first + index) * step:.1f},{_BOTTOM - (_BOTTOM - _TOP) * math.log10(1 + (samples[index] or 0)) / scale:.1f}"
+            f"{(first + index) * step},{_BOTTOM - round((_BOTTOM - _TOP) * math.log10(1 + (samples[index] or 0)) / scale)}"
             for index in range(begin, end)
         )
-        parts.append(f'<polygon points="{left:.1f},{_BOTTOM} {points} {right:.1f},{_BOTTOM}"/>')
+        parts.append(f'<polygon points="{left},{_BOTTOM} {points} {right},{_BOTTOM}"/>')
         parts.append(f'<polyline points="{points}"/>')
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="lag over time">'

@@ -111,8 +111,8 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pause: bool = False
 
 
-HistoryRow = tuple[int, int, str]
-"""The timeline that was left, where, and why."""
+HistoryRow = tuple[int | str, ...]
+"""The timeline that was left, where, and why: not told item by item, because readers of OpenAPI differ about that."""
 
 
 def node_status(looked: Looked, *, now_unix_s: float, reasons: tuple[str, ...] = ()) -> NodeStatus:
