@@ -28,6 +28,8 @@ from cluster_tools import done, stopped
 
 from instance_manager.demo import plan
 from instance_manager.demo.cluster import LocalCluster
+from instance_manager.demo.ports import choose_base_port
+from instance_manager.drill.disk import Volumes, why_unavailable
 
 REQUESTS_PER_S = 200
 ANSWER_WITHIN_S = 10.0
