@@ -91,7 +91,7 @@ class Limits:
         self._guards[guard.inner] = guard
         guard.begin_wait(self._head_within_s)
         if len(self._guards) > self._connections_max:
-            pass
+            self._victim().abort()
 
     def forget(self, guard: _Guard) -> None:
         self._guards.pop(guard.inner, None)
