@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -129,6 +129,14 @@ def lag(probes: Probes, query: Mapping[str, str], age_s: float) -> ProbeAnswer:
         replay_lag_bytes=probes.replay_lag_bytes,
     )
     return ProbeAnswer(body.ok, body)
+
+
+ROUTES: Mapping[str, Callable[[Probes, Mapping[str, str], float], ProbeAnswer]] = {
+    "/livez": livez,
+    "/readyz": readyz,
+    "/startupz": startupz,
+    "/lag": lag,
+}
 
 
 def _answer(probes: Probes, refusals: list[str]) -> ProbeAnswer:

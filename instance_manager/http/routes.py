@@ -63,12 +63,6 @@ _LAG = Parameter("lag", "no further behind than this: bytes, or a whole number w
 _MAX = Parameter("max", "503 when further behind than this", SIZE, (), "16MB")
 _MODE = Parameter("mode", "what counts: replayed (apply), or received (write)", None, ("apply", "write"))
 _REPLICATION_STATE = Parameter("replication_state", "`streaming`: not one that still catches up")
-_PROBES: Mapping[str, tuple[Callable[[Probes, Mapping[str, str], float], probes.ProbeAnswer], Any]] = {
-    "/livez": (probes.livez, probes.ProbeBody),
-    "/readyz": (probes.readyz, probes.ProbeBody),
-    "/startupz": (probes.startupz, probes.ProbeBody),
-    "/lag": (probes.lag, probes.LagBody),
-}
 _WITHOUT_LAG = frozenset(
     ("/primary", "/read-write", "/leader", "/master", "/standby-leader", "/standby_leader", "/health")
 )
@@ -99,7 +93,7 @@ def read_routes(service: InstanceService, lags: LagHistory) -> tuple[Route, ...]
                 503: Reply("it is not", patroni.NodeStatus),
             },
         ),
-        *(_probe(service, path, probe, body) for path, (probe, body) in _PROBES.items()),
+        *(_probe(service, path, probe) for path, probe in probes.ROUTES.items()),
         *(_patroni_check(served, path, check) for path, check in patroni.CHECKS.items()),
         _bare(served, "/liveness", patroni.liveness, ()),
         _bare(served, "/readiness", patroni.readiness, (_LAG, _MODE)),
@@ -135,7 +129,6 @@ def _probe(
     service: InstanceService,
     path: str,
     probe: Callable[[Probes, Mapping[str, str], float], probes.ProbeAnswer],
-    body: Any,
 ) -> Route:
     async def handle(request: web.Request) -> web.Response:
         snapshot = service.probes()
@@ -143,6 +136,7 @@ def _probe(
         answer = probe(snapshot, dict(request.query), age_s)
         return json_response(200 if answer.ok else 503, None if request.method == "OPTIONS" else answer.body)
 
+    body = probes.LagBody if path == "/lag" else probes.ProbeBody
     replies = {200: Reply("yes", body), 503: Reply("no, and why", body)}
     if path == "/lag":
         replies[400] = _MALFORMED
