@@ -24,6 +24,7 @@ from instance_manager.config_sections import (
     CoordinationSection,
     InstanceSection,
     MemberSection,
+    MetricsSection,
     PostgresSection,
     SecretsSection,
     Section,
@@ -53,6 +54,7 @@ class Configuration(Section, frozen=True, kw_only=True):
     postgres: PostgresSection = PostgresSection()
     archive: ArchiveSection | None = None
     timings: Timings = Timings()
+    metrics: MetricsSection = MetricsSection()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

@@ -51,6 +51,7 @@ def render(status: ClusterStatus, details: Details, lags: LagHistory) -> str:
         *_risks(status),
         *_instances(status, lags),
         *_commits(status),
+        *_archive(status),
         *_decisions(status),
         *_history(details),
         f"<footer>Told by <code>{_text(status.told_by)}</code> from its memory; renewed every {REFRESH_S} s. ",
@@ -175,6 +176,26 @@ def _commits(status: ClusterStatus) -> Iterable[str]:
     yield f". Standbys wanted: {status.synchronous_wanted}; durability <code>{_text(status.durability)}</code>."
     voters = ", ".join(status.voters[:INSTANCES_MAX]) or "nobody"
     yield f'<br><span class="dim">Voters <code>{_sentence(voters)}</code>, q = {_number(status.quorum)}</span></div>'
+
+
+def _archive(status: ClusterStatus) -> Iterable[str]:
+    archive = status.archive
+    if archive is None:
+        return
+    colour = {"calm": "good", "behind": "warn"}.get(archive.level, "bad")
+    yield f'<h2>Archive</h2><div class="panel"><b class="{colour}">{_text(archive.level)}</b>'
+    if archive.position is not None:
+        yield f', complete to <span class="n">{format_lsn(archive.position)}</span>'
+    if archive.lag_bytes is not None and archive.lag_s is not None:
+        yield f", {_size(archive.lag_bytes)} and {_seconds(archive.lag_s)} behind"
+    if archive.waiting:
+        yield f"; {archive.waiting} files wait, the oldest for {_seconds(archive.oldest_age_s)}"
+    for count, what in ((archive.gaps, "missing segments: no recovery passes them"), (archive.conflicts, "conflicts")):
+        if count:
+            yield f'<p class="note">{count} {what}</p>'
+    if archive.trouble:
+        yield f'<p class="note">{_sentence(archive.trouble)}</p>'
+    yield "</div>"
 
 
 def _decisions(status: ClusterStatus) -> Iterable[str]:

@@ -54,6 +54,10 @@ class InstanceService(Protocol):
         """What tools that know Patroni ask for beyond that, at once: no Postgres, no disk."""
         ...
 
+    async def metrics(self) -> bytes:
+        """One scrape in Prometheus's text format, within a second, whatever Postgres does."""
+        ...
+
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         """Answer another instance. Raises UnknownCall or MalformedCall."""
         ...

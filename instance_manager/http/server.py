@@ -41,6 +41,8 @@ from instance_manager.http.token import PeerToken
 
 PEER_REQUESTS_MAX = 64
 CONTROL_REQUESTS_MAX = 8
+SCRAPES_MAX = 4
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CONTROL_BODY_TIMEOUT_S = 5.0
 SHUTDOWN_S = 0.3
 PEER_DEADLINE_DEFAULT_S = 5.0
@@ -80,7 +82,7 @@ def public_application(
     """Probes, status and peer calls; nothing here changes what a user decides."""
     application = _application(limits)
     lags = lags or LagHistory()
-    routes = (*read_routes(service, lags), _peer_route(service, token))
+    routes = (*read_routes(service, lags), _metrics_route(service), _peer_route(service, token))
     for route in (*routes, openapi.route("Instance manager: reading", routes)):
         route.add_to(application.router)
 
@@ -141,6 +143,33 @@ def _peer_route(service: InstanceService, token: PeerToken) -> Route:
             504: Reply("no answer in time", ErrorBody),
         },
     )
+
+
+def _metrics_route(service: InstanceService) -> Route:
+    return Route(
+        path="/metrics",
+        handler=_metrics_handler(service),
+        summary="One scrape for Prometheus.",
+        replies={
+            200: Reply("Prometheus's text format", str, ("text/plain",)),
+            503: Reply("too many scrapes at once", ErrorBody),
+        },
+    )
+
+
+def _metrics_handler(service: InstanceService) -> Callable[[web.Request], Awaitable[web.Response]]:
+    places = asyncio.Semaphore(SCRAPES_MAX)
+
+    async def handle(request: web.Request) -> web.Response:
+        if request.method == "OPTIONS":
+            return json_response(200, None)
+        if places.locked():
+            return json_response(503, {"error": f"{SCRAPES_MAX} scrapes are at work already"})
+        async with places:
+            body = await service.metrics()
+        return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE, "Cache-Control": "no-store"})
+
+    return handle
 
 
 def _peer_handler(service: InstanceService, token: PeerToken) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

@@ -152,6 +152,9 @@ class FakeService:
     def details(self) -> Details:
         return self.about
 
+    async def metrics(self) -> bytes:
+        return b"one 1\n"
+
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         match call:
             case "echo":

@@ -12,6 +12,8 @@ from typing import Any
 import aiohttp
 from http_harness import DETAILS, STATUS, FakeService
 
+from instance_manager.core.archive_state import ArchiveState
+from instance_manager.core.types import Lsn
 from instance_manager.http.lag_history import SAMPLES_MAX, LagHistory
 from instance_manager.http.page import render
 from instance_manager.http.page_chart import lag_chart
@@ -53,6 +55,9 @@ def status_full_of(text: str) -> ClusterStatus:
         fenced=(text,),
         at_risk=(text,) * 50,
         switchover=text,
+        archive=ArchiveState(
+            level=text, position=Lsn(1), lag_bytes=5, lag_s=1.0, waiting=3, gaps=2, conflicts=1, trouble=text
+        ),
         paused=True,
         instances=(instance(f"p{text}", text), *(instance(f"i-{number}{text}", text) for number in range(30))),
         decisions=tuple(DecisionLine(age_s=1.0, decision=text, reason=text, count=2) for _ in range(20)),
@@ -177,3 +182,15 @@ def test_a_drawing_has_a_gap_where_nothing_is_known() -> None:
 
 def test_without_samples_there_is_an_empty_drawing() -> None:
     assert "<polyline" not in lag_chart(())
+
+
+def test_the_archive_is_told_where_there_is_one() -> None:
+    assert "<h2>Archive" not in render(STATUS, DETAILS, LagHistory())
+    calm = render(replace(STATUS, archive=ArchiveState(level="calm", position=Lsn(0x5000000))), DETAILS, LagHistory())
+    assert "complete to" in calm
+    assert "0/5000000" in calm
+    broken = ArchiveState(level="critical", gaps=2, trouble="the bucket is gone")
+    page = render(replace(STATUS, archive=broken), DETAILS, LagHistory())
+    assert '<b class="bad">critical</b>' in page
+    assert "2 missing segments" in page
+    assert "the bucket is gone" in page

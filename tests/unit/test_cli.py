@@ -50,6 +50,9 @@ class Instance:
     def details(self) -> Details:
         raise NotImplementedError
 
+    async def metrics(self) -> bytes:
+        raise NotImplementedError
+
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         raise NotImplementedError
 
@@ -217,8 +220,8 @@ def test_run_as_the_real_entry_ends_as_the_supervisor_does(short: Path) -> None:
     (short / "l").mkdir()
     (short / "l" / "demo-1.lock").mkdir()
     result = entry("run", "--config", str(path))
-    line = json.loads(result.stderr.splitlines()[-1])
-    assert (line["logger"], line["event"], line["code"]) == ("supervisor", "exit", result.returncode)
+    line = json.loads(result.stdout.splitlines()[-1])
+    assert (line["process"], line["message"], line["fields"]["code"]) == ("supervisor", "exit", result.returncode)
     assert result.returncode != 0
 
 
