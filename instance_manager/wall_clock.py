@@ -18,3 +18,8 @@ def local_time() -> str:
 def now_utc() -> datetime:
     """Now, for what a certificate says of its own life: it is written and judged by the wall clock, everywhere."""
     return datetime.now(UTC)  # noqa: TID251
+
+
+def unix_seconds() -> float:
+    """Now, for formats that tell a time so."""
+    return datetime.now(UTC).timestamp()  # noqa: TID251
