@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import ssl
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,10 @@ from aiohttp import web
 BACKLOG = 128
 HANDSHAKE_TIMEOUT_S = 5.0
 GOODBYE_TIMEOUT_S = 1.0
+HANDSHAKES_MAX = 64
+ACCEPT_AGAIN_AFTER_S = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 class ListenError(Exception):
@@ -48,38 +54,68 @@ def listen_on_tcp(host: str, port: int, *, where: str, key: str, host_key: str) 
 
 
 class TlsListener:
-    """One listening socket. After `renew` new connections get the new context; those that are there stay with theirs."""
+    """One listening socket. After `renew` new connections get the new context; those that are there stay with theirs.
+
+    It accepts by itself: asyncio's own server knows no bound of handshakes that are not done, and each costs 300 KiB before
+    anybody has proven anything. Beyond HANDSHAKES_MAX the oldest of the address that has begun the most is given up.
+    """
 
     def __init__(self, runner: web.AppRunner, listener: socket.socket) -> None:
         self._runner = runner
         self._listener = listener
-        self._server: asyncio.Server | None = None
         self._context: ssl.SSLContext | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._handshakes: dict[asyncio.Task[None], str] = {}
+        """The address of each, oldest first."""
 
     async def renew(self, context: ssl.SSLContext) -> None:
-        """Also the start. The queue of connections that nobody accepted yet is the socket's, and is not lost."""
-        if context is self._context:
-            return
+        """Also the start."""
+        self._context = context
+        if self._accepting is None:
+            self._accepting = asyncio.create_task(self._accept())
+
+    async def close(self) -> None:
+        """Accept nobody any more."""
+        tasks = [*self._handshakes, *((self._accepting,) if self._accepting is not None else ())]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._listener.close()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, address = await loop.sock_accept(self._listener)
+            except ConnectionAbortedError:
+                await asyncio.sleep(0)
+                continue
+            except OSError as error:
+                # No more file descriptors: the connection stays in the queue.
+                _log.warning("a connection could not be accepted: %s", error.strerror)
+                await asyncio.sleep(ACCEPT_AGAIN_AFTER_S)
+                continue
+            task = asyncio.create_task(self._shake_hands(connection))
+            self._handshakes[task] = str(address[0])
+            task.add_done_callback(self._handshakes.pop)
+            if len(self._handshakes) > HANDSHAKES_MAX:
+                greediest = Counter(self._handshakes.values()).most_common(1)[0][0]
+                next(each for each, begun_by in self._handshakes.items() if begun_by == greediest).cancel()
+            # Else a queue that is never empty would be all that the loop does. And only a task that has begun closes its socket.
+            await asyncio.sleep(0)
+
+    async def _shake_hands(self, connection: socket.socket) -> None:
         handler = self._runner.server
         assert handler is not None  # noqa: S101 - the runner was set up
-        old = self._server
-        self._server = await asyncio.get_running_loop().create_server(
-            handler,
-            sock=self._listener.dup(),
-            ssl=context,
-            backlog=BACKLOG,
-            ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
-            ssl_shutdown_timeout=GOODBYE_TIMEOUT_S,
-        )
-        self._context = context
-        if old is not None:
-            old.close()
-
-    def close(self) -> None:
-        """Accept nobody any more."""
-        if self._server is not None:
-            self._server.close()
-        self._listener.close()
+        # What the client does wrong is its own affair: an OSError, as all of ssl's are.
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().connect_accepted_socket(
+                handler,
+                connection,
+                ssl=self._context,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT_S,
+                ssl_shutdown_timeout=GOODBYE_TIMEOUT_S,
+            )
 
 
 def _check_replaceable(path: Path) -> None:

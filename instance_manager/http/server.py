@@ -35,6 +35,8 @@ from instance_manager.http.token import PeerToken
 
 PEER_REQUESTS_MAX = 64
 SCRAPES_MAX = 4
+NETWORK_CONTROL_CONNECTIONS_MAX = 64
+"""Each costs 300 KiB, and TLS without a certificate is open to anybody who reaches the port."""
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SHUTDOWN_S = 0.3
 PEER_DEADLINE_DEFAULT_S = 5.0
@@ -115,7 +117,7 @@ async def serve(
 
             async def peers(runner: web.AppRunner) -> None:
                 listeners.peers = TlsListener(runner, peer_socket)
-                stack.callback(listeners.peers.close)
+                stack.push_async_callback(listeners.peers.close)
 
             peer_limits = Limits()
             sites.append((peer_application(service, token, configuration, peer_limits), peer_limits, peers))
@@ -128,9 +130,10 @@ async def serve(
 
             async def control(runner: web.AppRunner) -> None:
                 listeners.control = TlsListener(runner, control_tcp_socket)
-                stack.callback(listeners.control.close)
+                stack.push_async_callback(listeners.control.close)
 
-            network_limits, callers = Limits(), NetworkCallers(configuration.control)
+            network_limits = Limits(connections_max=NETWORK_CONTROL_CONNECTIONS_MAX)
+            callers = NetworkCallers(configuration.control)
             sites.append((control_application(service, network_limits, callers=callers), network_limits, control))
         for application, limits, listen in sites:
             runner = LimitedRunner(application, limits, shutdown_timeout=SHUTDOWN_S)

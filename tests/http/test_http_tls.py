@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import ssl
@@ -23,9 +24,10 @@ from instance_manager.config import Configuration
 from instance_manager.config_security import TlsSection
 from instance_manager.http import control_routes
 from instance_manager.http.control_client import CommandRefused, InstanceNotReachable, Network, send_command
+from instance_manager.http.listening import HANDSHAKE_TIMEOUT_S, HANDSHAKES_MAX
 from instance_manager.http.peers import PeerClient, PeerTls
 from instance_manager.http.ports import ControlResult
-from instance_manager.http.server import Listeners, serve
+from instance_manager.http.server import NETWORK_CONTROL_CONNECTIONS_MAX, Listeners, serve
 from instance_manager.ports import PeerRefused, PeerRejected, PeerSilent
 
 
@@ -202,6 +204,42 @@ async def test_the_old_versions_of_tls_are_refused(served: Served, authorities: 
         context.minimum_version = ssl.TLSVersion.TLSv1
         context.maximum_version = ssl.TLSVersion.TLSv1_1
         assert (await post(f"{url}/peer/echo", context, token=TOKEN))[0] == 0
+
+
+async def test_who_never_shakes_hands_makes_room_for_who_does(served: Served, authorities: Authorities) -> None:
+    """A connection costs 300 KiB before it has proven anything: without a bound a few thousand end the pod."""
+    port = served.configuration.me.peer_port
+    silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(HANDSHAKES_MAX + 20)]
+    try:
+        context = authorities.client(authorities.member("demo-2"))
+        assert (await post(f"{served.peer_url}/peer/echo", context, token=TOKEN, body=b"[1]")) == (200, "[1]")
+        # Sooner than the handshake's own deadline: the oldest were given up for the others.
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S / 2):
+            for reader, _ in silent[:20]:
+                with contextlib.suppress(ConnectionError):
+                    assert await reader.read() == b""
+    finally:
+        for _, writer in silent:
+            writer.close()
+
+
+async def test_who_shows_no_certificate_holds_few_connections_for_control(
+    served: Served, authorities: Authorities
+) -> None:
+    assert served.configuration.control is not None
+    host, port = served.configuration.control.address
+    context = authorities.client(None)
+    held = []
+    for _ in range(NETWORK_CONTROL_CONNECTIONS_MAX + 2):
+        held.append(await asyncio.open_connection(host, port, ssl=context))
+    try:
+        # Sooner than a silent connection's own deadline of 10 s.
+        async with asyncio.timeout(5):
+            with contextlib.suppress(ConnectionError):
+                assert await held[0][0].read() == b""
+    finally:
+        for _, writer in held:
+            writer.transport.abort()
 
 
 async def serial_number(served: Served, context: ssl.SSLContext) -> str:
