@@ -22,6 +22,7 @@ from instance_manager.tls import (
     CertificateFacts,
     CertificateUnusable,
     client_context,
+    covers,
     examine,
     server_context,
 )
@@ -46,6 +47,10 @@ class _Set:
     """For a client's certificate: of the server that it is proven against."""
     common_name: str | None = None
     """That it must have."""
+    host: str | None = None
+    """That one of its names must cover."""
+    mutual: bool = False
+    """Also a client's, at servers of the same set."""
     seen: Signature | None = None
     facts: CertificateFacts | None = None
     problem: str | None = None
@@ -61,8 +66,11 @@ class Certificates:
         control: ControlSection | None,
         copies: Path,
         own: Callable[[Path], None] = lambda _: None,
+        *,
+        host: str | None = None,
     ) -> None:
-        """`copies`: a directory of this instance, made when needed. `own`: gives a file to Postgres's user."""
+        """`copies`: a directory of this instance, made when needed. `own`: gives a file to Postgres's user. `host`: by which
+        its peers know this instance."""
         self._tls = tls
         self._copies = copies
         self._own = own
@@ -70,6 +78,8 @@ class Certificates:
         for use, source in (("postgres", tls.for_postgres), ("peers", tls.for_peers)):
             if source is not None:
                 self._sets[use] = _Set(use, source, copies / use)
+        if "peers" in self._sets:
+            self._sets["peers"].host, self._sets["peers"].mutual = host, True
         if tls.replication is not None:
             self._sets["replication"] = _Set(
                 "replication", tls.replication, copies / "replication", copies / "postgres", REPLICATION_NAME
@@ -138,10 +148,14 @@ class Certificates:
         try:
             for name in FILES:
                 _copy(each.source / name, new / name, self._own)
-            facts = examine(new, server=each.server)
+            facts = examine(new, server=new if each.mutual else each.server)
             if each.common_name is not None and facts.common_name != each.common_name:
                 raise CertificateUnusable(
                     f"{each.source}: the common name is {facts.common_name!r}, and must be {each.common_name!r}"
+                )
+            if each.host is not None and not any(covers(name, each.host) for name in facts.names):
+                raise CertificateUnusable(
+                    f"{each.source}: its names do not cover {each.host}, by which the other members know this one"
                 )
             _make_directory(each.copy, self._own)
             for name in FILES:
@@ -153,7 +167,7 @@ class Certificates:
     def _take_copy(self, each: _Set) -> None:
         problem = each.problem
         try:
-            each.facts = examine(each.copy, server=each.server)
+            each.facts = examine(each.copy, server=each.copy if each.mutual else each.server)
         except CertificateUnusable as error:
             # One that has ended still lets those in who do not look; what cannot be loaded at all is the end.
             try:

@@ -7,6 +7,7 @@ OpenSSL's private parts is needed to learn when a certificate ends, and a set th
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,10 +76,7 @@ def _fill(context: ssl.SSLContext, directory: Path, minimum_version: MinimumVers
             f"{directory}: {CERTIFICATE} and {KEY} are no certificate with its key: {_reason(error)}"
         ) from error
     if authority:
-        try:
-            context.load_verify_locations(directory / AUTHORITY)
-        except (OSError, ValueError) as error:
-            raise CertificateUnusable(f"{directory / AUTHORITY} is no certificate: {_reason(error)}") from error
+        _load_authority(context, directory)
 
 
 def examine(directory: Path, *, server: Path | None = None) -> CertificateFacts:
@@ -88,7 +86,7 @@ def examine(directory: Path, *, server: Path | None = None) -> CertificateFacts:
     """
     if server is None:
         listening, asking = server_context(directory, clients="none"), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        asking.load_verify_locations(_readable(directory / AUTHORITY))
+        _load_authority(asking, directory)
         asking.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     else:
         listening, asking = server_context(server, clients="required"), client_context(directory)
@@ -105,12 +103,16 @@ def examine(directory: Path, *, server: Path | None = None) -> CertificateFacts:
     return facts_of(shown)
 
 
-def _readable(path: Path) -> Path:
+def _load_authority(context: ssl.SSLContext, directory: Path) -> None:
+    path = directory / AUTHORITY
     try:
         path.open("rb").close()
     except OSError as error:
         raise CertificateUnusable(f"{path} cannot be read: {error.strerror}") from error
-    return path
+    try:
+        context.load_verify_locations(path)
+    except (OSError, ValueError) as error:
+        raise CertificateUnusable(f"{path} is no certificate: {_reason(error)}") from error
 
 
 def facts_of(shown: Mapping[str, object]) -> CertificateFacts:
@@ -127,7 +129,9 @@ def facts_of(shown: Mapping[str, object]) -> CertificateFacts:
 
 
 def covers(name: str, host: str) -> bool:
-    """Is `host` the certificate's `name`, a leading `*.` standing for one label?"""
+    """Is `host` the certificate's `name`, a leading `*.` standing for one label? Addresses in any spelling."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name.strip()) == ipaddress.ip_address(host)
     name, host = name.lower(), host.lower()
     if name.startswith("*."):
         return host.partition(".")[2] == name[2:] and host.partition(".")[0] != ""

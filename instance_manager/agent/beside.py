@@ -29,7 +29,13 @@ def certificates_of(configuration: Configuration, server: LocalServer) -> Certif
         if run_as is not None:
             os.chown(path, run_as.uid, run_as.gid)
 
-    certificates = Certificates(configuration.tls, configuration.control, configuration.certificates_directory, own)
+    certificates = Certificates(
+        configuration.tls,
+        configuration.control,
+        configuration.certificates_directory,
+        own,
+        host=configuration.me.host,
+    )
     certificates.load()
     return certificates
 

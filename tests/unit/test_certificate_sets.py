@@ -7,6 +7,10 @@ import ssl
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from instance_manager import certificates
 from instance_manager.certificate_sets import Certificates
@@ -20,6 +24,18 @@ DAY_S = 86400.0
 def made(root: Path, *, cluster: str = "pg", days: int = 90, renew: bool = False) -> tuple[str, ...]:
     wanted = [certificates.member("pg-0", ["127.0.0.1"]), certificates.REPLICATION, certificates.user("alice")]
     return make(root, wanted, cluster=cluster, renew=renew, lifetimes=Lifetimes(days=days))
+
+
+def server_only(root: Path, directory: Path) -> None:
+    """As `usages: [server auth]` of cert-manager makes it."""
+    old = x509.load_pem_x509_certificate((directory / "tls.crt").read_bytes())
+    authority = serialization.load_pem_private_key((root / "ca/tls.key").read_bytes(), None)
+    assert isinstance(authority, ec.EllipticCurvePrivateKey)
+    builder = x509.CertificateBuilder(old.issuer, old.subject, old.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(old.not_valid_before_utc).not_valid_after(old.not_valid_after_utc)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    made = builder.sign(authority, hashes.SHA256())
+    (directory / "tls.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +72,7 @@ def test_a_certificate_is_proven_by_its_own_authority(root: Path) -> None:
         ("tls.crt", "ours/replication/tls.crt", "no certificate with its key"),
         ("tls.crt", None, "cannot be read: No such file"),
         ("ca.crt", None, "cannot be read: No such file"),
+        ("ca.crt", "ours/members/pg-0/tls.key", "is no certificate"),
     ],
 )
 def test_what_is_wrong_with_the_files_is_said_without_their_content(
@@ -107,6 +124,27 @@ def test_a_bad_one_never_takes_the_place_of_a_good_one(root: Path, tmp_path: Pat
     shutil.copy(root / "theirs/members/pg-0/ca.crt", root / "ours/members/pg-0/ca.crt")
     assert set(sets.look()) == {"postgres", "peers"}
     assert sets.remarks(0.0) == ()
+
+
+def test_a_member_needs_a_certificate_that_is_also_a_clients(root: Path, tmp_path: Path) -> None:
+    """Members demand it of each other: one that is a server's only would cut this instance off from all of them."""
+    sets = sets_of(root, tmp_path)
+    sets.load()
+    before = sets.peers_client
+    server_only(root / "ours", root / "ours/members/pg-0")
+    assert sets.look() == ("postgres",)
+    assert sets.peers_client is before
+    assert any("tls.peers: the new certificate is not used" in remark for remark in sets.remarks(0.0))
+
+
+def test_a_member_needs_a_certificate_of_its_own_host(root: Path, tmp_path: Path) -> None:
+    tls = TlsSection(directory=root / "ours/members/pg-0")
+    sets = Certificates(tls, None, tmp_path / "tls", host="127.0.0.1")
+    sets.load()
+    shutil.rmtree(root / "ours/members/pg-0")
+    make(root / "ours", [certificates.member("pg-0", ["192.0.2.1"])], cluster="pg", renew=False)
+    assert sets.look() == ("postgres",)
+    assert any("do not cover 127.0.0.1" in remark for remark in sets.remarks(0.0))
 
 
 def test_an_agent_that_restarts_over_a_bad_one_goes_on_with_the_copy(root: Path, tmp_path: Path) -> None:
@@ -167,6 +205,8 @@ def test_a_short_life_is_no_alarm(root: Path, tmp_path: Path) -> None:
         ("*.pg.ns.svc", "a.b.pg.ns.svc", False),
         ("*", "pg-0", False),
         ("pg-0", "pg-0.pg.ns.svc", False),
+        ("0:0:0:0:0:0:0:1", "::1", True),
+        ("127.0.0.1", "127.0.0.2", False),
     ],
 )
 def test_which_host_a_name_covers(name: str, host: str, covered: bool) -> None:
