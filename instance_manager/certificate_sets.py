@@ -11,6 +11,7 @@ import contextlib
 import os
 import shutil
 import ssl
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,7 @@ class Certificates:
         self._tls = tls
         self._copies = copies
         self._own = own
+        self._looking = threading.Lock()
         self._sets: dict[str, _Set] = {}
         for use, source in (("postgres", tls.for_postgres), ("peers", tls.for_peers)):
             if source is not None:
@@ -86,6 +88,8 @@ class Certificates:
             )
         if control is not None and tls.for_control is not None:
             self._sets["control"] = _Set("control", tls.for_control, copies / "control")
+        self.replaced_at_start: tuple[str, ...] = ()
+        """Uses of which `load` found something else than the copy: a Postgres that outlived an agent still serves that."""
         self.peers_server: ssl.SSLContext | None = None
         self.peers_client: ssl.SSLContext | None = None
         self.control_server: ssl.SSLContext | None = None
@@ -96,13 +100,26 @@ class Certificates:
 
     def load(self) -> None:
         """At the start. CertificateUnusable: a use has neither a good set nor a copy of an earlier one."""
+        before = {use: _content(each.copy) for use, each in self._sets.items()}
         self.look()
+        self.replaced_at_start = tuple(use for use, each in self._sets.items() if _content(each.copy) != before[use])
         for each in self._sets.values():
             if each.facts is None:
                 self._take_copy(each)
 
     def look(self) -> tuple[str, ...]:
-        """Take over what is new and good; the uses that were replaced. Problems are kept for `remarks`."""
+        """Take over what is new and good; the uses that were replaced. Problems are kept for `remarks`.
+
+        Nothing while another thread is at it: one that hung on the disk and was given up may go on at any time.
+        """
+        if not self._looking.acquire(blocking=False):
+            return ()
+        try:
+            return self._look()
+        finally:
+            self._looking.release()
+
+    def _look(self) -> tuple[str, ...]:
         replaced = []
         for each in self._sets.values():
             now = _signature(each.source)
@@ -206,6 +223,17 @@ def _signature(directory: Path) -> Signature:
         else:
             found.append((state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns))
     return tuple(found)
+
+
+def _content(directory: Path) -> tuple[bytes | None, ...]:
+    return tuple(_read(directory / name) for name in FILES)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
 
 
 def _make_directory(path: Path, own: Callable[[Path], None]) -> None:

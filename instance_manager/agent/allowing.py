@@ -46,7 +46,9 @@ class Allowing:
                 await self._postgres.allow_archive(what, deadline_s=ALLOW_DEADLINE_S)
             except (TimeoutError, TooManyCalls, OSError) as error:
                 self._allowed = "unknown"
-                log.warning("what the archive's commands may do cannot be written: %s", error or type(error).__name__)
+                log.warning(
+                    "what the archive's commands may do cannot be written: %s", str(error) or type(error).__name__
+                )
                 return False
             self._allowed = what
             return True

@@ -471,7 +471,7 @@ class Database:
         except (TimeoutError, TooManyCalls, OSError) as error:
             # No promotion waits for the archive: its backfill looks for the same, as long as it is there.
             log.warning(
-                "what the last primary had not archived is not asked for again: %s", error or type(error).__name__
+                "what the last primary had not archived is not asked for again: %s", str(error) or type(error).__name__
             )
 
     # Serving.

@@ -7,6 +7,7 @@ the primary and the password file of replication everywhere; sessions that are t
 from __future__ import annotations
 
 import logging
+import queue
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
@@ -44,21 +45,29 @@ async def keep_certificates(
     """For ever: look at the files, and let what is new be used. `renew`: of the listeners."""
     c = context
     threads = Threads("certificates")
-    owed: set[str] = set()
+    found: queue.SimpleQueue[tuple[str, ...]] = queue.SimpleQueue()
+    owed = set(certificates.replaced_at_start)
+
+    def look() -> None:
+        # Not as the call's result: what was replaced is to be used also when nobody waits for the call any more.
+        found.put(certificates.look())
+
     while True:
         try:
-            owed |= set(await threads.call(certificates.look, deadline_s=LOOK_DEADLINE_S))
+            await threads.call(look, deadline_s=LOOK_DEADLINE_S)
+            while not found.empty():
+                owed.update(found.get_nowait())
             if owed - FOR_POSTGRES:
                 await renew()
                 _note(c, owed - FOR_POSTGRES)
                 owed &= FOR_POSTGRES
-            if owed & FOR_POSTGRES and c.database.running:
+            # Owed until it answers: this agent may not know yet that it runs, and before its start is done a HUP ends it.
+            if owed and c.database.answers:
                 await reload_postgres()
-            if owed:
                 _note(c, owed)
-            owed.clear()
+                owed.clear()
         except EXPECTED as error:
-            log.warning("certificates: %s; tried again", error or type(error).__name__)
+            log.warning("certificates: %s; tried again", str(error) or type(error).__name__)
         c.remarks["certificates"] = certificates.remarks(now_utc().timestamp())
         await c.clock.sleep(look_every_s)
 
@@ -87,7 +96,7 @@ class SecretFiles:
                 await self.look()
                 c.remarks["secrets"] = ()
             except EXPECTED as error:
-                text = f"secrets: {error or type(error).__name__}"
+                text = f"secrets: {str(error) or type(error).__name__}"
                 if c.remarks.get("secrets") != (text,):
                     log.warning("%s; tried again", text)
                 c.remarks["secrets"] = (text,)

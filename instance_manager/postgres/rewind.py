@@ -150,7 +150,7 @@ async def _require_ready(source: SourceServer, system_identifier: int, timeline:
     except TimeoutError:
         raise SourceNotReady(f"{source.host}:{source.port}: no answer within {deadline_s:g} s") from None
     except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-        raise SourceNotReady(f"{source.host}:{source.port}: {error or type(error).__name__}") from error
+        raise SourceNotReady(f"{source.host}:{source.port}: {str(error) or type(error).__name__}") from error
     if row is None or row["system_identifier"] != system_identifier:
         raise DirectoryRefused(f"{source.host}:{source.port} is of another system")
     if row["in_recovery"] or row["timeline_id"] != timeline:

@@ -108,6 +108,18 @@ def test_a_new_certificate_is_taken_over_whole(root: Path, tmp_path: Path) -> No
     assert (copy / "tls.key").stat().st_mode & 0o777 == 0o600
 
 
+def test_an_agent_knows_what_was_replaced_while_there_was_none(root: Path, tmp_path: Path) -> None:
+    """Postgres outlives an agent, and serves what it was told last."""
+    first, second, third = (sets_of(root, tmp_path) for _ in range(3))
+    first.load()
+    second.load()
+    assert second.replaced_at_start == ()
+    shutil.rmtree(root / "ours/members")
+    made(root / "ours")
+    third.load()
+    assert set(third.replaced_at_start) == {"postgres", "peers"}
+
+
 def test_a_bad_one_never_takes_the_place_of_a_good_one(root: Path, tmp_path: Path) -> None:
     sets = sets_of(root, tmp_path)
     sets.load()

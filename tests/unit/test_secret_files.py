@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from typing import cast
 
 import pytest
 
+from instance_manager.agent import secret_files
 from instance_manager.agent.context import Context
 from instance_manager.agent.secret_files import SecretFiles, keep_certificates, supervised
 from instance_manager.certificate_sets import Certificates
@@ -32,7 +35,7 @@ class Instance:
             role=Role.PRIMARY,
             gate_open=True,
             journal=SimpleNamespace(note=lambda what, why: self.done.append(f"note {what}")),
-            database=SimpleNamespace(create_roles=self._create_roles, running=True),
+            database=SimpleNamespace(create_roles=self._create_roles, answers=True),
             clock=SimpleNamespace(sleep=self._sleep),
             remarks={},
         )
@@ -110,6 +113,8 @@ async def test_what_failed_is_done_the_next_time_and_told_meanwhile(instance: In
 class Sets:
     """Certificates of which `news` are new, one after another."""
 
+    replaced_at_start: tuple[str, ...] = ()
+
     def __init__(self, *news: tuple[str, ...]) -> None:
         self._news = list(news)
 
@@ -142,15 +147,70 @@ async def test_each_use_of_a_new_certificate_is_served_anew_once(instance: Insta
     assert instance.context.remarks["certificates"] == ("tls.peers: ends soon",)
 
 
+async def test_what_was_replaced_before_this_agent_is_told_to_a_postgres_that_outlived_the_last_one(
+    instance: Instance,
+) -> None:
+    sets = Sets()
+    sets.replaced_at_start = ("postgres",)
+    await keep(instance, sets)
+    assert instance.done == ["reload", "note certificates"]
+
+
 async def test_a_reload_that_failed_is_owed(instance: Instance) -> None:
     await keep(instance, Sets((), ("postgres",)), failing=1)
     assert instance.done == ["reload", "note certificates"]
 
 
-async def test_a_stopped_postgres_is_not_reloaded_it_will_read_the_files_at_its_start(instance: Instance) -> None:
-    instance.context.database.running = False
+class SlowSets(Sets):
+    """The disk stalls at the first look: it has its result when nobody waits for it any more."""
+
+    def __init__(self, *news: tuple[str, ...]) -> None:
+        super().__init__(*news)
+        self._given_up = threading.Event()
+        self._looks = 0
+
+    def look(self) -> tuple[str, ...]:
+        found = super().look()
+        self._looks += 1
+        if self._looks == 1:
+            self._given_up.wait(10)
+        else:
+            self._given_up.set()
+        return found
+
+
+async def test_what_a_look_replaced_that_came_back_too_late_is_used_all_the_same(
+    instance: Instance, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    used = ["renew", "note certificates", "reload", "note certificates"]
+    ends_s = time.monotonic() + 5
+
+    async def sleep(_: float) -> None:
+        await asyncio.sleep(0.01)
+        if instance.done == used or time.monotonic() > ends_s:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(secret_files, "LOOK_DEADLINE_S", 0.1)
+    instance.context.clock.sleep = sleep
+    await keep(instance, SlowSets(("peers", "postgres")))
+    assert instance.done == used
+    assert "TimeoutError; tried again" in caplog.text
+
+
+async def test_postgres_is_reloaded_when_it_answers_and_not_before(instance: Instance) -> None:
+    instance.context.database.answers = False
     await keep(instance, Sets(("postgres",)))
-    assert "reload" not in instance.done
+    assert instance.done == []
+
+    instance.pauses, after_two = 0, iter((False, False, True, True))
+
+    async def sleep(_: float) -> None:
+        instance.context.database.answers = next(after_two)
+        await instance._sleep(0)
+
+    instance.context.clock.sleep = sleep
+    await keep(instance, Sets(("postgres",)))
+    assert instance.done == ["reload", "note certificates"]
 
 
 async def test_what_fails_unexpectedly_is_begun_again_and_ends_nothing(
