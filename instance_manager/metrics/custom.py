@@ -32,7 +32,7 @@ import yaml
 
 from instance_manager.metrics import catalogue
 from instance_manager.metrics.exposition import Block
-from instance_manager.metrics.queries import Column, MetricQuery, Row, Usage, milliseconds
+from instance_manager.metrics.queries import SERVER_LABEL, Column, MetricQuery, Row, Usage, milliseconds
 
 DEFAULT_TIMEOUT_S = 1.0
 MAXIMUM_TIMEOUT_S = 10.0
@@ -64,6 +64,8 @@ BUILT_IN = frozenset(
     for family in query.families()
 )
 """Families that are there anyway; a custom query that brings them once more (the exporter's example does) adds only its others."""
+_LABELS_OF_OURS = frozenset((SERVER_LABEL, "le"))
+"""Prometheus refuses a whole scrape in which one sample has a label twice."""
 _RESERVED = ("instance_manager_", "pg_up", "process_")
 
 
@@ -204,7 +206,7 @@ def _query(key: object, section: object) -> CustomQuery:
 def _columns(metrics: object) -> tuple[Column, ...]:
     if not isinstance(metrics, list) or not metrics:
         raise ValueError("metrics: must be a list, an entry for each column")
-    found = []
+    found: list[Column] = []
     for entry in metrics:
         if not isinstance(entry, dict) or len(entry) != 1:
             raise ValueError("metrics: each entry is one column with its `usage` and `description`")
@@ -214,6 +216,10 @@ def _columns(metrics: object) -> tuple[Column, ...]:
         usage = _usage(name, told.get("usage"))
         if usage is None:
             continue
+        if usage == "LABEL" and (name in _LABELS_OF_OURS or name.startswith("__")):
+            raise ValueError(f"metrics: {name}: is a label already; give the column another name in the query (AS)")
+        if any(column.name == name for column in found):
+            raise ValueError(f"metrics: {name}: is there twice")
         mapping = told.get("metric_mapping")
         if usage == "MAPPEDMETRIC" and not isinstance(mapping, dict):
             raise ValueError(f"metrics: {name}: MAPPEDMETRIC needs metric_mapping")

@@ -130,6 +130,14 @@ async def test_what_a_query_is_not_asked_again_for_is_its_cache(cluster: Cluster
             "a: {query: SELECT 1, search_path: ['x, public'], metrics: [{n: {usage: GAUGE}}]}",
             "no plain name of a schema",
         ),
+        *(
+            (
+                f"a: {{query: SELECT 1, metrics: [{{{label}: {{usage: LABEL}}}}, {{n: {{usage: GAUGE}}}}]}}",
+                "is a label already",
+            )
+            for label in ("server", "le", "__name__")
+        ),
+        ("a: {query: SELECT 1, metrics: [{n: {usage: GAUGE}}, {n: {usage: GAUGE}}]}", "n: is there twice"),
         ("instance_manager_a: {query: SELECT 1, metrics: [{n: {usage: GAUGE}}]}", "or is reserved"),
         (f"a: {ONE}\nb: {{name: a, query: SELECT 2 AS n, metrics: [{{n: {{usage: GAUGE}}}}]}}", "a_n: is there twice"),
     ],
