@@ -13,3 +13,8 @@ def timestamp() -> str:
 def local_time() -> str:
     """Now on the user's wall, `09:08:07`, for a view that refreshes."""
     return datetime.now().astimezone().strftime("%H:%M:%S")  # noqa: TID251
+
+
+def utc_now() -> datetime:
+    """Now in UTC: for the schedule of backups, and the ids of requests. A wrong clock costs a backup too many."""
+    return datetime.now(UTC)  # noqa: TID251
