@@ -18,6 +18,7 @@ import yaml
 from instance_manager import kubernetes_names
 from instance_manager.config_sections import (
     ARCHIVE_NAME_PATTERN,
+    TIME_OF_DAY_PATTERN,
     ArchiveSection,
     ClusterSection,
     CoordinationSection,
@@ -314,6 +315,11 @@ def _check_archive(archive: ArchiveSection) -> list[str]:
             f"archive.level: {archive.level} is no level of {archive.codec}"
             + (f" ({levels[0]} to {levels[1]})" if levels else "")
         )
+    schedule = archive.backup.schedule
+    if schedule is not None and (
+        not schedule.at or not all(TIME_OF_DAY_PATTERN.fullmatch(each) for each in schedule.at)
+    ):
+        found.append("archive.backup.schedule.at: times of day in UTC, like ['03:00']")
     s3 = archive.s3
     if s3 is not None and s3.kms_key_id is not None and s3.server_side_encryption != "aws:kms":
         found.append("archive.s3.kms_key_id: needs server_side_encryption: aws:kms")

@@ -10,6 +10,7 @@ import msgspec
 
 Durability = Literal["preferred", "required", "asynchronous"]
 ARCHIVE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TIME_OF_DAY_PATTERN = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
@@ -125,6 +126,38 @@ class S3Section(Section, frozen=True):
     """`emulated`, for a store that ignores `If-None-Match`: look before each write. Not safe against two writers at once."""
 
 
+class RetentionSection(Section, frozen=True):
+    """What is kept: what either of both keeps. Without both nothing expires."""
+
+    window_days: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Every moment of so many days before the newest good backup can be recovered."""
+    count: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """So many of the newest good backups stay."""
+
+
+class BackupScheduleSection(Section, frozen=True):
+    at: tuple[str, ...]
+    """Times of day in UTC, `03:00`."""
+    weekdays: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = ()
+    """By default every day."""
+
+
+class BackupSection(Section, frozen=True):
+    """Base backups."""
+
+    schedule: BackupScheduleSection | None = None
+    """For clusters without the controller; None: only by `instance-manager backup`."""
+    retention: RetentionSection = RetentionSection()
+    """Applied after each backup."""
+    codec: Literal["lz4", "gzip", "none"] = "lz4"
+    """What barman-cloud-restore can read: it has no zstd for base backups."""
+    parallel: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+    rate_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=1 << 20)] | None = None
+    """Of what is read from the data directory."""
+    verify_checksums: bool = True
+    """Look at the checksum of every page, where the cluster has them."""
+
+
 class ArchiveSection(Section, frozen=True):
     directory: Path | None = None
     """A file system that survives the loss of this instance's volume; this or `s3`."""
@@ -138,3 +171,4 @@ class ArchiveSection(Section, frozen=True):
     stream_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     """How much the loss of every volume at once may cost, besides the upload; 0: only finished segments are archived."""
     prefetch_bytes: Annotated[int, msgspec.Meta(ge=0)] = 128 * 1024 * 1024
+    backup: BackupSection = BackupSection()

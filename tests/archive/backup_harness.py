@@ -8,13 +8,13 @@ from typing import Any
 
 from archiving_server import ArchivingServer
 
-from instance_manager.archive.__main__ import make_store
 from instance_manager.archive.backup.info import BackupInfo, parse_info
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.take import Taken, TakeSettings, take_backup
 from instance_manager.archive.codecs import Codec
 from instance_manager.archive.content import read_object
 from instance_manager.archive.layout import Layout
+from instance_manager.archive.where import make_store
 from instance_manager.config_sections import ArchiveSection, S3Section
 from instance_manager.ports import ObjectStore
 

@@ -10,8 +10,6 @@ from archiving_server import archiving, insert, prepared
 from backup_harness import info_of, objects, store_of, take
 from harness import Cluster
 
-from instance_manager.archive.backup.names import BackupNames
-
 pytestmark = pytest.mark.timeout(240)
 
 

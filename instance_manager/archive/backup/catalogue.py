@@ -66,11 +66,24 @@ async def list_backups(store: ObjectStore, layout: Layout, *, deadline_s: float)
                 ids.add(backup_id)
     turns = asyncio.Semaphore(_AT_ONCE)
 
-    async def one(backup_id: str) -> Listed:
+    async def one(backup_id: str) -> Listed | None:
         async with turns:
-            return await look_at(store, BackupNames(layout, backup_id), deadline_s=deadline_s)
+            names = BackupNames(layout, backup_id)
+            listed = await look_at(store, names, deadline_s=deadline_s)
+            # In a directory the folder outlives what was in it.
+            if listed.state == "incomplete" and not await _holds_anything(store, names, deadline_s):
+                return None
+            return listed
 
-    return tuple(await asyncio.gather(*(one(backup_id) for backup_id in sorted(ids))))
+    found = await asyncio.gather(*(one(backup_id) for backup_id in sorted(ids)))
+    return tuple(each for each in found if each is not None)
+
+
+async def _holds_anything(store: ObjectStore, names: BackupNames, deadline_s: float) -> bool:
+    for folder in (names.folder, names.own_folder):
+        async for _ in store.entries(folder, deadline_s=deadline_s):
+            return True
+    return False
 
 
 async def look_at(store: ObjectStore, names: BackupNames, *, deadline_s: float) -> Listed:

@@ -66,7 +66,8 @@ def expiry(listed: Sequence[Listed], policy: Policy) -> Expiry:
     good.sort(key=lambda pair: (pair[1].begin_lsn, pair[0].backup_id))
     _require_order([info for _, info in good])
     staying = {each.backup_id for each, _ in good} if policy.keeps_all else _wanted(good, policy)
-    oldest = next((info for each, info in good if each.backup_id in staying), None)
+    # A kept one stays for itself: it holds no other.
+    oldest = next((info for each, info in good if each.backup_id in staying and each.keep is None), None)
     going = []
     for each in listed:
         if each.backup_id in staying or each.keep is not None or not each.is_restorable or each.info is None:

@@ -27,6 +27,7 @@ from instance_manager.archive.backup.tar_stream import DamagedBlock, Flow, Memor
 from instance_manager.archive.backup.wal_range import missing_in, named, segments_of
 from instance_manager.archive.codecs import Codec
 from instance_manager.archive.content import MemoryContent
+from instance_manager.archive.counters import BackupProgress
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.stores.patience import Patience
 from instance_manager.codec import to_json
@@ -76,16 +77,6 @@ class TakeSettings:
     patience: Patience = Patience(total_s=7 * 86400.0, attempt_s=86400.0, attempts_max=4)
 
 
-@dataclass(slots=True)
-class Progress:
-    """What `status` shows of the backup that runs."""
-
-    backup_id: str = ""
-    phase: str = ""
-    read_bytes: int = 0
-    estimated_bytes: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Taken:
     """A backup that is whole."""
@@ -125,14 +116,14 @@ async def take_backup(
     name: str | None = None,
     on_begun: Callable[[str], Awaitable[None]] | None = None,
     want_wal: Callable[[Lsn], Awaitable[None]] | None = None,
-    progress: Progress | None = None,
+    progress: BackupProgress | None = None,
 ) -> Taken:
     """BackupFailed: there is none. Cancelled, it cleans up first.
 
     `on_begun` is told the id before anything of it is in the store; what it raises ends the backup. `want_wal`: called on a standby with the
     position that the primary must archive.
     """
-    shown = progress or Progress()
+    shown = progress or BackupProgress()
     try:
         async with session(server, statement_timeout_s=settings.start_deadline_s) as sql:
             # It idles while files are read, for hours perhaps.
@@ -205,7 +196,7 @@ class _Backup:
         instance: str,
         name: str | None,
         facts: _Facts,
-        progress: Progress,
+        progress: BackupProgress,
     ) -> None:
         self._data_directory = data_directory
         self._store = store

@@ -32,7 +32,8 @@ from instance_manager.archive.backup.requests import (
     scheduled_id,
 )
 from instance_manager.archive.backup.retention import Policy, RetentionRefused
-from instance_manager.archive.backup.take import BackupFailed, Progress, TakeSettings, take_backup
+from instance_manager.archive.backup.take import BackupFailed, TakeSettings, take_backup
+from instance_manager.archive.counters import BackupProgress, BackupState
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.lineage import ForeignArchive, read_lineage
 from instance_manager.archive.orders import OrderBook, Orders
@@ -61,16 +62,6 @@ class TenderSettings:
     """A claim whose beats stand still for so long is given up for dead."""
     primary_waits_s: float = 20.0
     """So long a primary leaves a request to the standbys."""
-
-
-@dataclass(slots=True)
-class TenderStatus:
-    """For `status`."""
-
-    running: Progress | None = None
-    last_backup: str = ""
-    last_error: str = ""
-    damaged_pages: int = 0
 
 
 @dataclass(slots=True)
@@ -108,7 +99,7 @@ class BackupTender:
         self._watched: dict[str, _Watched] = {}
         self._switched: set[str] = set()
         self._is_own: tuple[str, str] | None = None
-        self.status = TenderStatus()
+        self.status = BackupState()
 
     async def run(self) -> None:
         while True:
@@ -188,7 +179,7 @@ class BackupTender:
 
     async def _take(self, request_id: str, number: int) -> None:
         request = await self._requests.request(request_id)
-        progress = self.status.running = Progress()
+        progress = self.status.running = BackupProgress()
         log.info("taking a backup for request %s", request_id)
 
         async def begun(backup_id: str) -> None:
@@ -247,7 +238,7 @@ class BackupTender:
             self.status.last_error = str(error)
             log.warning("nothing expires: %s", error)
 
-    async def _beat(self, request_id: str, number: int, progress: Progress, taking: asyncio.Task[object]) -> None:
+    async def _beat(self, request_id: str, number: int, progress: BackupProgress, taking: asyncio.Task[object]) -> None:
         count = 0
         while True:
             count += 1
