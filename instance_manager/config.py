@@ -20,11 +20,13 @@ from instance_manager.config_sections import (
     ARCHIVE_NAME_PATTERN,
     TIME_OF_DAY_PATTERN,
     ArchiveSection,
+    BootstrapSection,
     ClusterSection,
     CoordinationSection,
     InstanceSection,
     MemberSection,
     PostgresSection,
+    RecoverySection,
     SecretsSection,
     Section,
 )
@@ -48,6 +50,7 @@ class Configuration(Section, frozen=True, kw_only=True):
     secrets: SecretsSection
     postgres: PostgresSection = PostgresSection()
     archive: ArchiveSection | None = None
+    bootstrap: BootstrapSection = BootstrapSection()
     timings: Timings = Timings()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -283,6 +286,8 @@ def check(configuration: Configuration) -> tuple[str, ...]:
         )
     if configuration.archive is not None:
         found += _check_archive(configuration.archive)
+    if configuration.bootstrap.recovery is not None:
+        found += _check_recovery(configuration, configuration.bootstrap.recovery)
     # A Unix socket's path is limited to 107 bytes by the kernel.
     longest = configuration.socket_directory / f".s.PGSQL.{65535}.lock"
     if len(os.fsencode(longest)) > 107:
@@ -326,5 +331,26 @@ def _check_archive(archive: ArchiveSection) -> list[str]:
     if s3 is not None and s3.prefix and any(not ARCHIVE_NAME_PATTERN.fullmatch(part) for part in s3.prefix.split("/")):
         found.append(
             "archive.s3.prefix: names of letters, digits, '.', '_' and '-' with one / between them, none at the ends"
+        )
+    return found
+
+
+def _check_recovery(configuration: Configuration, recovery: RecoverySection) -> list[str]:
+    source, target, own = recovery.archive, recovery.target, configuration.archive
+    found = [f"bootstrap.recovery.{problem}" for problem in _check_archive(source)]
+    if source.server_name is None:
+        found.append(
+            "bootstrap.recovery.archive.server_name: is missing; it is the name of the cluster that the archive is of"
+        )
+    given = [each for each in (target.time, target.lsn, target.xid, target.name) if each is not None]
+    if len(given) + target.immediate > 1:
+        found.append("bootstrap.recovery.target: give at most one of time, lsn, xid, name and immediate")
+    if own is not None and (
+        (own.directory, own.s3, own.server_name or configuration.cluster.name)
+        == (source.directory, source.s3, source.server_name)
+    ):
+        found.append(
+            f"archive.server_name: {source.server_name!r} is the source's archive, which the new cluster must not write to; give "
+            "another name"
         )
     return found

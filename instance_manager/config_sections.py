@@ -172,3 +172,41 @@ class ArchiveSection(Section, frozen=True):
     """How much the loss of every volume at once may cost, besides the upload; 0: only finished segments are archived."""
     prefetch_bytes: Annotated[int, msgspec.Meta(ge=0)] = 128 * 1024 * 1024
     backup: BackupSection = BackupSection()
+
+
+class RecoveryTargetSection(Section, frozen=True):
+    """At most one of the first five; none: all that the archive holds."""
+
+    time: str | None = None
+    """With its zone: `2025-11-28 21:05:00+00`."""
+    lsn: str | None = None
+    xid: str | None = None
+    name: str | None = None
+    """Of pg_create_restore_point."""
+    immediate: bool = False
+    """As soon as the backup is consistent."""
+    timeline: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """By default the newest of the archive."""
+    exclusive: bool = False
+    """Just before the target, not with it."""
+
+
+class RecoverySection(Section, frozen=True, kw_only=True):
+    """Where a new cluster comes from, instead of initdb. The source is only read."""
+
+    archive: ArchiveSection
+    """Of the source, with its `server_name`."""
+    target: RecoveryTargetSection = RecoveryTargetSection()
+    backup: str | None = None
+    """Id or name; by default the newest before the target."""
+    accept_end: bool = False
+    """Open also where the archive ends before the target."""
+    outage_patience_s: Annotated[float, msgspec.Meta(ge=0)] = 3600.0
+    tablespaces: dict[str, Path] = {}
+    """New places by name."""
+
+
+class BootstrapSection(Section, frozen=True):
+    """How a cluster begins that has no data yet; of no meaning for one that has."""
+
+    recovery: RecoverySection | None = None

@@ -17,11 +17,11 @@ from instance_manager.archive.stores.patience import Patience
 from instance_manager.ports import ObjectStore
 from instance_manager.postgres.server import LocalServer
 
-QUICK = Patience(total_s=10.0, attempt_s=10.0, attempts_max=3, first_pause_s=0.05)
+QUICK = Patience(total_s=60.0, attempt_s=60.0, attempts_max=3, first_pause_s=0.05)
 SETTINGS = RestoreSettings(
     parallel=2,
     patience=QUICK,
-    fetch=FetchSettings(recovery=replace(QUICK, total_s=3.0, attempt_s=2.0), parallel=2, prefetch_bytes=4 << 20),
+    fetch=FetchSettings(recovery=replace(QUICK, total_s=10.0, attempt_s=10.0), parallel=2, prefetch_bytes=4 << 20),
     replay=ReplaySettings(outage_patience_s=60),
 )
 

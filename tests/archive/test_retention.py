@@ -173,7 +173,7 @@ async def test_a_crash_while_deleting_shows_at_every_step_and_is_finished_by_the
     await put_backup(store, info_at(2))
     for deletions in range(20):
         try:
-            await delete_backup(Crashing(store, deletions), names, deadline_s=5)  # type: ignore[arg-type]
+            await delete_backup(Crashing(store, deletions), names, deadline_s=5)
         except StoreUnreachable:
             states = {each.backup_id: each.state for each in await list_backups(store, LAYOUT, deadline_s=5)}
             assert states[names.backup_id] == "deleting"

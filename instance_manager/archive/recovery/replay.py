@@ -273,19 +273,12 @@ class Replay:
     async def _open(self, seen: _Seen, by: str) -> Reached:
         """The only place where it becomes a primary."""
         self._say(f"{by}: opening")
-        async with session(self._server) as sql:
-            if await sql.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"):
-                await sql.execute("SELECT pg_wal_replay_resume()")
-            else:
-                await sql.execute("SELECT pg_promote(false)")
-            loop = asyncio.get_running_loop()
-            end_s = loop.time() + STOP_DEADLINE_S
-            while await sql.fetchval("SELECT pg_is_in_recovery()"):
-                if loop.time() > end_s:
-                    raise RecoveryStopped(
-                        f"the promotion did not end within {STOP_DEADLINE_S:g} s; see {self.log_file}"
-                    )
-                await asyncio.sleep(POLL_S)
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + STOP_DEADLINE_S
+        while await self._is_in_recovery():
+            if loop.time() > end_s or (self._process is not None and self._process.returncode is not None):
+                raise RecoveryStopped(f"it was to open, and has not: {self._last_fatal()}; see {self.log_file}")
+            await asyncio.sleep(POLL_S)
         await self._stop()
         control = await read_control_data(self._server)
         if control.state is not ClusterState.SHUT_DOWN or control.timeline <= self._chain.current:
@@ -293,6 +286,20 @@ class Replay:
                 f"after the promotion it is {control.state.value} on timeline {control.timeline}; see {self.log_file}"
             )
         return Reached(seen.lsn, seen.time, control.timeline, by)
+
+    async def _is_in_recovery(self) -> bool:
+        """False: it is a primary. Where it is none yet it is told to become one: once more does no harm."""
+        try:
+            async with session(self._server) as sql:
+                if not await sql.fetchval("SELECT pg_is_in_recovery()"):
+                    return False
+                if await sql.fetchval("SELECT pg_get_wal_replay_pause_state() = 'paused'"):
+                    await sql.execute("SELECT pg_wal_replay_resume()")
+                else:
+                    await sql.execute("SELECT pg_promote(false)")
+        except (LocalPostgresError, asyncpg.PostgresError) as error:
+            log.debug("while it opens: %s", error)
+        return True
 
     async def _look(self) -> asyncpg.Record | None:
         """None: it does not answer (yet)."""

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,9 +41,9 @@ from instance_manager.archive.recovery.replay import Reached, RecoveryStopped, R
 from instance_manager.archive.recovery.serving import RecoveryArchive
 from instance_manager.archive.recovery.target import NoBackupForTarget, Target, TargetInvalid, choose_backup, is_before
 from instance_manager.archive.stores.patience import Patience
-from instance_manager.archive.tail import chain_of_archive
+from instance_manager.archive.tail import chain_of_archive, histories_in
 from instance_manager.codec import from_json, to_json
-from instance_manager.core.types import Lsn, TimelineChain
+from instance_manager.core.types import Lsn, Timeline, TimelineChain, WalEnd
 from instance_manager.ports import ContentDamaged, ObjectStore, ObjectStoreError
 from instance_manager.postgres.directory import create_standby_signal, remove_files_of_source
 from instance_manager.postgres.files import read_if_present, write_atomically
@@ -103,7 +103,7 @@ async def make_plan(store: ObjectStore, layout: Layout, target: Target, *, backu
     """RestoreFailed: it cannot be; ObjectStoreError."""
     try:
         listed = await list_backups(store, layout, deadline_s=LIST_DEADLINE_S)
-        chain = await chain_of_archive(store, layout, timeline=target.timeline, deadline_s=LIST_DEADLINE_S)
+        chain = await _history_for(store, layout, target)
         chosen = choose_backup(listed, target, chain) if backup is None else find_backup(listed, backup)
     except (NoBackupForTarget, TargetInvalid, LookupError) as error:
         raise RestoreFailed(str(error)) from error
@@ -116,6 +116,28 @@ async def make_plan(store: ObjectStore, layout: Layout, target: Target, *, backu
     if target.kind == "immediate":
         chain = await chain_of_archive(store, layout, timeline=info.timeline, deadline_s=LIST_DEADLINE_S)
     return Plan(chosen, info, chain, window)
+
+
+async def _history_for(store: ObjectStore, layout: Layout, target: Target) -> TimelineChain:
+    """Of the timeline that was asked for; the newest, where that one goes through the same position.
+
+    An old timeline's last segment is often only in the archive as the next one's copy of it.
+    """
+    newest = await chain_of_archive(store, layout, deadline_s=LIST_DEADLINE_S)
+    if target.timeline is None or target.timeline == newest.current:
+        return newest
+    if target.lsn is not None and newest.contains(WalEnd(target.timeline, target.lsn)):
+        return newest
+    histories = await histories_in(store, layout, deadline_s=LIST_DEADLINE_S)
+    if target.timeline not in (newest.first, *histories):
+        raise RestoreFailed(
+            f"there is no timeline {target.timeline} in the archive; there are: {_timelines(newest, histories)}"
+        )
+    return await chain_of_archive(store, layout, timeline=target.timeline, deadline_s=LIST_DEADLINE_S)
+
+
+def _timelines(newest: TimelineChain, histories: Iterable[Timeline]) -> str:
+    return ", ".join(str(each) for each in sorted({newest.first, *histories}))
 
 
 async def restore(

@@ -52,8 +52,9 @@ class Target:
         return parse_lsn(self.value) if self.kind == "lsn" else None
 
     def settings(self, current: Timeline) -> dict[str, str]:
-        """Of Postgres. It pauses at the target; nothing opens before that was looked at."""
-        found = {"recovery_target_timeline": str(self.timeline or current), "recovery_target_action": "pause"}
+        """Of Postgres, for the history that ends with the timeline `current`. It pauses at the target; nothing opens before that
+        was looked at."""
+        found = {"recovery_target_timeline": str(current), "recovery_target_action": "pause"}
         if self.kind == "immediate":
             found["recovery_target"] = "immediate"
         elif self.kind != "latest":
