@@ -6,6 +6,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python -m
 SUDO := $(shell [ "$$(id -u)" = 0 ] || command -v sudo)
 TEST_FOLDERS := $(sort $(dir $(wildcard tests/*/*.py)))
+# Where `make demo DEMO_OPTIONS='--s3 ENDPOINT/BUCKET'` logs in.
+S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PROFILE,AWS_REGION,AWS_DEFAULT_REGION
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
@@ -28,14 +30,14 @@ $(VENV)/.made-for-tests: $(VENV)/.made
 	@touch $@
 
 demo: system $(VENV)/.made
-	@$(SUDO) $(RUN) instance_manager demo $(DEMO_OPTIONS)
+	@$(if $(SUDO),$(SUDO) --preserve-env=$(S3_VARIABLES)) $(RUN) instance_manager demo $(DEMO_OPTIONS)
 
 lint: $(VENV)/.made-for-tests
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
-	# One folder at a time: each has its own conftest and helpers, imported by their bare names as pytest does.
-	@for folder in $(TEST_FOLDERS); do echo "mypy $$folder"; $(RUN) mypy "$$folder" || exit 1; done
+	# By folders: each has its own conftest and helpers, imported by their bare names as pytest does.
+	@printf '%s\n' $(TEST_FOLDERS) | xargs -t -P 2 -n 1 $(RUN) mypy
 	$(VENV)/bin/lint-imports
 
 unit: system $(VENV)/.made-for-tests

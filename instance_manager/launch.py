@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 from instance_manager.config import Configuration
+from instance_manager.config_sections import ArchiveSection
+from instance_manager.supervisor.companion import COMPANION_SEPARATOR
 
 HEARTBEAT_TIMEOUT_S = 3.0
-NO_ARCHIVER = (
-    "archive: the supervisor does not start the archiver yet, so nothing would be archived; take the section out"
-)
 
 
 class LaunchError(Exception):
@@ -39,7 +38,7 @@ def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
         if mode & (stat.S_IRWXO | stat.S_IWGRP):
             found.append(f"secrets.{key}: {path} is open to other users; chmod 600 it")
     if configuration.archive is not None:
-        found.append(NO_ARCHIVER)
+        found += _archive_problems(configuration.archive)
     programs = configuration.postgres.bin_directory
     if programs is not None and not os.access(programs / "postgres", os.X_OK):
         found.append(f"postgres.bin_directory: {programs} has no program postgres")
@@ -51,8 +50,6 @@ def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
 
 def prepare_directories(configuration: Configuration) -> None:
     """Make what the supervisor and the agent expect to find. LaunchError: one cannot be made or is no directory."""
-    if configuration.archive is not None:
-        raise LaunchError(NO_ARCHIVER)
     owner = pwd.getpwnam(configuration.instance.run_as) if os.geteuid() == 0 else None
     own = (os.geteuid(), os.getegid())
     postgres = (owner.pw_uid, owner.pw_gid) if owner is not None else own
@@ -79,7 +76,22 @@ def supervisor_argv(configuration: Configuration, configuration_file: Path) -> l
         argv += ["--postgres-user", configuration.instance.run_as]
     if configuration.instance.termination_log is not None:
         argv += ["--termination-log", str(configuration.instance.termination_log)]
-    return [*argv, "--", *python, "instance_manager.agent", "--config", str(configuration_file.absolute())]
+    file = ("--config", str(configuration_file.absolute()))
+    argv += ["--", *python, "instance_manager.agent", *file]
+    if configuration.archive is not None:
+        argv += [COMPANION_SEPARATOR, *python, "instance_manager.archive", *file]
+    return argv
+
+
+def _archive_problems(archive: ArchiveSection) -> list[str]:
+    found = []
+    if archive.directory is not None and not archive.directory.is_dir():
+        found.append(f"archive.directory: {archive.directory} is no directory; create it, or mount it")
+    for key in ("credentials_file", "ca_file"):
+        path: Path | None = getattr(archive.s3, key, None)
+        if path is not None and not os.access(path, os.R_OK):
+            found.append(f"archive.s3.{key}: {path} cannot be read")
+    return found
 
 
 def _make(path: Path, mode: int, owner: tuple[int, int]) -> None:

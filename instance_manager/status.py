@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from instance_manager.core.archive_state import ArchiveState
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionLine:
@@ -67,6 +69,8 @@ class ClusterStatus:
     decisions: tuple[DecisionLine, ...]
     """Of this instance, newest first."""
     switchover: str | None = None
+    archive: ArchiveState | None = None
+    """Of the primary's archiver; None: no archive is configured, or the primary does not answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

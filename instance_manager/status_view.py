@@ -6,6 +6,8 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from instance_manager.core.archive_state import ArchiveState
+from instance_manager.core.types import format_lsn
 from instance_manager.status import ClusterStatus, DecisionLine, InstanceStatus
 
 WIDTH = 80
@@ -78,6 +80,8 @@ def _head(status: ClusterStatus, width: int, colour: bool) -> Iterable[str]:
     synchronous = _plain(status.synchronous_standby_names or "nobody waited for")
     yield _cut(f"durability {status.durability}: {synchronous} (wanted: {status.synchronous_wanted})", width)
     yield _cut(f"voters: {', '.join(status.voters) or 'none'}; q = {_or_dash(status.quorum)}", width)
+    if status.archive is not None:
+        yield _cut(_archive(status.archive), width)
     special = []
     if status.paused:
         special.append("PAUSED: no failover")
@@ -87,6 +91,19 @@ def _head(status: ClusterStatus, width: int, colour: bool) -> Iterable[str]:
         special.append(f"switchover: {_plain(status.switchover)}")
     if special:
         yield _cut("; ".join(special), width)
+
+
+def _archive(archive: ArchiveState) -> str:
+    if archive.level == "unknown":
+        return "archive: not known"
+    parts = [f"archive: {_plain(archive.level)}"]
+    if archive.position is not None:
+        parts.append(f"complete to {format_lsn(archive.position)}")
+    if archive.lag_bytes is not None and archive.lag_s is not None:
+        parts.append(f"behind {format_bytes(archive.lag_bytes)}, {format_seconds(archive.lag_s)}")
+    if archive.waiting:
+        parts.append(f"{archive.waiting} wait, the oldest for {format_seconds(archive.oldest_age_s)}")
+    return ", ".join(parts)
 
 
 def _risks(status: ClusterStatus, width: int, colour: bool) -> Iterable[str]:

@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from instance_manager.agent.agent import Agent
+from instance_manager.agent.archiver_client import ArchiverClient
+from instance_manager.agent.archiver_port import Archiver, NoArchiver
 from instance_manager.agent.assembly import HEALTH_INTERVAL_S, Ports, assemble
 from instance_manager.agent.configuration_file import Signature, keep_reading, signature
 from instance_manager.agent.health import DiskProbe
@@ -26,7 +28,6 @@ from instance_manager.config_sections import MemberSection
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
-from instance_manager.launch import NO_ARCHIVER
 from instance_manager.logs import logging_to
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
@@ -70,6 +71,7 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
                 publication=around.publication,
                 caller=caller,
                 make_postgres=lambda reload: InstalledPostgres(configuration, server, version, reload),
+                make_archiver=lambda wake: _archiver(configuration, clock, wake),
             ),
         )
         agent.reload_configuration = _reloader(agent, configuration_file, members)
@@ -78,6 +80,12 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
             # What was imported and built stays: later collections need not look at it again.
             gc.freeze()
             await agent.run()
+
+
+def _archiver(configuration: Configuration, clock: BootTime, wake: Callable[[], None]) -> Archiver:
+    if configuration.archive is None:
+        return NoArchiver()
+    return ArchiverClient(configuration.archive_socket, clock, on_answer=wake)
 
 
 class _Members:
@@ -109,13 +117,11 @@ async def _watched(agent: Agent, configuration_file: Path, seen: Signature | Non
 def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Callable[[], Awaitable[str]]:
     async def reload() -> str:
         configuration = await asyncio.to_thread(load_configuration, configuration_file)
-        if configuration.archive is not None:
-            raise ConfigurationError(f"{configuration_file}: {NO_ARCHIVER}")
         before = agent.context.configuration
         if _fixed(configuration) != _fixed(before):
             raise ConfigurationError(
-                f"{configuration_file}: instance, coordination, the cluster's name and uid (and members, where they are "
-                "listed) change at a restart of the instance only"
+                f"{configuration_file}: instance, coordination, archive, the cluster's name and uid (and members, where they "
+                "are listed) change at a restart of the instance only"
             )
         agent.context.configuration = members.configuration = configuration
         agent.context.wake.set()
@@ -132,7 +138,14 @@ def _fixed(configuration: Configuration) -> tuple[object, ...]:
     """What does not change while the instance runs. On Kubernetes members come and go."""
     listed = configuration.members if configuration.coordination.local is not None else ()
     cluster = configuration.cluster
-    return configuration.instance, configuration.coordination, cluster.name, cluster.uid, listed
+    return (
+        configuration.instance,
+        configuration.coordination,
+        configuration.archive,
+        cluster.name,
+        cluster.uid,
+        listed,
+    )
 
 
 def main() -> int:

@@ -12,10 +12,12 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
+from instance_manager.agent.archiving import Archiving
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.control import Control
 from instance_manager.agent.elections import Elections
 from instance_manager.agent.extension import keep_extending
+from instance_manager.agent.giving_back import give_back, unopened_for_s
 from instance_manager.agent.lease_keeper import RenewalFacts, WriteRefused
 from instance_manager.agent.operator_failover import lossy_failover, lossy_failover_as_best
 from instance_manager.agent.peer_service import PeerService
@@ -25,7 +27,7 @@ from instance_manager.agent.reporting import Reporting
 from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.decide import Decision, DirectoryView, Observation, decide, suspicion
-from instance_manager.core.lease import given_back, repair
+from instance_manager.core.lease import repair
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId, MemberName, member_name_of
 from instance_manager.http.ports import ControlProgress, ControlResult
@@ -61,9 +63,12 @@ TO_THE_END = frozenset(
         "fence",
         "repair",
         "reaffirm",
+        "give_back",
     }
 )
 """Operations that only those may end."""
+TOUCHES_DIRECTORY = frozenset({"initialise", "start_standby", "resume", "rejoin"})
+"""Operations on a directory in which no server may start meanwhile."""
 WITH_POSTGRES = frozenset({Role.STANDBY, Role.CANDIDATE, Role.PRIMARY, Role.PROMOTING, Role.STOPPING})
 
 EXPECTED_ERRORS = (
@@ -89,7 +94,8 @@ class Agent:
         self.elections = Elections(context)
         self.primary = PrimaryDuties(context)
         self.rejoining = Rejoining(context)
-        self.reporting = Reporting(context)
+        self.archiving = Archiving(context)
+        self.reporting = Reporting(context, self.archiving.state)
         self.control_verbs = Control(
             context,
             self.reporting,
@@ -111,7 +117,6 @@ class Agent:
         self._adopted = False
         self._announced: tuple[object, ...] = ()
         self._peers_of: tuple[object, ...] = ()
-        self._promoting_since_s: float | None = None
         self.reload_configuration: Callable[[], Awaitable[str]] | None = None
 
     # The instance, as HTTP sees it.
@@ -143,6 +148,7 @@ class Agent:
                 tasks.create_task(self._tick()),
                 tasks.create_task(self._look_for_death()),
                 tasks.create_task(keep_extending(c)),
+                tasks.create_task(self.archiving.run()),
             ]
             await self._loop()
             await c.publication.finish(deadline_s=LAST_WORDS_S)
@@ -178,6 +184,7 @@ class Agent:
             self._follow_members()
             self._notice_lost_data()
             c.publish_role()
+            self.archiving.look()
             if not self._adopted:
                 await self._adopt()
             observation = self.observe()
@@ -311,6 +318,7 @@ class Agent:
             yielding_for_s=now_s - c.yielding_since_s if c.yielding_since_s is not None else None,
             stand_again_in_s=c.stand_again_s - now_s,
             reaffirm_again_in_s=c.reaffirm_again_s - now_s,
+            unopened_for_s=unopened_for_s(c),
         )
         c.suspects = suspicion(observation) if not c.holds_lease else None
         if c.suspects is None:
@@ -362,6 +370,9 @@ class Agent:
         if act == "wait":
             return
         if c.clock.now_s() < self._not_before_s.get(act, 0.0):
+            return
+        if act in TOUCHES_DIRECTORY and c.link.may_start_yet:
+            c.journal.note("wait", "a start was given up, and the supervisor has not answered it: it may happen yet")
             return
         self._operation_act = act
         self._operation = asyncio.create_task(self._operate(decision), name=act)
@@ -442,29 +453,11 @@ class Agent:
         nudge = asyncio.create_task(c.peers.nudge(c.peers.names))
         try:
             await self.primary.promote()
-        except EXPECTED_ERRORS as error:
-            await self._give_back_in_time(str(error))
-            raise
         finally:
             await nudge
 
-    async def _give_back_in_time(self, why: str) -> None:
-        """R13: a winner that has not opened within `promote_timeout` steps back, so that another can be elected."""
-        c = self.context
-        record = c.record
-        now_s = c.clock.now_s()
-        if self._promoting_since_s is None:
-            self._promoting_since_s = now_s
-        late = now_s - self._promoting_since_s >= c.configuration.timings.promote_timeout_s
-        if not late or not c.holds_lease or record.opened or c.found is None or c.database.running_read_write:
-            return
-        found, chain = c.found, record.chain
-        end = (await c.database.stopped_facts(chain)).end if not c.database.running else c.database.view().end
-        promoted = end is not None and chain is not None and end.timeline == chain.current
-        await c.link.revoke(record.epoch)
-        await c.keeper.write(lambda current: given_back(current, found, promoted=promoted), grounds=record.grounds())
-        self._promoting_since_s = None
-        c.journal.note("give back", f"not open after {c.configuration.timings.promote_timeout_s:g} s: {why}")
+    async def _give_back(self, reason: str) -> None:
+        await give_back(self.context, self.primary.settled, reason)
 
     async def _serve(self, _: str) -> None:
         await self.primary.serve()
@@ -593,8 +586,13 @@ class Agent:
         return await lossy_failover_as_best(self.context, self.reporting.own_state())
 
     def renewal_facts(self) -> RenewalFacts:
+        """What cannot be started is not held on to: without voters only the Lease's end lets another take it."""
         c = self.context
         refusal = c.health.unhealthy()
+        record = c.keeper.record
+        known = record is not None and record.system_identifier is not None
+        if refusal is None and known and not c.database.running and not c.database.is_startable:
+            refusal = "its data directory cannot be started"
         running = c.link.postgres is not None and c.link.postgres.mode == "read_write"
         position = c.database.view().end if running else None
         return RenewalFacts(holder=c.holder, refusal=refusal, position=position, opened=c.gate_open)

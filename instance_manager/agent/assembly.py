@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from instance_manager.agent.agent import Agent
+from instance_manager.agent.archiver_port import Archiver, NoArchiver
 from instance_manager.agent.context import Context, Journal
 from instance_manager.agent.database import Database
 from instance_manager.agent.health import DiskHealth, Health
@@ -38,6 +39,8 @@ class Ports:
     make_postgres: Callable[[Callable[[], Awaitable[None]]], LocalPostgres]
     """For a server that is reloaded by the given function."""
     publication: Publication = field(default_factory=Unpublished)
+    make_archiver: Callable[[Callable[[], None]], Archiver] = lambda _: NoArchiver()
+    """For an agent that looks again when the given function is called."""
 
 
 class _Late:
@@ -113,6 +116,7 @@ def assemble(configuration: Configuration, ports: Ports) -> Agent:
         boot_id=ports.boot_id,
         chance=ports.chance,
         publication=ports.publication,
+        archiver=ports.make_archiver(late.wake),
     )
     late.made = Agent(context)
     return late.made

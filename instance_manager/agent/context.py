@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from instance_manager.agent.archiver_port import Archiver, NoArchiver
 from instance_manager.agent.database import Database
 from instance_manager.agent.health import Health
 from instance_manager.agent.lease_keeper import LeaseKeeper
@@ -20,7 +21,7 @@ from instance_manager.config import Configuration
 from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import TRANSITIONS, Role
-from instance_manager.core.types import MemberId
+from instance_manager.core.types import Epoch, MemberId
 from instance_manager.ports import Clock, Coordination, Publication
 from instance_manager.status import DecisionLine
 
@@ -86,6 +87,17 @@ def _without_numbers(text: str) -> str:
     return text.translate(_NO_DIGITS)
 
 
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """A write by which this agent took the Lease, or may have."""
+
+    found: ClusterRecord
+    """The record that it stood on."""
+    epoch: Epoch
+    at_s: float
+    """When it was about to be sent, CLOCK_BOOTTIME."""
+
+
 @dataclass(slots=True)
 class Context:
     configuration: Configuration
@@ -103,6 +115,7 @@ class Context:
     chance: random.Random
     """Ids and randomised waits: the system's own randomness; in a simulation, the seed's."""
     publication: Publication = field(default_factory=Unpublished)
+    archiver: Archiver = field(default_factory=NoArchiver)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     announced: asyncio.Event = field(default_factory=asyncio.Event)
     voting: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -115,6 +128,8 @@ class Context:
     """Clients are let in."""
     giving_up: bool = False
     """In order, and still serving: new clients are led elsewhere."""
+    archives_to_the_end: bool = False
+    """It stops with nobody to take over: what is left goes to the archive while Postgres ends."""
     opened_s: float | None = None
     """When this primary began to run read-write."""
     takeover_open: bool = False
@@ -125,8 +140,8 @@ class Context:
     suspects: str | None = None
     yielding: str | None = None
     yielding_since_s: float | None = None
-    found: ClusterRecord | None = None
-    """The record that the last takeover of this agent stood on (R13)."""
+    taken: Takeover | None = None
+    """The last that this agent wrote, until it has promoted by it (R13)."""
     operation: str | None = None
     """What takes long, with its progress, for people."""
     paused_until_s: float = 0.0
@@ -184,6 +199,7 @@ class Context:
         self.role = role
         self.publish_role()
         self.announce()
+        self.wake.set()
 
     def publish_role(self) -> None:
         """`primary` only while it is open for writes, and not from the moment that it means to stop."""

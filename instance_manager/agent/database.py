@@ -12,16 +12,18 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from instance_manager.agent.allowing import Allowing
 from instance_manager.agent.postgres_port import LocalPostgres, Upstream
 from instance_manager.agent.server_files import parse_set
 from instance_manager.agent.standby_watch import Walsender
-from instance_manager.agent.supervisor_link import SupervisorLink
+from instance_manager.agent.supervisor_link import SupervisorLink, SupervisorSilent
 from instance_manager.config import Configuration
 from instance_manager.core.decide import PostgresView
 from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.types import Epoch, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.ports import Clock
 from instance_manager.postgres import promotion, voting
+from instance_manager.postgres.archive_commands import Allowed
 from instance_manager.postgres.configuration import NOBODY_CAN_SATISFY
 from instance_manager.postgres.control_data import ControlData
 from instance_manager.postgres.directory import DirectoryState
@@ -42,7 +44,11 @@ CANNOT_CONNECT_NOW = "57P03"
 STRANGER = (MemberId(""), Epoch(0))
 """Somebody is followed, and it is nobody who may be."""
 FOLLOW_DEADLINE_S = 5.0
+ASK_ARCHIVE_AFTER_S = 2.0
+"""A standby that is told to follow and receives nothing for this time may ask the archive for what its primary lacks."""
 SYNCHRONOUS_DEADLINE_S = 5.0
+SLOTS_INTERVAL_S = 10.0
+"""A slot that is missing keeps its member from streaming: the primary looks again this often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,9 +103,19 @@ class Database:
         self._received_s = clock.now_s()
         self._proven: WalEnd | None = None
         """The end of the last complete record, since nothing more can be received (`stop_following`)."""
-        self._slots_for: frozenset[MemberId] | None = None
+        self._slots = asyncio.Lock()
+        """Slots are dropped and made one after another, whoever asks."""
+        self._slots_for: frozenset[MemberId] = frozenset()
+        self._slots_of_pid: int | None = None
+        """Which server's slots were last made so."""
+        self._slots_tried_of_pid: int | None = None
+        self._slots_kept_s = float("-inf")
         self._stopping_since_s: float | None = None
         self._checkpoint: asyncio.Task[None] | None = None
+        self._allowing = Allowing(postgres, may_fetch=lambda: self._following is not None)
+        self._promoting = False
+        self._asked_s = clock.now_s()
+        """When this server was last told to follow somebody else than before."""
         self._report = postgres.inspect_at_start()
         self._wake = asyncio.Event()
 
@@ -108,6 +124,10 @@ class Database:
     @property
     def running(self) -> bool:
         return self._link.postgres is not None
+
+    @property
+    def _pid(self) -> int | None:
+        return self._link.postgres.pid if self._link.postgres is not None else None
 
     @property
     def running_read_write(self) -> bool:
@@ -222,18 +242,25 @@ class Database:
                 self._forget()
                 self._seen_of_pid = process.pid
                 self._following = self._starts_with
+                self._asked_s = self._clock.now_s()
             try:
-                first = self._seen is None
                 self._take(await self._postgres.observe(deadline_s=LOOK_DEADLINE_S))
-                if first and process.mode == "standby":
-                    # Slots of the time when this was the primary would keep WAL for ever.
-                    await self._postgres.keep_slots(())
+                if self._slots_of_pid != process.pid and process.mode == "standby":
+                    await self._drop_old_slots(process.pid)
             except (LocalPostgresError, OSError) as error:
                 self._answers = False
                 if SHUTTING_DOWN in str(error) and self._stopping_since_s is None:
                     self._stopping_since_s = self._clock.now_s()
+        # Looked at anew: it may have been promoted meanwhile, and then it archives.
+        if not self._promoting and self._link.postgres is not None and self._link.postgres.mode == "standby":
+            await self._allowing.allow(self._standby_may())
         if before != (self._answers, self._seen.is_receiving if self._seen else None):
             self._on_change()
+
+    def _standby_may(self) -> Allowed | None:
+        """A standby asks the archive only where its primary did not help for a while: an election never stands behind it."""
+        asked_for_s = self._clock.now_s() - self._asked_s
+        return "fetch" if min(asked_for_s, self.not_receiving_for_s()) > ASK_ARCHIVE_AFTER_S else None
 
     def _take(self, seen: PostgresObservation) -> None:
         self._seen, self._answers = seen, True
@@ -252,7 +279,6 @@ class Database:
         self._seen, self._seen_of_pid, self._answers = None, None, False
         self._message, self._timeline, self._proven = None, Timeline(0), None
         self._following = None
-        self._slots_for = None
         self._stopping_since_s = None
 
     async def answers_new_connection(self, deadline_s: float) -> None:
@@ -282,6 +308,7 @@ class Database:
         """
         if chain is not None:
             await self._postgres.forget_dead_ends(chain)
+        await self._allowing.allow(None)
         await self._postgres.set_standby_signal(True)
         await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
         self._starts_with = (upstream.holder, upstream.epoch) if upstream is not None else None
@@ -291,6 +318,7 @@ class Database:
         """Only for the holder of the Lease with a permit; clients are kept out (P8)."""
         await self._postgres.write_files(opening, Access.CLOSED, standby=False)
         await self._postgres.set_standby_signal(False)
+        await self._allowing.allow("push")
         self._starts_with = None
         await self._start("read_write", epoch)
 
@@ -305,16 +333,32 @@ class Database:
             await self._clock.sleep(0.05)
         self._on_change()
 
-    async def stop(self, *, deadline_s: float) -> bool:
-        """Fast shutdown; False: it still runs after the deadline."""
+    async def stop(self, *, deadline_s: float, archive_for_s: float = 0.0) -> bool:
+        """Fast shutdown; False: it still runs after the deadline.
+
+        Postgres archives what is left before it ends; after `archive_for_s` that is cut off, and nothing is lost by it: the
+        log stays, here and where it was received.
+        """
         if not self.running:
             return True
         self._postgres.forget()
-        await self._link.signal("INT")
-        stopped = await self._link.wait_stopped(deadline_s)
+        if archive_for_s <= 0:
+            await self._allowing.allow(None)
+        cut_off = asyncio.create_task(self._end_archiving(archive_for_s))
+        try:
+            with contextlib.suppress(SupervisorSilent):
+                # It waits there and is carried out: whoever asked goes on to see the end of it, or to kill.
+                await self._link.signal("INT")
+            stopped = await self._link.wait_stopped(deadline_s)
+        finally:
+            cut_off.cancel()
         if stopped:
             self._forget()
         return stopped
+
+    async def _end_archiving(self, after_s: float) -> None:
+        await self._clock.sleep(after_s)
+        await self._allowing.allow(None)
 
     async def kill(self) -> None:
         """Every process, at once; returns when none is left."""
@@ -334,6 +378,8 @@ class Database:
             deadline_s=FOLLOW_DEADLINE_S,
         )
         self._proven = None
+        if self._following is None or self._following[0] != upstream.holder:
+            self._asked_s = self._clock.now_s()
         self._following = (upstream.holder, upstream.epoch)
         self.look_soon()
 
@@ -356,6 +402,7 @@ class Database:
             raise NotAllowed("Postgres does not run as a standby here")
         self._following = self._starts_with = None
         began_s = self._clock.now_s()
+        await self._allowing.withhold(self._link.postgres.pid, deadline_s=deadline_s)
         await voting.stop_following(self._postgres.running, self._settings, deadline_s=deadline_s)
         left_s = max(0.1, deadline_s - (self._clock.now_s() - began_s))
         end = await self._postgres.position(chain, deadline_s=left_s)
@@ -383,7 +430,10 @@ class Database:
         """Become exactly the claimed timeline (P4); stopped again if it became anything else."""
         await self._postgres.write_access(Access.CLOSED)
         await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
+        self._promoting = True
         try:
+            # Before: the new timeline's history waits to be archived from the first moment.
+            await self._allowing.allow("push")
             self._timeline = await self._postgres.promote(
                 chain, lambda: self._link.promote(epoch), deadline_s=deadline_s
             )
@@ -391,6 +441,8 @@ class Database:
             if isinstance(error, promotion.PromotedWrong) or error.triggered:
                 await self.kill()
             raise
+        finally:
+            self._promoting = False
         await self._look()
 
     # Serving.
@@ -418,11 +470,28 @@ class Database:
         return await self._postgres.lets_clients_in()
 
     async def prepare_slots(self, members: frozenset[MemberId]) -> None:
-        """A slot for each member, none for others. Cheap while nothing changed."""
-        if members == self._slots_for:
+        """A slot for each member, none for others. Cheap while nothing changed; what is there is seen again at times."""
+        if members == self._slots_for and self._slots_of_pid == self._pid and self._slots_are_fresh:
             return
+        async with self._slots:
+            await self._keep_slots(members)
+
+    async def _drop_old_slots(self, pid: int) -> None:
+        """Of the time when this was the primary: they would keep WAL for ever. Never those of a promotion that has begun."""
+        async with self._slots:
+            just_tried = self._slots_tried_of_pid == pid and self._slots_are_fresh
+            if pid == self._pid and pid != self._slots_of_pid and not just_tried:
+                await self._keep_slots(frozenset())
+
+    @property
+    def _slots_are_fresh(self) -> bool:
+        return self._clock.now_s() - self._slots_kept_s < SLOTS_INTERVAL_S
+
+    async def _keep_slots(self, members: frozenset[MemberId]) -> None:
+        pid = self._pid
+        self._slots_tried_of_pid, self._slots_kept_s = pid, self._clock.now_s()
         await self._postgres.keep_slots(members)
-        self._slots_for = members
+        self._slots_for, self._slots_of_pid = members, pid
 
     async def fill_gaps(self, chain: TimelineChain) -> None:
         """Whoever follows asks for every history; a promotion that was cut off, or a clone, may lack some (P4)."""
@@ -517,6 +586,15 @@ class Database:
         if self.running:
             await self._reload()
         return names
+
+    async def wal_segment_bytes(self) -> int:
+        """Of the data directory; the same for all of the cluster."""
+        return (await self._postgres.control_data()).wal_segment_bytes
+
+    async def wake_archiving(self) -> None:
+        """A reload ends the minute's pause that Postgres's archiver makes after three failures."""
+        if self.running:
+            await self._reload()
 
     def restart_order(self) -> RestartOrder:
         """Who must be restarted first for the configuration to take effect everywhere without stopping replay."""

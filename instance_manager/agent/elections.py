@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable
 from dataclasses import replace
 
-from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.context import Context, OperationFailed, Takeover
 from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.election import (
@@ -244,7 +244,7 @@ class Elections:
 
         # Persisted first: an epoch is never acted on before it is remembered (R3).
         await c.volume.save(lambda state: state.seen(taken.epoch))
-        c.found = record
+        c.taken = Takeover(record, taken.epoch, c.clock.now_s())
         stored = await c.keeper.write(change, grounds=grounds)
         c.journal.note(
             "take the Lease",

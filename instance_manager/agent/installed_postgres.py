@@ -13,17 +13,30 @@ from instance_manager.agent.server_files import ServerFiles
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import SynchronousSet
 from instance_manager.core.types import MemberId, Timeline, TimelineChain, WalEnd
-from instance_manager.postgres import bootstrap, directory, observation, promotion, rewind, slots, sql, voting
+from instance_manager.postgres import (
+    archive_commands,
+    bootstrap,
+    directory,
+    observation,
+    promotion,
+    rewind,
+    slots,
+    sql,
+    voting,
+)
+from instance_manager.postgres.archive_commands import Allowed
 from instance_manager.postgres.binaries import ServerVersion, find_bin_directory
 from instance_manager.postgres.clone import CloneProgress
 from instance_manager.postgres.clone import clone as clone_directory
 from instance_manager.postgres.control_data import ControlData, HotStandbySettings, read_control_data
+from instance_manager.postgres.deadlines import Deadline
 from instance_manager.postgres.files import make_directory, remove_if_present
 from instance_manager.postgres.histories import history_of_chain, timelines_with_history
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
 from instance_manager.postgres.wal_dump import end_of_stopped_directory
+from instance_manager.threads import Threads
 
 STOPPED_END_DEADLINE_S = 60.0
 SHUTDOWN_END_DEADLINE_S = 10.0
@@ -44,6 +57,8 @@ class InstalledPostgres:
         self._server = server
         self._files = ServerFiles(configuration, server, version)
         self._sql = sql.LocalSql(server)
+        self._archives = configuration.archive is not None
+        self._threads = Threads("what the archive's commands may do")
         self.major = version.major
         self.running = SqlServer(server, reload)
 
@@ -97,6 +112,16 @@ class InstalledPostgres:
     async def fill_gaps(self, chain: TimelineChain) -> None:
         for switch in chain.switches:
             await asyncio.to_thread(promotion.fill_gap, self._server, switch.parent, switch.timeline)
+
+    # The archive's commands.
+
+    async def allow_archive(self, what: Allowed | None, *, deadline_s: float) -> None:
+        if self._archives:
+            await self._threads.call(lambda: archive_commands.allow(self._server, what), deadline_s=deadline_s)
+
+    async def nothing_is_restored(self, postmaster_pid: int, *, deadline_s: float) -> None:
+        if self._archives:
+            await archive_commands.nothing_is_restored(self._server, postmaster_pid, Deadline(deadline_s))
 
     # Files.
 
@@ -172,7 +197,12 @@ class InstalledPostgres:
         )
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> str:
-        outcome = await rewind.rewind(self._server, self._files.source(host, port), timeline=timeline)
+        outcome = await rewind.rewind(
+            self._server,
+            self._files.source(host, port),
+            timeline=timeline,
+            use_restore_command=await self._files.write_rewind_command(),
+        )
         return outcome.value
 
     async def set_aside(self) -> str:

@@ -239,6 +239,8 @@ async def _wait_and_take(c: Context, ground: Ground, found: Survey, holder: Hold
             raise WriteRefused("the primary renewed the Lease meanwhile: it lives")
         return taken
 
+    # Nothing that another takeover found is given back instead of this one.
+    c.taken = None
     if ground.damage is None:
         await c.keeper.write(change, grounds=record.grounds())
     else:

@@ -14,6 +14,7 @@ from typing import Protocol
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import SynchronousSet
 from instance_manager.core.types import Epoch, MemberId, Timeline, TimelineChain, WalEnd
+from instance_manager.postgres.archive_commands import Allowed
 from instance_manager.postgres.control_data import ControlData, HotStandbySettings
 from instance_manager.postgres.directory import DirectoryReport
 from instance_manager.postgres.dynamic_settings import DynamicSettings
@@ -94,6 +95,16 @@ class LocalPostgres(Protocol):
 
     async def fill_gaps(self, chain: TimelineChain) -> None:
         """Each number that the history skips has an empty history here; see `postgres.promotion.fill_gap`."""
+        ...
+
+    # The archive's commands; nothing to do where there is no archive.
+
+    async def allow_archive(self, what: Allowed | None, *, deadline_s: float) -> None:
+        """What archive_command and restore_command may do from now on. TimeoutError: the disk did not answer."""
+        ...
+
+    async def nothing_is_restored(self, postmaster_pid: int, *, deadline_s: float) -> None:
+        """After `allow_archive(None)`: nothing comes from the archive any more, proven (P9). LocalPostgresError."""
         ...
 
     # Files.

@@ -72,12 +72,17 @@ class PrimaryDuties:
         c.synchronous, c.synchronous_confirmed, c.gate_open = NOBODY, False, False
         # Before, so that the others stream at once: commits wait for them.
         await c.database.prepare_slots(self._everybody())
-        await c.database.promote(
-            chain=record.chain, epoch=record.epoch, deadline_s=c.configuration.timings.promote_timeout_s
-        )
+        await c.database.promote(chain=record.chain, epoch=record.epoch, deadline_s=self._promotes_within_s())
         c.opened_s = c.clock.now_s()
-        c.found = None
+        c.taken = None
         c.journal.note("promoted", f"timeline {switch.timeline} from {switch.parent}, epoch {record.epoch}")
+
+    def _promotes_within_s(self) -> float:
+        """A first promotion ends when the Lease would be given back; a later one, of a holder that cannot, has its own time."""
+        c = self._c
+        timeout_s = c.configuration.timings.promote_timeout_s
+        left_s = c.taken.at_s + timeout_s - c.clock.now_s() if c.taken is not None else timeout_s
+        return left_s if left_s > 0 else timeout_s
 
     async def resume(self) -> None:
         """The holder starts again: it asks enough voters that nobody is ahead (R16), writes itself a later epoch, starts."""
@@ -141,7 +146,9 @@ class PrimaryDuties:
         """On the volume, before this directory becomes writable."""
         c = self._c
         await c.volume.save(
-            lambda state: replace(state.writing(record, None), was_primary=True, wrote_in_boot=c.boot_id)
+            lambda state: replace(
+                state.writing(record, None), was_primary=True, initialising=False, wrote_in_boot=c.boot_id
+            )
         )
 
     def _opening_set(self, record: ClusterRecord) -> SynchronousSet:
@@ -313,7 +320,7 @@ class PrimaryDuties:
         )
         await c.volume.save(lambda state: state.writing(stored.record, None))
 
-    async def _settled(self, record: ClusterRecord) -> ClusterRecord:
+    async def settled(self, record: ClusterRecord) -> ClusterRecord:
         """The record once it is known what became of the last intention: by a write of our own (R1). A second intention
         before that would make the volume forget the first, and take what this holder wrote for edited (R3)."""
         c = self._c
@@ -483,7 +490,15 @@ class PrimaryDuties:
             c.take_role(Role.STOPPING, reason)
         finally:
             c.giving_up = False
-        clean = await c.database.stop(deadline_s=timings.stop_timeout_s if target else 4 * timings.stop_timeout_s)
+        # Whoever takes over archives what is left. Where nobody does it is now or after the next start, if there is one.
+        c.archives_to_the_end = target is None
+        try:
+            clean = await c.database.stop(
+                deadline_s=timings.stop_timeout_s if target else 4 * timings.stop_timeout_s,
+                archive_for_s=0.0 if target else 2 * timings.stop_timeout_s,
+            )
+        finally:
+            c.archives_to_the_end = False
         c.gate_open = False
         if not clean:
             await c.database.kill()
@@ -502,7 +517,7 @@ class PrimaryDuties:
             target = None
         named = target[1] if target is not None else c.member_id
         await c.link.revoke(record.epoch)
-        record = await self._settled(record)
+        record = await self.settled(record)
         # Persisted before: after this nobody may take the release for lost and repair the Lease (R3).
         await c.volume.save(lambda state: state.writing(record, _released(record, end, holding, named, c.member_id)))
         await self._write(record, lambda current: _released(current, end, holding, named, c.member_id))

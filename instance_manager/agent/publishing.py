@@ -36,6 +36,7 @@ NORMAL = {
     "clone": "Cloned",
     "rewind": "Rewound",
     "configuration": "ConfigurationReloaded",
+    "archive works": "ArchiveWorks",
 }
 WARNINGS = {
     "give back": "LeaseGivenBack",
@@ -47,6 +48,7 @@ WARNINGS = {
     "extend": "ApiServerAway",
     "no data anywhere": "NoDataAnywhere",
     "configuration refused": "ConfigurationRefused",
+    "archive trouble": "ArchiveTrouble",
 }
 
 

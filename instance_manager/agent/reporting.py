@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from instance_manager.agent.context import Context
+from instance_manager.core.archive_state import ArchiveState
 from instance_manager.core.decide import PeerState, PeerView
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.roles import Role
@@ -17,8 +18,9 @@ LOOP_STALL_S = 2.5
 
 
 class Reporting:
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, archive: Callable[[], ArchiveState | None] = lambda: None) -> None:
         self._c = context
+        self._archive = archive
         self.loop_ticked_s = context.clock.now_s()
 
     def own_state(self) -> PeerState:
@@ -57,6 +59,7 @@ class Reporting:
             problem=self._problem(view.damage),
             opened=c.gate_open,
             synchronous=str(c.synchronous) if c.role is Role.PRIMARY else None,
+            archive=self._archive(),
         )
 
     def _problem(self, damage: str | None) -> str | None:
@@ -147,6 +150,7 @@ class Reporting:
             at_risk=tuple(self._at_risk(record, view.damage, holder_state, instances)),
             instances=instances,
             decisions=c.journal.lines(),
+            archive=holder_state.archive if holder_state is not None else None,
             switchover=(record.switchover.target or "any standby")
             if record is not None and record.switchover is not None
             else None,
@@ -182,6 +186,8 @@ class Reporting:
             able = [i for i in instances if i.voter and i.reachable and i.postgres == "running"]
             if len(able) < needed:
                 yield f"a failover needs promises of {needed} voters, {len(able)} could answer"
+        if holder is not None and holder.archive is not None:
+            yield from archive_risks(holder.archive)
         if record.paused:
             yield "paused: no failover"
         for instance in instances:
@@ -236,3 +242,18 @@ class Reporting:
         if postgres.answers:
             return "running"
         return "starting" if postgres.start_advances() else "unresponsive"
+
+
+def archive_risks(archive: ArchiveState) -> Iterable[str]:
+    """What of the archive could cost something, each a sentence."""
+    if archive.trouble is not None:
+        yield f"nothing is archived: {archive.trouble}"
+    if archive.level in ("behind", "pressed", "critical"):
+        behind = f"archiving is {archive.level}: {archive.waiting} files wait, {archive.oldest} for {archive.oldest_age_s:.0f} s"
+        yield behind if archive.level == "behind" else f"{behind}; the volume fills up"
+    if archive.gaps:
+        yield (
+            f"the archive lacks {archive.gaps} segments, {archive.first_gap} first: no recovery passes them; take a base backup"
+        )
+    if archive.conflicts:
+        yield "other content is in the archive under a name of this log: see the log of the archiver"

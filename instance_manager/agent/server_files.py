@@ -8,10 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from instance_manager.agent.postgres_port import Upstream
+from instance_manager.archive import commands
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import ALONE, NOBODY, SynchronousSet
 from instance_manager.core.types import MemberId
 from instance_manager.postgres import bootstrap, directory, host_based_access, promotion
+from instance_manager.postgres.archive_commands import ALLOWS
 from instance_manager.postgres.binaries import ServerVersion
 from instance_manager.postgres.clone import SourceServer
 from instance_manager.postgres.configuration import (
@@ -30,7 +32,7 @@ from instance_manager.postgres.control_data import HotStandbySettings, read_cont
 from instance_manager.postgres.files import read_if_present, write_atomically
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.hot_standby import hot_standby_settings_of, settings_for_standby
-from instance_manager.postgres.server import LocalServer
+from instance_manager.postgres.server import LocalPostgresError, LocalServer
 
 log = logging.getLogger("instance_manager.agent.server_files")
 
@@ -52,7 +54,7 @@ class ServerFiles:
         """Everything, before a start. `upstream` is followed from the start."""
         replication = ReplicationSettings(
             synchronous_standby_names=render_set(synchronous),
-            restore_command=await asyncio.to_thread(promotion.install_restore_command, self._server),
+            restore_command=await asyncio.to_thread(self._install_restore_command),
         )
         if standby:
             control = await read_control_data(self._server)
@@ -64,6 +66,14 @@ class ServerFiles:
                 replication, primary_conninfo=self.conninfo(upstream), primary_slot_name=upstream.member_id
             )
         await asyncio.to_thread(self._write_all, replication, access)
+
+    async def write_rewind_command(self) -> bool:
+        """For pg_rewind, which reads a stopped directory's configuration: its own old WAL comes from the archive where it is
+        gone from here. False: there is no archive."""
+        if self._configuration.archive is None:
+            return False
+        await asyncio.to_thread(self._write_rewind_command)
+        return True
 
     def replace_static(self, configuration: Configuration) -> tuple[str, ...]:
         """Take over a changed configuration; the names of parameters that need a restart. Nothing is reloaded yet."""
@@ -119,6 +129,29 @@ class ServerFiles:
         password = bootstrap.read_secret(self._configuration.secrets.replication_password)
         bootstrap.write_passfile(self._server, self._passfile, password=password)
 
+    def _install_restore_command(self) -> str:
+        """What a server under an agent runs; with an archive, the client is put in its place too."""
+        words = "" if self._configuration.archive is None else commands.client_words(*self._client())
+        return promotion.install_restore_command(self._server, words)
+
+    def _write_rewind_command(self) -> None:
+        settings = ReplicationSettings(restore_command=commands.restore_command(*self._client(), "rewind"))
+        directory.write_configuration_file(self._server, REPLICATION_CONF, render_replication_conf(settings))
+
+    def _client(self) -> tuple[Path, Path, Path]:
+        """Interpreter, client and socket. LocalPostgresError: nobody could run it."""
+        run_as = self._server.run_as
+        try:
+            python = commands.interpreter(run_as)
+        except commands.NoInterpreter as error:
+            raise LocalPostgresError(str(error)) from error
+        return python, commands.install_client(self._server.state_directory, run_as), self._configuration.archive_socket
+
+    def _archive_command(self) -> str | None:
+        if self._configuration.archive is None:
+            return None
+        return commands.archive_command(*self._client(), self._server.state_directory / ALLOWS)
+
     def _write_all(self, replication: ReplicationSettings, access: Access) -> None:
         server = self._server
         directory.write_configuration_file(server, POSTGRESQL_CONF, render_postgresql_conf(self._static()))
@@ -148,6 +181,7 @@ class ServerFiles:
             socket_directory=self._server.socket_directory,
             instances=self._configuration.room_for_instances,
             parameters=self._configuration.postgres.parameters,
+            archive_command=self._archive_command(),
         )
 
 

@@ -26,6 +26,10 @@ class SupervisorError(Exception):
     """The supervisor refused a request, or is gone; the text says which."""
 
 
+class SupervisorSilent(SupervisorError):
+    """No answer in time. What was asked for waits in the supervisor's queue, and may be done at any later time."""
+
+
 @dataclass(frozen=True, slots=True)
 class PostgresProcess:
     pid: int
@@ -82,6 +86,7 @@ class SupervisorLink:
         self._on_event = on_event
         self._next_id = 0
         self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._unanswered_starts: set[int] = set()
         self._waiters: list[asyncio.Future[None]] = []
         self._greeted = asyncio.Event()
         self.incarnation = ""
@@ -127,9 +132,15 @@ class SupervisorLink:
         self.permit = None
         await self._request({"type": "revoke", "epoch": epoch})
 
+    @property
+    def may_start_yet(self) -> bool:
+        """A start was given up before the supervisor answered it, and may happen at any time: no directory is touched."""
+        return bool(self._unanswered_starts)
+
     async def start(self, mode: str, epoch: Epoch | None, argv: Sequence[str], env: Mapping[str, str]) -> None:
         self.expected_exit = False
         self.last_exit = None
+        self._unanswered_starts.add(self._next_id + 1)
         await self._request({"type": "start", "mode": mode, "epoch": epoch, "argv": list(argv), "env": dict(env)})
         # The event comes after the answer.
         async with asyncio.timeout(REQUEST_DEADLINE_S):
@@ -150,6 +161,10 @@ class SupervisorLink:
         """Every Postgres process is killed; returns when none is left."""
         self.expected_exit = True
         await self._request({"type": "kill"}, deadline_s)
+
+    def restart_companion(self) -> None:
+        """The third child hangs: it is killed, and started again."""
+        self._send({"type": "restart_companion"})
 
     async def goodbye(self) -> None:
         with contextlib.suppress(SupervisorError):
@@ -180,7 +195,7 @@ class SupervisorLink:
             async with asyncio.timeout(deadline_s):
                 await answer
         except TimeoutError:
-            raise SupervisorError(f"no answer to {message['type']} within {deadline_s:g} s") from None
+            raise SupervisorSilent(f"no answer to {message['type']} within {deadline_s:g} s") from None
         finally:
             self._waiting.pop(request_id, None)
 
@@ -203,6 +218,8 @@ class SupervisorLink:
                 self.terminating = bool(message.get("terminating"))
                 self._greeted.set()
             case "reply":
+                if not message["ok"]:
+                    self._unanswered_starts.discard(message.get("id", 0))
                 answer = self._waiting.get(message.get("id", 0))
                 if answer is not None and not answer.done():
                     if message["ok"]:
@@ -210,6 +227,8 @@ class SupervisorLink:
                     else:
                         answer.set_exception(SupervisorError(str(message["error"])))
             case "postgres_started":
+                # Comes right after the answer: until then nothing shows that it runs.
+                self._unanswered_starts.clear()
                 self.postgres = PostgresProcess(message["pid"], message["mode"])
             case "postgres_exited":
                 self.postgres = None

@@ -162,7 +162,7 @@ class Volume:
     async def new_member(self, name: MemberName) -> MemberId:
         """A new id for a directory that was just made: initdb, clone or rewind (R6, P7)."""
         member_id = make_member_id(name, f"{self._chance.getrandbits(32):08x}")
-        await self.save(lambda state: replace(state, member_id=member_id, was_primary=False))
+        await self.save(lambda state: replace(state, member_id=member_id, was_primary=False, initialising=False))
         return member_id
 
 

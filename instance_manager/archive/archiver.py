@@ -20,6 +20,7 @@ from instance_manager.archive.push import Pusher
 from instance_manager.archive.server import ArchiverSocket
 from instance_manager.archive.stores.patience import Patience
 from instance_manager.archive.streaming import FlushedPosition, Streamer, StreamingTask, sweep_pieces
+from instance_manager.archive.telling import state_of
 from instance_manager.archive.upload import NotArchived, Uploader
 from instance_manager.codec import to_json
 from instance_manager.core.types import TimelineChain
@@ -30,7 +31,7 @@ log = logging.getLogger("instance_manager.archive")
 
 SPOOL = ".instance-manager-restore"
 BACKFILL_INTERVAL_S = 1.0
-BACKLOG_INTERVAL_S = 5.0
+BACKLOG_INTERVAL_S = 2.0
 SWEEP_INTERVAL_S = 60.0
 
 
@@ -64,6 +65,7 @@ class Archiver:
         now_s: Callable[[], float] = monotonic_s,
     ) -> None:
         self._settings = settings
+        self._now_s = now_s
         self._store = store
         self.status = ArchiverStatus()
         self.orders = OrderBook(now_s)
@@ -135,7 +137,9 @@ class Archiver:
         try:
             await self.pusher.push(words[0])
         except NotArchived as error:
+            self.status.push_trouble = str(error)
             return f"failed {error}"
+        self.status.push_trouble = ""
         return "done"
 
     async def _fetch(self, words: list[str]) -> str:
@@ -153,7 +157,8 @@ class Archiver:
             self.orders.take(parse_orders("\t".join(words)))
         except OrdersRefused as error:
             return f"failed {error}"
-        return "done"
+        state = state_of(self.status, self.orders.permitted(), self._now_s())
+        return f"done {to_json(state).decode()}"
 
     async def _tell_status(self, words: list[str]) -> str:
         return to_json(self.status).decode()

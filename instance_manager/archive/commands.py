@@ -4,11 +4,17 @@ What Postgres makes of exit codes decides over data: above 125 in archive_comman
 restore_command is "not there", and ends a recovery with a promotion. So a shell line maps what the client ends with, also
 where the client could not start or was killed:
 
-| command | 0 | proven absent | anything else |
-|---|---|---|---|
-| archive_command | 0 | | 1 |
-| restore_command, standby | 0 | 1 | 1: Postgres streams, and asks again |
-| restore_command, recovery and rewind | 0 | 1 | 126: Postgres stops |
+| command | 0 | proven absent | not allowed now | anything else |
+|---|---|---|---|---|
+| archive_command | 0 | | 126 | 1 |
+| restore_command, standby | 0 | 1 | 1 | 1: Postgres streams, and asks again |
+| restore_command, recovery and rewind | 0 | 1 | | 126: Postgres stops |
+
+"Not allowed now" is a primary that is about to stop. 126 ends Postgres's own archiver at once; after a 1 it would try twice
+more, a second apart, and the shutdown, and whoever takes over, would wait for that.
+
+The `restore_command` of a server under an agent is `restore_command.sh` (`postgres.promotion`), which calls this client in the
+mode `standby`: `client_words`.
 """
 
 from __future__ import annotations
@@ -18,11 +24,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from instance_manager.archive.client import ABSENT
-from instance_manager.archive.fetch import Mode
+from instance_manager.archive.client import ABSENT, NOT_ALLOWED
 from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.server import RunAs
+
+if TYPE_CHECKING:
+    from instance_manager.archive.fetch import Mode
 
 CLIENT = "archive_client.py"
 SYSTEM_PYTHON = Path("/usr/bin/python3")
@@ -50,18 +59,25 @@ def interpreter(run_as: RunAs | None) -> Path:
     raise NoInterpreter(f"{own} cannot be run by {run_as.user_name}, and there is no {SYSTEM_PYTHON}: install python3")
 
 
-def archive_command(python: Path, client: Path, socket: Path) -> str:
-    """Never above 125, whatever becomes of the client."""
-    return f"{_words(python, client, socket)} push %f || exit 1"
+def archive_command(python: Path, client: Path, socket: Path, allows: Path | None = None) -> str:
+    """Above 125 only where `allows` ends it, whatever becomes of the client."""
+    if allows is None:
+        return f"{client_words(python, client, socket)} push %f || exit 1"
+    run = f"{client_words(python, client, socket)} push %f {_word(allows)}"
+    return f"{run}; case $? in 0) exit 0;; {NOT_ALLOWED}) exit 126;; *) exit 1;; esac"
 
 
 def restore_command(python: Path, client: Path, socket: Path, mode: Mode) -> str:
     """1 only where it does no harm: proven absence, or a standby that will ask again."""
-    run = f'{_words(python, client, socket)} fetch {mode} %f "%p"'
+    run = f'{client_words(python, client, socket)} fetch {mode} %f "%p"'
     otherwise = 1 if mode == "standby" else 126
     return f"{run}; case $? in 0) exit 0;; {ABSENT}) exit 1;; *) exit {otherwise};; esac"
 
 
-def _words(*paths: Path) -> str:
-    python, client, socket = (shlex.quote(str(path)).replace("%", "%%") for path in paths)
-    return f"{python} -I -S {client} {socket}"
+def client_words(python: Path, client: Path, socket: Path) -> str:
+    """The client's command line, up to what it is to do; for a shell, and `%` doubled for Postgres."""
+    return f"{_word(python)} -I -S {_word(client)} {_word(socket)}"
+
+
+def _word(path: Path) -> str:
+    return shlex.quote(str(path)).replace("%", "%%")

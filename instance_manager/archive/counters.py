@@ -38,6 +38,10 @@ class StreamCounters:
     failures: int = 0
     durable_lsn: int = 0
     """Everything before it is in the archive as segments or pieces, as far as this process has put it there."""
+    covered_s: float | None = None
+    """CLOCK_BOOTTIME at which all that was flushed then is known to be in the archive; None: never yet."""
+    trouble: str = ""
+    """Why the last step failed; empty when it did not."""
     last_error: str = ""
 
 
@@ -111,6 +115,8 @@ class ArchiverStatus:
 
     archive: str = "not looked at yet"
     """`ok`, or what is wrong with the archive as a whole."""
+    push_trouble: str = ""
+    """Why the last file that Postgres asked for was not archived; empty when it was."""
     push: PushCounters = field(default_factory=PushCounters)
     stream: StreamCounters = field(default_factory=StreamCounters)
     fetch: FetchCounters = field(default_factory=FetchCounters)

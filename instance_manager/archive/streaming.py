@@ -27,7 +27,7 @@ from instance_manager.archive.wal_names import Segment, wal_kind
 from instance_manager.core.types import Lsn, Timeline
 from instance_manager.ports import ObjectInfo, ObjectStore, ObjectStoreError
 from instance_manager.postgres.server import LocalPostgresError
-from instance_manager.threads import Threads
+from instance_manager.threads import Threads, monotonic_s
 
 log = logging.getLogger("instance_manager.archive.streaming")
 
@@ -115,13 +115,15 @@ class Streamer:
     async def step(self) -> bool:
         """Send the new part, if there is one; whether something was sent. Failures are counted, and tried again later."""
         try:
-            return await self._step()
+            sent = await self._step()
         except (ObjectStoreError, LocalPostgresError, NotArchived, OSError, TimeoutError) as error:
             self._counters.failures += 1
-            self._counters.last_error = str(error) or type(error).__name__
+            self._counters.last_error = self._counters.trouble = str(error) or type(error).__name__
             # What reached the store is not known: it is listed again before the next piece.
             self._segment = None
             return False
+        self._counters.trouble = ""
+        return sent
 
     async def _step(self) -> bool:
         await self._remove_durable()
@@ -130,6 +132,7 @@ class Streamer:
         except NotArchived:
             self._segment = None
             return False
+        asked_s = monotonic_s()
         flushed = await self._flushed()
         if flushed is None or (orders.chain is not None and flushed.timeline != orders.chain.current):
             return False
@@ -142,11 +145,15 @@ class Streamer:
             self._pieces = await self._resumed(segment, end, orders)
             self._segment, self._name = segment, orders.size.name(segment)
         if end <= (self._pieces[-1].piece.end if self._pieces else 0):
+            self._counters.durable_lsn = orders.size.start_lsn(segment) + end
+            self._counters.covered_s = asked_s
             return False
         made, replaced = next_piece(self._pieces, end)
         await self._send(segment, made.piece, orders)
         self._pieces = [*self._pieces[: len(self._pieces) - len(replaced)], made]
         self._counters.durable_lsn = orders.size.start_lsn(segment) + made.piece.end
+        if made.piece.end == end:
+            self._counters.covered_s = asked_s
         for each in replaced:
             await self._remove(self._layout.piece(orders.size.name(segment), each.piece))
         return True

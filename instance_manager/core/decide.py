@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from instance_manager.core.archive_state import ArchiveState
 from instance_manager.core.election import Candidate, place
 from instance_manager.core.lease import entitled_by_time
 from instance_manager.core.record import ClusterRecord, Holder
@@ -90,6 +91,7 @@ class PeerState:
     problem: str | None = None
     opened: bool = False
     synchronous: str | None = None
+    archive: ArchiveState | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +148,8 @@ class Observation:
     stand_again_in_s: float
     """Back-off after a lost election (R12)."""
     reaffirm_again_in_s: float
+    unopened_for_s: float | None = None
+    """How long ago this agent took the Lease that it holds, while nobody was let in and another could take it (R13)."""
 
     @property
     def holds_lease(self) -> bool:
@@ -189,6 +193,7 @@ Act = Literal[
     "switch_over",
     "reaffirm",
     "repair",
+    "give_back",
     "serve",
     "fence",
     "leave",
@@ -295,6 +300,8 @@ def _without_record(o: Observation, why: str) -> Decision:
         return Decision("kill", f"{why}, and there is no permit")
     if o.was_fenced:
         return Decision("wait", f"{why}; the last record that was read fenced this instance")
+    if o.volume.initialising:
+        return Decision("wait", f"{why}; whether what initdb made here became the cluster only the Lease tells")
     if not o.postgres.running and o.directory.exists and not o.directory.half_rewound and not o.directory.was_primary:
         return Decision("start_standby", f"{why}; a standby may serve reads")
     return Decision("wait", why)
@@ -331,6 +338,10 @@ def _as_holder(o: Observation, record: ClusterRecord) -> Decision:
         return Decision("stop", "the permit's soft deadline has passed without a renewal")
     if running and o.unhealthy is not None and not o.terminating:
         return Decision("kill", f"no proof of health: {o.unhealthy}")
+    if not running and o.unopened_for_s is not None and o.unopened_for_s >= o.timings.promote_timeout_s:
+        return Decision(
+            "give_back", f"the Lease was taken {o.unopened_for_s:.0f} s ago, and this instance did not open"
+        )
     if o.terminating:
         if not o.postgres.running and (o.yielding_for_s or 0.0) >= o.timings.handover_timeout_s:
             return Decision("leave", "shutdown was asked for, and nobody took over")

@@ -170,6 +170,18 @@ def given_back(record: ClusterRecord, found: ClusterRecord, *, promoted: bool = 
     return replace(record, holder=None, release=None, voters=found.voters, quorum=found.quorum)
 
 
+def helps_to_give_back(record: ClusterRecord, found: ClusterRecord, member: MemberId) -> bool:
+    """R13: could another take what this member gives back? Else the Lease would be nobody's for ever, and it goes on trying.
+
+    Nor while the cluster is paused, when nobody stands.
+    """
+    if record.paused:
+        return False
+    if record.mode == "asynchronous":
+        return bool(found.voters - {member})
+    return record.quorum > 0 or found.quorum > 0
+
+
 def with_voters(record: ClusterRecord, voters: frozenset[MemberId], quorum: int) -> ClusterRecord:
     return replace(record, voters=voters, quorum=quorum)
 

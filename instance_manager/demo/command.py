@@ -7,6 +7,8 @@ wrong use: ports in use, Postgres missing, a directory of something else.
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import shutil
 import signal
 import sys
@@ -16,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from instance_manager.demo.cluster import LocalCluster
-from instance_manager.demo.plan import DirectoryUnusable, Layout, loopback_plan
+from instance_manager.demo.plan import ArchivePlan, DirectoryUnusable, Layout, loopback_plan
 from instance_manager.demo.ports import PortsTaken, choose_base_port
 from instance_manager.demo.prerequisites import missing_prerequisite
 from instance_manager.demo.processes import now_s
@@ -26,6 +28,7 @@ from instance_manager.status_view import render_status
 
 START_DEADLINE_S = 120.0
 VIEW_INTERVAL_S = 1.0
+S3_LOGINS = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_SHARED_CREDENTIALS_FILE")
 _INSTANCES_MAX = 9
 _WRONG_USE = 2
 _LOG_LINE_CHARACTERS = 160
@@ -38,6 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-port", type=int, metavar="P", help="first of two ports per instance; default: a free block"
     )
     parser.add_argument("--durability", choices=("preferred", "required", "asynchronous"), help="default: preferred")
+    archive = parser.add_mutually_exclusive_group()
+    archive.add_argument(
+        "--s3",
+        metavar="ENDPOINT/BUCKET",
+        help="archive to this bucket, with credentials from the environment; default: a directory beside the data",
+    )
+    archive.add_argument("--no-archive", action="store_true", help="no WAL archive")
     parser.add_argument("--no-view", action="store_true", help="no live view, only what changes")
     parser.add_argument("--yes", action="store_true", help="do not ask anything (nothing is asked at present)")
 
@@ -48,6 +58,8 @@ def run(namespace: argparse.Namespace) -> int:
         return _complain(f"--instances must be between 1 and {_INSTANCES_MAX}")
     if (missing := missing_prerequisite()) is not None:
         return _complain(missing)
+    if namespace.s3 is not None and (problem := _s3_problem(namespace.s3)) is not None:
+        return _complain(problem)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda _, __: stop.set())
@@ -90,8 +102,28 @@ def _cluster(namespace: argparse.Namespace) -> LocalCluster:
         instances=instances,
         base_port=choose_base_port(2 * instances, namespace.base_port),
         durability=namespace.durability or "preferred",
+        archive=_archive_plan(namespace),
     )
     return LocalCluster.create(plan) if namespace.data is None else LocalCluster.create_in(namespace.data, plan)
+
+
+def _s3_problem(place: str) -> str | None:
+    """Why it cannot be an endpoint and a bucket, or nobody could log in there."""
+    endpoint, _, bucket = place.rpartition("/")
+    if not re.fullmatch(r"https?://[^/]+", endpoint) or not bucket:
+        return f"--s3 {place}: give the endpoint's URL and a bucket, such as https://minio.example:9000/backups"
+    if not any(os.environ.get(name) for name in S3_LOGINS):
+        return f"--s3: no credentials in the environment; set one of {', '.join(S3_LOGINS)}"
+    return None
+
+
+def _archive_plan(namespace: argparse.Namespace) -> ArchivePlan | None:
+    if namespace.no_archive:
+        return None
+    if namespace.s3 is None:
+        return ArchivePlan()
+    endpoint, _, bucket = namespace.s3.rpartition("/")
+    return ArchivePlan(endpoint=endpoint, bucket=bucket)
 
 
 def _check_unchanged(cluster: LocalCluster, namespace: argparse.Namespace) -> None:
@@ -106,6 +138,10 @@ def _check_unchanged(cluster: LocalCluster, namespace: argparse.Namespace) -> No
             raise DirectoryUnusable(
                 f"{cluster.layout.directory} was made with {option} {present}; leave it out, or use another directory"
             )
+    if (namespace.s3 is not None or namespace.no_archive) and _archive_plan(namespace) != plan.archive:
+        raise DirectoryUnusable(
+            f"{cluster.layout.directory} was made with another archive; leave --s3 and --no-archive out, or use another directory"
+        )
 
 
 def _check_ports(cluster: LocalCluster) -> None:
@@ -203,8 +239,15 @@ def _lines(cluster: LocalCluster) -> str:
         f'psql "{text}"\n'
         f'pgbench -i -s 10 "{text}" && pgbench -c 4 -T 600 -P 5 "{text}"\n'
         "instance-manager status | switchover | drill --yes    (in another terminal)\n"
-        f"logs: {cluster.layout.directory / 'logs'}    Ctrl-C stops everything"
+        f"logs: {cluster.layout.directory / 'logs'}    {_archive_told(cluster)}    Ctrl-C stops everything"
     )
+
+
+def _archive_told(cluster: LocalCluster) -> str:
+    archive = cluster.plan.archive
+    if archive is None:
+        return "no archive"
+    return f"archive: {archive.endpoint}/{archive.bucket}" if archive.endpoint else f"archive: {cluster.layout.archive}"
 
 
 def _last_line(log: Path) -> str:

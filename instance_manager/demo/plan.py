@@ -35,6 +35,14 @@ class MemberPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArchivePlan:
+    """A directory beside the instances; with `endpoint`, a bucket there, with credentials from the environment."""
+
+    endpoint: str | None = None
+    bucket: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
     name: str
     uid: str
@@ -43,6 +51,7 @@ class ClusterPlan:
     application_networks: tuple[str, ...] = ("127.0.0.1/32",)
     bin_directory: str | None = None
     parameters: tuple[tuple[str, str], ...] = ()
+    archive: ArchivePlan | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,6 +68,7 @@ def loopback_plan(
     durability: Durability = "preferred",
     bin_directory: str | None = None,
     parameters: tuple[tuple[str, str], ...] = (),
+    archive: ArchivePlan | None = None,
 ) -> ClusterPlan:
     """Members demo-1, demo-2, ... on 127.0.0.1: Postgres from `base_port` on, HTTP on the ports after those."""
     members = tuple(
@@ -78,6 +88,7 @@ def loopback_plan(
         members=members,
         bin_directory=bin_directory,
         parameters=parameters,
+        archive=archive,
     )
 
 
@@ -94,6 +105,11 @@ class Layout:
     @property
     def store(self) -> Path:
         return self.directory / "store"
+
+    @property
+    def archive(self) -> Path:
+        """Where the WAL goes, unless it is a bucket."""
+        return self.directory / "archive"
 
     @property
     def locks(self) -> Path:
@@ -146,6 +162,8 @@ def write_files(layout: Layout, plan: ClusterPlan) -> None:
     for name in ("config", "logs", "stores"):
         (layout.directory / name).mkdir(mode=0o755, exist_ok=True)
     layout.secrets.mkdir(mode=0o700, exist_ok=True)
+    if plan.archive is not None and plan.archive.endpoint is None:
+        layout.archive.mkdir(mode=0o700, exist_ok=True)
     for name in ("peer-token", "replication", "application", "monitoring"):
         _write_private(layout.secrets / name, secrets.token_urlsafe(24))
     password = (layout.secrets / "application").read_text(encoding="utf-8")
@@ -205,7 +223,7 @@ def configuration_text(layout: Layout, plan: ClusterPlan, me: MemberPlan) -> str
     }
     if plan.bin_directory is not None:
         postgres["bin_directory"] = plan.bin_directory
-    content = {
+    content: dict[str, object] = {
         "cluster": {"name": plan.name, "uid": plan.uid, "durability": plan.durability},
         "instance": instance,
         "members": [
@@ -226,7 +244,19 @@ def configuration_text(layout: Layout, plan: ClusterPlan, me: MemberPlan) -> str
         },
         "postgres": postgres,
     }
+    if plan.archive is not None:
+        content["archive"] = _archive_section(layout, plan, plan.archive)
     return yaml.safe_dump(content, sort_keys=False)
+
+
+def _archive_section(layout: Layout, plan: ClusterPlan, archive: ArchivePlan) -> dict[str, object]:
+    if archive.endpoint is None:
+        return {"directory": str(layout.archive)}
+    return {
+        "s3": {"endpoint": archive.endpoint, "bucket": archive.bucket, "path_style": True},
+        # The bucket outlives the cluster, and each cluster has an archive of its own.
+        "server_name": f"{plan.name}-{plan.uid[:8]}",
+    }
 
 
 def has_user(name: str) -> bool:

@@ -33,6 +33,7 @@ class InstanceProcesses:
     supervisor: Process | None
     agent: Process | None
     postmaster: Process | None
+    archiver: Process | None = None
     everything: tuple[Process, ...]
     """All of the above, their descendants, and orphans of its Postgres."""
 
@@ -57,8 +58,11 @@ def look(supervisor_pid: int | None, data_directory: Path) -> InstanceProcesses:
     supervisor = next((process for process in everything if process.pid == supervisor_pid), None)
     children = [process for process in everything if process.ppid == supervisor_pid]
     agent = next((child for child in children if "instance_manager.agent" in title_of(child.pid)), None)
+    archiver = next((child for child in children if "instance_manager.archive" in title_of(child.pid)), None)
     postmaster = next((child for child in children if program_of(child.pid) == "postgres"), None)
-    return InstanceProcesses(supervisor=supervisor, agent=agent, postmaster=postmaster, everything=tuple(everything))
+    return InstanceProcesses(
+        supervisor=supervisor, agent=agent, postmaster=postmaster, archiver=archiver, everything=tuple(everything)
+    )
 
 
 def _has_title(whole: str, title: str) -> bool:

@@ -59,14 +59,17 @@ class PromotedWrong(LocalPostgresError):
         self.reason = reason
 
 
-def install_restore_command(server: LocalServer) -> str:
-    """Copy the script into the state directory; the value of `restore_command` that runs it. Blocks on the disk."""
+def install_restore_command(server: LocalServer, client_words: str = "") -> str:
+    """Copy the script into the state directory; the value of `restore_command` that runs it. Blocks on the disk.
+
+    `client_words`: the command line of the archive's client as it stands in a setting; empty: there is no archive.
+    """
     text = importlib.resources.files(__package__).joinpath(SCRIPT).read_text()
     path = server.state_directory / SCRIPT
     write_atomically(path, text.encode(), mode=0o755, run_as=server.run_as)
     # Postgres replaces %p and %f, and %% by one %.
     script, state = (shlex.quote(str(each)).replace("%", "%%") for each in (path, server.state_directory))
-    return f'/bin/sh {script} "%f" "%p" {state}'
+    return f'/bin/sh {script} "%f" "%p" {state} {client_words}'.rstrip()
 
 
 def write_claim(server: LocalServer, claim: Timeline) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 
 from instance_manager.supervisor import fence, processes
+from instance_manager.supervisor.companion import COMPANION_SEPARATOR
 from instance_manager.supervisor.exit_codes import ExitCode
 from instance_manager.supervisor.log import Log
 from instance_manager.supervisor.supervisor import Options, Supervisor
@@ -47,6 +48,7 @@ def main() -> ExitCode:
         shutdown_timeout_s=arguments.shutdown_timeout_s,
         agent_argv=tuple(arguments.agent_argv),
         postgres_credentials=credentials,
+        companion_argv=tuple(arguments.companion_argv),
     )
     supervisor = Supervisor(options, incarnation, log)
     processes.lock_memory()
@@ -69,8 +71,21 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--postgres-user", default="postgres", help="whom Postgres runs as when this runs as root")
     parser.add_argument("--termination-log", help="gets the incarnation; default: /dev/termination-log when PID 1")
-    parser.add_argument("agent_argv", nargs="+", metavar="AGENT_ARGV", help="after --, the agent's command")
-    return parser.parse_args()
+    parser.add_argument(
+        "agent_argv",
+        nargs="+",
+        metavar="ARGV",
+        help=f"after --, the agent's command; after a further {COMPANION_SEPARATOR}, one that is kept running beside it",
+    )
+    arguments = parser.parse_args()
+    arguments.companion_argv = []
+    if COMPANION_SEPARATOR in arguments.agent_argv:
+        at = arguments.agent_argv.index(COMPANION_SEPARATOR)
+        arguments.companion_argv = arguments.agent_argv[at + 1 :]
+        arguments.agent_argv = arguments.agent_argv[:at]
+        if not arguments.agent_argv or not arguments.companion_argv:
+            parser.error(f"a command is missing before or after {COMPANION_SEPARATOR}")
+    return arguments
 
 
 def _seconds(text: str) -> float:

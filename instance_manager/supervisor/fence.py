@@ -122,20 +122,29 @@ def descendants(table: Table, roots: Iterable[int], without: frozenset[int] = fr
 
 
 def postgres_processes(
-    table: Table, *, supervisor_pid: int, postmaster_pid: int, agent_pid: int | None
+    table: Table, *, supervisor_pid: int, postmaster_pid: int, agent_pid: int | None, companion_pid: int | None = None
 ) -> list[Process]:
-    """Postgres's processes that are not dead: the postmaster's descendants, and orphans that are not the agent's."""
-    orphans = [p.pid for p in table.values() if p.ppid == supervisor_pid and p.session != agent_pid]
-    not_ours = frozenset() if agent_pid is None else frozenset((agent_pid,))
-    return [p for p in descendants(table, [postmaster_pid, *orphans], not_ours) if not p.is_dead]
+    """Postgres's processes that are not dead: the postmaster's descendants, and orphans that are nobody else's."""
+    others = frozenset(pid for pid in (agent_pid, companion_pid) if pid is not None)
+    orphans = [p.pid for p in table.values() if p.ppid == supervisor_pid and p.session not in others]
+    return [p for p in descendants(table, [postmaster_pid, *orphans], others) if not p.is_dead]
 
 
-def agent_processes(table: Table, *, supervisor_pid: int, postmaster_pid: int | None, agent_pid: int) -> list[Process]:
-    """The agent's processes that are not dead: it, its descendants, orphans of its session; without Postgres, every orphan."""
+def agent_processes(
+    table: Table, *, supervisor_pid: int, postmaster_pid: int | None, agent_pid: int, companion_pid: int | None = None
+) -> list[Process]:
+    """The agent's processes that are not dead: it, its descendants, orphans of its session; without Postgres, every orphan
+    but the companion's.
+    """
     orphans = [
-        p.pid for p in table.values() if p.ppid == supervisor_pid and (p.session == agent_pid or postmaster_pid is None)
+        p.pid
+        for p in table.values()
+        if p.ppid == supervisor_pid
+        and (
+            p.session == agent_pid or (postmaster_pid is None and (companion_pid is None or p.session != companion_pid))
+        )
     ]
-    not_ours = frozenset() if postmaster_pid is None else frozenset((postmaster_pid,))
+    not_ours = frozenset(pid for pid in (postmaster_pid, companion_pid) if pid is not None)
     return [p for p in descendants(table, [agent_pid, *orphans], not_ours) if not p.is_dead]
 
 

@@ -84,7 +84,13 @@ class Goodbye(NamedTuple):
     id: int | None
 
 
-Message = Tick | Extend | Revoke | Start | Promote | Signal | Kill | Goodbye
+class RestartCompanion(NamedTuple):
+    """The companion hangs: kill it, so that it is started again."""
+
+    id: int | None
+
+
+Message = Tick | Extend | Revoke | Start | Promote | Signal | Kill | Goodbye | RestartCompanion
 
 
 def parse(datagram: bytes) -> Message:
@@ -128,6 +134,8 @@ def _build(message_id: int | None, fields: dict[str, object]) -> Message:
             return Kill(message_id)
         case "goodbye":
             return Goodbye(message_id)
+        case "restart_companion":
+            return RestartCompanion(message_id)
         case _:
             raise MessageError("unknown type")
 

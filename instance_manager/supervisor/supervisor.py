@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from instance_manager.supervisor import fence, lock
+from instance_manager.supervisor.backoff import Backoff
+from instance_manager.supervisor.companion import Companion
 from instance_manager.supervisor.exit_codes import ExitCode
 from instance_manager.supervisor.fence import boottime_s
 from instance_manager.supervisor.link import Link, LinkBrokenError
@@ -23,6 +25,7 @@ from instance_manager.supervisor.messages import (
     MessageError,
     Mode,
     Promote,
+    RestartCompanion,
     Revoke,
     Signal,
     Start,
@@ -40,9 +43,6 @@ POLL_S = 0.2
 LOCK_PAUSE_S = 0.1
 LOCK_ATTEMPTS = 100
 START_GRACE_S = 10.0
-FIRST_BACKOFF_S = 0.5
-LONGEST_BACKOFF_S = 8.0
-GOOD_RUN_S = 30.0
 EXEC_FAILURES_MAX = 10
 GOODBYE_GRACE_S = 1.0
 AGENT_KILL_BUDGET_S = 0.1
@@ -66,6 +66,8 @@ class Options(NamedTuple):
     agent_argv: tuple[str, ...]
     postgres_credentials: Credentials | None
     """The user to run Postgres as; None: the supervisor's own, which is not root."""
+    companion_argv: tuple[str, ...] = ()
+    """A third child, on which nothing depends; empty: there is none."""
 
 
 class EndError(Exception):
@@ -109,21 +111,6 @@ class Postgres:
         self.fenced = False
 
 
-class Backoff:
-    """How long to wait before the agent is started again: 0, then 0.5 s doubling to 8 s; anew after 30 s of good running."""
-
-    def __init__(self) -> None:
-        self._next_s = 0.0
-
-    def after_run_of(self, ran_s: float) -> float:
-        """The wait in seconds, after a run of `ran_s` seconds ended."""
-        if ran_s >= GOOD_RUN_S:
-            self._next_s = 0.0
-        wait_s = self._next_s
-        self._next_s = min(max(2 * wait_s, FIRST_BACKOFF_S), LONGEST_BACKOFF_S)
-        return wait_s
-
-
 class Supervisor:
     """One supervisor's life; `run` is all of it."""
 
@@ -142,6 +129,7 @@ class Supervisor:
         self._agent_starts = 0
         self._exec_failures = 0
         self._backoff = Backoff()
+        self._companion = Companion(options.companion_argv, log, self._started_s)
         self._postgres: Postgres | None = None
         self._dying: tuple[fence.Process, ...] = ()
         self._kill_replies: list[tuple[Link, int]] = []
@@ -215,13 +203,15 @@ class Supervisor:
         self._enforce_permit()
         self._look_after_dying()
         self._look_after_agent()
+        self._companion.look_after(boottime_s())
         self._look_after_end()
 
     def _deadlines(self) -> list[float]:
         deadlines = [self._agent_start_s if self._agent is None else self._agent.silent_after_s]
         if self._must_be_permitted() is not None and self._permit.current is not None:
             deadlines.append(self._permit.current.hard_s)
-        deadlines.extend(s for s in (self._shutdown_deadline_s, self._goodbye_deadline_s) if s is not None)
+        others = (self._shutdown_deadline_s, self._goodbye_deadline_s, self._companion.start_s)
+        deadlines.extend(s for s in others if s is not None)
         return deadlines
 
     def _wait(self, timeout_s: float) -> None:
@@ -285,6 +275,8 @@ class Supervisor:
                 self._postmaster_died(self._postgres)
             elif self._agent is not None and info.si_pid == self._agent.child.pid:
                 self._agent_died(self._agent)
+            elif info.si_pid == self._companion.pid:
+                self._companion.reap(boottime_s())
             else:
                 os.waitpid(info.si_pid, 0)
             self._reaped += 1
@@ -389,7 +381,11 @@ class Supervisor:
         postmaster_pid = None if self._postgres is None else self._postgres.child.pid
         result = fence.kill_all(
             lambda table: fence.agent_processes(
-                table, supervisor_pid=os.getpid(), postmaster_pid=postmaster_pid, agent_pid=agent.child.pid
+                table,
+                supervisor_pid=os.getpid(),
+                postmaster_pid=postmaster_pid,
+                agent_pid=agent.child.pid,
+                companion_pid=self._companion.pid,
             ),
             AGENT_KILL_BUDGET_S,
         )
@@ -484,6 +480,10 @@ class Supervisor:
                 self._log.info("goodbye")
                 self._goodbye_deadline_s = boottime_s() + GOODBYE_GRACE_S
                 self._fence("killed")
+                self._companion.end()
+            case RestartCompanion():
+                self._log.warning("companion_restart", pid=self._companion.pid)
+                self._companion.kill()
         return None
 
     # --- Postgres ---
@@ -552,7 +552,11 @@ class Supervisor:
         agent_pid = None if self._agent is None else self._agent.child.pid
         result = fence.kill_all(
             lambda table: fence.postgres_processes(
-                table, supervisor_pid=os.getpid(), postmaster_pid=postgres.child.pid, agent_pid=agent_pid
+                table,
+                supervisor_pid=os.getpid(),
+                postmaster_pid=postgres.child.pid,
+                agent_pid=agent_pid,
+                companion_pid=self._companion.pid,
             ),
             self._options.kill_budget_s,
             postgres.child,

@@ -134,7 +134,7 @@ class FakeDatabase:
     async def checkpoint(self, *, deadline_s: float) -> None:
         await self._do("checkpoint")
 
-    async def stop(self, *, deadline_s: float) -> bool:
+    async def stop(self, *, deadline_s: float, archive_for_s: float = 0.0) -> bool:
         await self._do("stop")
         if self.stops:
             self.running = self.running_read_write = False

@@ -120,7 +120,7 @@ class ArchivingServer:
             chain=chain,
             **flags,
         )
-        assert ask(self.socket, b"orders\t" + to_json(orders)) == "done"
+        assert ask(self.socket, b"orders\t" + to_json(orders)).startswith("done ")
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(ask(self.socket, b"status"))

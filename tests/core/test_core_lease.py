@@ -10,6 +10,7 @@ from core_builders import CHAIN, A, B, P, end, holder, ids, record, released_rec
 from instance_manager.core.lease import (
     entitled_by_time,
     given_back,
+    helps_to_give_back,
     judge_restart,
     may_reaffirm,
     permit_of_renewal,
@@ -216,6 +217,24 @@ def test_r13_a_winner_that_never_opened_gives_back_the_n_and_q_that_it_found() -
     assert (after.holder, after.release, after.voters, after.quorum) == (None, None, ids("a b"), 1)
     own = given_back(record(holder=holder(A), voters=ids("b"), quorum=1, opened=False), record())
     assert (own.voters, own.quorum) == (ids("b"), 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "found", "helps"),
+    [
+        ({"voters": ids("b"), "quorum": 1}, {}, True),
+        ({"voters": ids(""), "quorum": 0}, {}, True),
+        ({"voters": ids(""), "quorum": 0}, {"voters": ids(""), "quorum": 0}, False),
+        ({"voters": ids("b"), "quorum": 1, "paused": True}, {}, False),
+        ({"mode": "asynchronous", "quorum": 0}, {"mode": "asynchronous", "voters": ids("a b"), "quorum": 0}, True),
+        ({"mode": "asynchronous", "quorum": 0}, {"mode": "asynchronous", "voters": ids("a"), "quorum": 0}, False),
+    ],
+    ids=["its own voters", "those it found", "nobody can be elected", "paused", "by time", "by time, and it is alone"],
+)
+def test_r13_the_lease_is_given_back_only_where_another_can_take_it(
+    own: dict[str, Any], found: dict[str, Any], helps: bool
+) -> None:
+    assert helps_to_give_back(record(holder=holder(A), opened=False, **own), record(**found), A) is helps
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "asynchronous"])

@@ -202,7 +202,9 @@ class PromiseChecker:
             data = instance.volume.data
             if data is None or instance.volume.rewind_attempts or instance.supervisor is None:
                 continue
-            more = [entry for entry in data.log.entries if entry in self.acknowledged and entry not in prefix]
+            # What was received in part is no record, whatever its first bytes say.
+            whole = data.log.entries[: entries_before(data.log.end)]
+            more = [entry for entry in whole if entry in self.acknowledged and entry not in prefix]
             if more and self._cluster.is_member(instance):
                 self.broken("%s was elected with loss, although %s holds %s", winner, instance.name, more[0])
 

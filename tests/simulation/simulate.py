@@ -134,8 +134,8 @@ def show(summary: Summary) -> None:
             print(f"  {times:>10,}  {name}")
     print("how often each branch of the rules was taken:")
     for name in simulation_branches.NAMES:
-        note = "  (a guard)" if name in simulation_branches.GUARDS else ""
-        print(f"  {summary.counters.get(name, 0):>10,}  {name}{note}")
+        times = summary.counters.get(name, 0)
+        print(f"  {times:>10,}  {name}{'' if times else simulation_branches.note(name)}")
 
 
 def replay(seed: int, variant: str | None, *, whole: bool) -> int:

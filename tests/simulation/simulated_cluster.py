@@ -142,6 +142,8 @@ class SimulatedCluster:
         self._destroyed: dict[MemberId, DataDirectory] = {}
         self._members: dict[str, tuple[bytes, MemberId | None]] = {}
         self._volume_spent = False
+        self.lies_in_wait = False
+        """One of `rare_situations` does."""
         self.undos: dict[int, tuple[Fault, Undo]] = {}
         self._next_undo = 0
         self._last_mend_s = float("inf")
@@ -246,6 +248,14 @@ class SimulatedCluster:
             self._destroyed[member] = instance.volume.data
         instance.destroy_volume(with_memory=with_memory)
 
+    def lose_directory_alone(self, instance: SimulatedInstance) -> None:
+        """Under a living container."""
+        self.spend_volume()
+        member = self.member_at(instance)
+        if member is not None and instance.volume.data is not None:
+            self._destroyed[member] = instance.volume.data
+        instance.lose_directory()
+
     def state_before_every_memory(self, chance: random.Random) -> float | None:
         """How long ago the record was at an epoch that every volume remembers a later one of; None: never."""
         seen = []
@@ -279,12 +289,12 @@ class SimulatedCluster:
             hint_duplicated=sometimes(0.5),
         )
 
-    def verb(self, verb: str, arguments: dict[str, Any]) -> None:
-        """A user's command to any instance that runs, not waited for."""
+    def verb(self, verb: str, arguments: dict[str, Any], *, on: SimulatedInstance | None = None) -> None:
+        """A user's command to this or any instance that runs, not waited for."""
         running = [i for i in self.instances.values() if i.supervisor is not None and i.supervisor.agent is not None]
         if not running:
             return
-        instance = self.chance.choice(running)
+        instance = on or self.chance.choice(running)
         supervisor = instance.supervisor
         if supervisor is None or supervisor.agent is None or instance.agent is None or not supervisor.agent.alive:
             return

@@ -11,6 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from rare_situations import (
+    directory_vanishes,
+    interrupted_failover_with_loss,
+    unwritable_candidate,
+    winner_cannot_open,
+)
+
 if TYPE_CHECKING:
     from simulated_cluster import SimulatedCluster
     from simulated_instance import SimulatedInstance
@@ -499,6 +506,11 @@ FAULTS = (
     Fault("postmaster killed", kill_postmaster, weight=1.5),
     Fault("backend killed", kill_backend, weight=0.5),
     Fault("a process of Postgres paused", pause_part_of_postgres, (0.1, 15.0), 2.0),
+    # They lie in wait, for as long as it takes.
+    Fault("a winner cannot open", winner_cannot_open, (35.0, 50.0), 0.1),
+    Fault("data directory vanishes under a living container", directory_vanishes, weight=0.1),
+    Fault("failover with loss interrupted", interrupted_failover_with_loss, (25.0, 30.0), 0.1, modes=("synchronous",)),
+    Fault("a candidate cannot write its promise", unwritable_candidate, (7.0, 10.0), 0.1),
 )
 
 

@@ -68,6 +68,9 @@ class SimulatedStorage:
     def __init__(self, instance: SimulatedInstance) -> None:
         self._instance = instance
         self.content: bytes | None = None
+        self.on_written: Callable[[bytes], object] | None = None
+        self.broken = False
+        """Every write fails at once, here only."""
         self.reserve = True
         """Space that is given up for a promise when the disk is full."""
         self._identity = f"{instance.world.random.getrandbits(32):08x}"
@@ -87,6 +90,8 @@ class SimulatedStorage:
             if not instance.volume.stalled:
                 break
             await asyncio.sleep(0.05)
+        if self.broken:
+            raise OSError(errno.EIO, "Input/output error", self.name)
         if instance.volume.full:
             if not self.reserve:
                 raise OSError(errno.ENOSPC, "No space left on device", self.name)
@@ -95,6 +100,8 @@ class SimulatedStorage:
         else:
             self.reserve = True
         self.content = content
+        if self.on_written is not None:
+            self.on_written(content)
 
 
 class SimulatedDisk:
@@ -199,6 +206,12 @@ class SimulatedInstance:
         self.volume = DataVolume(self.postgres, self.name)
         if with_memory:
             self.storage = SimulatedStorage(self)
+
+    def lose_directory(self) -> None:
+        """What lies in the data directory's place is gone; Postgres notices and ends, the container lives on."""
+        if self.server is not None:
+            self.server.crash("its data directory is gone")
+        self.volume.data = None
 
     def is_over(self, incarnation: str) -> bool:
         """Is that life of the container over, its Postgres included (R9)?"""

@@ -24,6 +24,7 @@ from instance_manager.agent.server_files import render_set
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import SynchronousSet
 from instance_manager.core.types import MEMBER_ID_PATTERN, Lsn, MemberId, Timeline, TimelineChain, WalEnd
+from instance_manager.postgres.archive_commands import Allowed
 from instance_manager.postgres.control_data import ClusterState, ControlData, HotStandbySettings
 from instance_manager.postgres.deadlines import Deadline
 from instance_manager.postgres.directory import DirectoryRefused, DirectoryReport, DirectoryState, RewindMarker
@@ -249,6 +250,12 @@ class SimulatedPostgres:
         if data is None:
             raise ProgramFailed(["pg_controldata"], 1, "could not open directory")
         return data.control()
+
+    async def allow_archive(self, what: Allowed | None, *, deadline_s: float) -> None:
+        """There is no archive in this world but a restore_command of somebody else's (P9)."""
+
+    async def nothing_is_restored(self, postmaster_pid: int, *, deadline_s: float) -> None:
+        """Nor anything that could be on its way from it."""
 
     async def write_files(
         self, synchronous: SynchronousSet, access: Gate, *, standby: bool, upstream: Upstream | None = None

@@ -8,7 +8,7 @@ import socket
 import pytest
 from supervisor_harness import agent_and_harness, is_alive, now_s, until
 
-from instance_manager.supervisor.supervisor import Backoff
+from instance_manager.supervisor.backoff import Backoff
 
 
 def test_the_first_agent_is_told_a_clean_beginning() -> None:

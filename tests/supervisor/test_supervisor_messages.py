@@ -14,6 +14,7 @@ from instance_manager.supervisor.messages import (
     Kill,
     MessageError,
     Promote,
+    RestartCompanion,
     Revoke,
     Signal,
     Start,
@@ -32,6 +33,7 @@ from instance_manager.supervisor.messages import (
         (b'{"type":"signal","signal":"HUP"}', Signal(None, signal.SIGHUP)),
         (b'{"type":"kill","id":9}', Kill(9)),
         (b'{"type":"goodbye"}', Goodbye(None)),
+        (b'{"type":"restart_companion","id":3}', RestartCompanion(3)),
         (
             b'{"type":"start","mode":"standby","epoch":null,"argv":["/bin/true"],"env":{"A":"b"}}',
             Start(None, "standby", None, ("/bin/true",), {"A": "b"}),

@@ -19,7 +19,7 @@ from test_config import GOOD, with_value
 
 from instance_manager import demo_locator, launch, logs, wall_clock
 from instance_manager.config import Configuration, load_configuration
-from instance_manager.config_sections import ArchiveSection
+from instance_manager.config_sections import ArchiveSection, S3Section
 from instance_manager.coordination.describe import describe
 from instance_manager.core.record import Holder, Release, StoredRecord, SwitchoverRequest, initial_record
 from instance_manager.core.types import (
@@ -252,12 +252,27 @@ def test_the_supervisors_command_line_holds_the_timings_and_no_secret(short: Pat
     assert "secret-secret" not in text
 
 
-def test_an_archive_that_nothing_would_fill_is_refused(short: Path) -> None:
+def test_the_archiver_is_started_beside_the_agent_only_where_an_archive_is_configured(short: Path) -> None:
+    configuration, path = configuration_in(short)
+    assert "---" not in launch.supervisor_argv(configuration, path)
+    archiving = msgspec.structs.replace(configuration, archive=ArchiveSection(directory=short))
+    argv = launch.supervisor_argv(archiving, path)
+    assert " ".join(argv).endswith(
+        f"-I -m instance_manager.agent --config {path} --- {argv[0]} -I -m instance_manager.archive --config {path}"
+    )
+
+
+def test_what_the_archive_lacks_is_told(short: Path) -> None:
     configuration, _ = configuration_in(short)
-    archiving = msgspec.structs.replace(configuration, archive=ArchiveSection(directory=short / "archive"))
-    assert launch.surroundings_problems(archiving) == (launch.NO_ARCHIVER,)
-    with pytest.raises(launch.LaunchError, match="take the section out"):
-        launch.prepare_directories(archiving)
+    missing = msgspec.structs.replace(configuration, archive=ArchiveSection(directory=short / "archive"))
+    assert launch.surroundings_problems(missing) == (
+        f"archive.directory: {short / 'archive'} is no directory; create it, or mount it",
+    )
+    section = ArchiveSection(s3=S3Section(bucket="b", credentials_file=short / "login", ca_file=short / "ca.pem"))
+    assert launch.surroundings_problems(msgspec.structs.replace(configuration, archive=section)) == (
+        f"archive.s3.credentials_file: {short / 'login'} cannot be read",
+        f"archive.s3.ca_file: {short / 'ca.pem'} cannot be read",
+    )
 
 
 def test_what_the_machine_lacks_is_told_all_at_once(short: Path) -> None:

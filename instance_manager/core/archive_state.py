@@ -1,0 +1,33 @@
+"""What an archiver tells of itself, for people and peers. No decision over writes rests on any of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from instance_manager.core.types import Lsn
+
+ARCHIVE_LEVELS = ("calm", "behind", "pressed", "critical")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArchiveState:
+    level: str
+    """One of ARCHIVE_LEVELS; `unknown` while the archiver does not answer."""
+    position: Lsn | None = None
+    """The log before it is in the archive without a gap, as segments or pieces, since this timeline's archiving began."""
+    lag_bytes: int | None = None
+    """Flushed on the primary's disk, and not in the archive."""
+    lag_s: float | None = None
+    """Since everything that was flushed was in the archive: what the loss of every volume now would cost."""
+    waiting: int = 0
+    """Finished files that Postgres wants to archive."""
+    oldest: str = ""
+    oldest_age_s: float = 0.0
+    """How long this archiver has seen it be the oldest."""
+    gaps: int = 0
+    """Segments of the accepted history that are missing in the archive: no recovery passes them."""
+    first_gap: str = ""
+    conflicts: int = 0
+    """Attempts to archive what differs from what is there under its name."""
+    trouble: str | None = None
+    """Why nothing can be archived now, in one sentence."""

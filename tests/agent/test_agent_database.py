@@ -1,0 +1,188 @@
+"""The local Postgres as the agent uses it: slots of one life after another, stops and starts that nobody has answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import Collection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from agent_builders import A, B
+from agent_fakes import VirtualClock, settle
+from agent_instance import configuration
+
+from instance_manager.agent.database import SLOTS_INTERVAL_S, Database
+from instance_manager.agent.postgres_port import LocalPostgres
+from instance_manager.agent.supervisor_link import PostgresProcess, SupervisorError, SupervisorLink, SupervisorSilent
+from instance_manager.core.types import MemberId
+
+MEMBERS = frozenset({A, B})
+
+
+class Wire:
+    """The supervisor's end of the link, by hand: what the agent sent, and what it is told."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self._told: deque[bytes] = deque()
+        self._arrived = asyncio.Event()
+
+    def send(self, datagram: bytes) -> None:
+        self.sent.append(json.loads(datagram))
+
+    async def receive(self) -> bytes:
+        while not self._told:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._told.popleft()
+
+    def tells(self, **message: Any) -> None:
+        self._told.append(json.dumps(message).encode())
+        self._arrived.set()
+
+
+class Slots:
+    """A server whose slots take as long as a test wants."""
+
+    def __init__(self) -> None:
+        self.kept: frozenset[MemberId] | None = None
+        self.asked: list[frozenset[MemberId]] = []
+        self.takes_s: deque[float] = deque()
+        """One call after another; then each is answered at once."""
+        self.running = SimpleNamespace(settings_file=None)
+
+    def inspect_at_start(self) -> None:
+        return None
+
+    def forget(self) -> None:
+        return None
+
+    async def allow_archive(self, what: object, *, deadline_s: float) -> None:
+        return None
+
+    async def observe(self, *, deadline_s: float) -> Any:
+        return SimpleNamespace(walreceiver=None, is_receiving=False, in_recovery=True)
+
+    async def keep_slots(self, members: Collection[MemberId]) -> None:
+        self.asked.append(frozenset(members))
+        await asyncio.sleep(self.takes_s.popleft() if self.takes_s else 0)
+        self.kept = frozenset(members)
+
+
+class Server:
+    """A real Database over a standby, with the supervisor and the slots in the test's hand."""
+
+    def __init__(self, directory: Path) -> None:
+        self.wire, self.slots, self.clock = Wire(), Slots(), VirtualClock()
+        self.link = SupervisorLink(self.wire, now_s=self.clock.now_s, on_event=lambda _: None)
+        self.link.postgres = PostgresProcess(7, "standby")
+        self.database = Database(
+            configuration(directory, "a"),
+            cast(LocalPostgres, self.slots),
+            self.link,
+            self.clock,
+            on_change=lambda: None,
+        )
+        self.listening = asyncio.create_task(self.link.run())
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> Any:
+    found = Server(tmp_path)
+    yield found
+    found.listening.cancel()
+
+
+async def test_old_slots_that_are_dropped_slowly_are_gone_before_a_promotion_makes_the_new_ones(server: Server) -> None:
+    server.slots.takes_s.append(3.0)
+    looking = asyncio.create_task(server.database._look())
+    await settle()
+    promoting = asyncio.create_task(server.database.prepare_slots(MEMBERS))
+    await asyncio.gather(looking, promoting)
+    assert server.slots.asked == [frozenset(), MEMBERS]
+    assert server.slots.kept == MEMBERS
+
+
+async def test_a_first_look_that_comes_after_the_promotion_has_begun_drops_no_slot(server: Server) -> None:
+    server.slots.takes_s.append(3.0)
+    promoting = asyncio.create_task(server.database.prepare_slots(MEMBERS))
+    await settle()
+    looking = asyncio.create_task(server.database._look())
+    await asyncio.gather(looking, promoting)
+    assert server.slots.kept == MEMBERS
+    await server.database._look()
+    assert server.slots.asked[-1] == MEMBERS
+
+
+async def test_slots_are_looked_at_again_after_a_while(server: Server) -> None:
+    await server.database.prepare_slots(MEMBERS)
+    await server.database.prepare_slots(MEMBERS)
+    assert server.slots.asked == [MEMBERS]
+    await server.clock.sleep(SLOTS_INTERVAL_S)
+    await server.database.prepare_slots(MEMBERS)
+    assert server.slots.asked == [MEMBERS, MEMBERS]
+
+
+async def test_a_stop_that_the_supervisor_answers_late_is_carried_through(server: Server) -> None:
+    """It waits in the supervisor's queue, so whoever asked sees the end of Postgres, and is not told that it failed."""
+    stopping = asyncio.create_task(server.database.stop(deadline_s=2.0))
+    await server.clock.sleep(6.0)
+    assert [message["type"] for message in server.wire.sent] == ["signal"]
+    server.wire.tells(type="postgres_exited", pid=7, exit_code=0, signal=None, reason="exit")
+    assert await stopping is True
+    assert not server.database.running
+
+
+async def test_a_stop_that_is_never_answered_ends_as_one_that_must_be_killed(server: Server) -> None:
+    assert await server.database.stop(deadline_s=2.0) is False
+    assert server.database.running
+
+
+async def test_a_stop_that_the_supervisor_refuses_is_an_error(server: Server) -> None:
+    stopping = asyncio.create_task(server.database.stop(deadline_s=2.0))
+    await settle()
+    server.wire.tells(type="reply", id=server.wire.sent[-1]["id"], ok=False, error="Postgres is not running")
+    with pytest.raises(SupervisorError, match="not running"):
+        await stopping
+
+
+async def gives_up_a_start(server: Server) -> int:
+    server.link.postgres = None
+    with pytest.raises(SupervisorSilent):
+        await server.link.start("standby", None, ["postgres"], {})
+    number = server.wire.sent[-1]["id"]
+    assert isinstance(number, int)
+    return number
+
+
+async def test_a_start_that_was_given_up_may_happen_until_the_supervisor_answers(server: Server) -> None:
+    number = await gives_up_a_start(server)
+    assert server.link.may_start_yet
+    server.wire.tells(type="reply", id=number, ok=True, error=None)
+    await settle()
+    assert server.link.may_start_yet, "it is answered, and nothing shows yet that it runs"
+    server.wire.tells(type="postgres_started", pid=8, mode="standby")
+    await settle()
+    assert not server.link.may_start_yet
+    assert server.link.postgres == PostgresProcess(8, "standby")
+
+
+async def test_a_start_that_the_supervisor_refuses_late_happens_no_more(server: Server) -> None:
+    number = await gives_up_a_start(server)
+    server.wire.tells(type="reply", id=number, ok=False, error="a Postgres process is left")
+    await settle()
+    assert not server.link.may_start_yet
+
+
+async def test_a_start_that_is_answered_in_time_leaves_nothing_open(server: Server) -> None:
+    server.link.postgres = None
+    starting = asyncio.create_task(server.link.start("standby", None, ["postgres"], {}))
+    await settle()
+    server.wire.tells(type="reply", id=server.wire.sent[-1]["id"], ok=True, error=None)
+    server.wire.tells(type="postgres_started", pid=8, mode="standby")
+    await starting
+    assert not server.link.may_start_yet
