@@ -70,7 +70,9 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
                 coordination=around.coordination,
                 publication=around.publication,
                 caller=caller,
-                make_postgres=lambda reload: InstalledPostgres(configuration, server, version, reload),
+                make_postgres=lambda reload: InstalledPostgres(
+                    configuration, server, version, reload, configuration_file
+                ),
                 make_archiver=lambda wake: _archiver(configuration, clock, wake),
             ),
         )

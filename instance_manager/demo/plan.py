@@ -43,6 +43,18 @@ class ArchivePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryPlan:
+    """The archive of another cluster, from which this one begins."""
+
+    directory: str | None = None
+    endpoint: str | None = None
+    bucket: str = ""
+    server_name: str
+    target_time: str | None = None
+    accept_end: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
     name: str
     uid: str
@@ -52,6 +64,7 @@ class ClusterPlan:
     bin_directory: str | None = None
     parameters: tuple[tuple[str, str], ...] = ()
     archive: ArchivePlan | None = None
+    recovery: RecoveryPlan | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,6 +82,7 @@ def loopback_plan(
     bin_directory: str | None = None,
     parameters: tuple[tuple[str, str], ...] = (),
     archive: ArchivePlan | None = None,
+    recovery: RecoveryPlan | None = None,
 ) -> ClusterPlan:
     """Members demo-1, demo-2, ... on 127.0.0.1: Postgres from `base_port` on, HTTP on the ports after those."""
     members = tuple(
@@ -89,6 +103,7 @@ def loopback_plan(
         bin_directory=bin_directory,
         parameters=parameters,
         archive=archive,
+        recovery=recovery,
     )
 
 
@@ -245,7 +260,11 @@ def configuration_text(layout: Layout, plan: ClusterPlan, me: MemberPlan) -> str
         "postgres": postgres,
     }
     if plan.archive is not None:
-        content["archive"] = _archive_section(layout, plan, plan.archive)
+        # A moment of every day lies behind: the first backup is taken at once.
+        backup = {"schedule": {"at": ["03:00"]}, "retention": {"count": 7}}
+        content["archive"] = {**_archive_section(layout, plan, plan.archive), "backup": backup}
+    if plan.recovery is not None:
+        content["bootstrap"] = {"recovery": _recovery_section(plan.recovery)}
     return yaml.safe_dump(content, sort_keys=False)
 
 
@@ -255,8 +274,25 @@ def _archive_section(layout: Layout, plan: ClusterPlan, archive: ArchivePlan) ->
     return {
         "s3": {"endpoint": archive.endpoint, "bucket": archive.bucket, "path_style": True},
         # The bucket outlives the cluster, and each cluster has an archive of its own.
-        "server_name": f"{plan.name}-{plan.uid[:8]}",
+        "server_name": archive_server_name(plan),
     }
+
+
+def archive_server_name(plan: ClusterPlan) -> str:
+    """The archive's name in its store."""
+    return plan.name if plan.archive is None or plan.archive.endpoint is None else f"{plan.name}-{plan.uid[:8]}"
+
+
+def _recovery_section(recovery: RecoveryPlan) -> dict[str, object]:
+    s3 = {"endpoint": recovery.endpoint, "bucket": recovery.bucket, "path_style": True}
+    where: dict[str, object] = {"directory": recovery.directory} if recovery.endpoint is None else {"s3": s3}
+    section: dict[str, object] = {
+        "archive": {**where, "server_name": recovery.server_name},
+        "accept_end": recovery.accept_end,
+    }
+    if recovery.target_time is not None:
+        section["target"] = {"time": recovery.target_time}
+    return section
 
 
 def has_user(name: str) -> bool:

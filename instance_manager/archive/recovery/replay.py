@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -37,6 +38,8 @@ ENDS_TO_BELIEVE = 2
 """So often Postgres must have come to the end of the archive without replaying anything in between."""
 LOG_TAIL_BYTES = 64 << 10
 
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 _PROGRESS = """
     SELECT pg_last_wal_replay_lsn()::text AS lsn, pg_get_wal_replay_pause_state() AS pause,
            pg_last_xact_replay_timestamp() AS time, pg_is_in_recovery() AS in_recovery
@@ -47,6 +50,11 @@ _FATAL = re.compile(r"(?:FATAL|PANIC):\s+(.*)")
 _FROM_THE_STORE = re.compile(
     r"could not restore file .* from archive|terminating (connection|process) due to|startup process .* exit"
 )
+
+
+def _end_with_parent() -> None:
+    """Nobody could say any more whether it may open: an immediate shutdown, after which the replay resumes."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGQUIT)
 
 
 class RecoveryStopped(Exception):
@@ -198,6 +206,7 @@ class Replay:
                 group=None if run_as is None else run_as.gid,
                 extra_groups=None if run_as is None else [],
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
 
     async def _watch(self, seen: _Seen) -> str | None:
