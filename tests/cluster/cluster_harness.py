@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from instance_manager.config_sections import Durability
 from instance_manager.demo.cluster import LocalCluster
-from instance_manager.demo.plan import APPLICATION, ArchivePlan, loopback_plan
+from instance_manager.demo.plan import APPLICATION, ArchivePlan, RecoveryPlan, loopback_plan
 from instance_manager.demo.ports import choose_base_port
 
 START_DEADLINE_S = 60.0
@@ -22,7 +22,11 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def running_cluster(
-    *, instances: int = 3, durability: Durability = "preferred", archive: ArchivePlan | None = None
+    *,
+    instances: int = 3,
+    durability: Durability = "preferred",
+    archive: ArchivePlan | None = None,
+    recovery: RecoveryPlan | None = None,
 ) -> Iterator[LocalCluster]:
     """Started, fully redundant, and ended with everything of it at the end of the block."""
     plan = loopback_plan(
@@ -31,6 +35,7 @@ def running_cluster(
         durability=durability,
         parameters=FAST,
         archive=archive,
+        recovery=recovery,
     )
     with LocalCluster.create(plan) as cluster:
         cluster.start_all()

@@ -126,6 +126,10 @@ class Replay:
         self._last_known = last_known
         self._say = on_progress
         self._process: asyncio.subprocess.Process | None = None
+        self._is_paused = False
+        self._cut: Lsn | None = None
+        """Where the archive ended, and will be opened although the target was not met there."""
+        self._why = ""
         self._raised: dict[str, int] = {}
         self._was_raised = False
         self._log_start = 0
@@ -139,9 +143,15 @@ class Replay:
             while True:
                 await self._start()
                 by = await self._watch(seen)
-                if by is not None:
+                if by is not None and (self._target.kind == "latest" or self._is_paused or self._cut is not None):
                     return await self._open(seen, by)
-                if self._was_raised:
+                if by is not None:
+                    # With a target that it has not met Postgres does not promote: once more without one, and to here only.
+                    await self._stop()
+                    self._cut, self._why = seen.lsn, by
+                    self._archive.cut_at(seen.lsn)
+                    await self._write_configuration()
+                elif self._was_raised:
                     self._was_raised = False
                     await self._write_configuration()
                 else:
@@ -169,7 +179,7 @@ class Replay:
             "wal_retrieve_retry_interval": "200ms",
             "log_min_messages": "log" if log.isEnabledFor(logging.DEBUG) else "warning",
             "restore_command": self._archive.restore_command(),
-            **self._target.settings(self._chain.current),
+            **(self._target if self._cut is None else Target()).settings(self._chain.current),
             **(self._settings.parameters or {}),
             **self._raised,
         }
@@ -230,6 +240,7 @@ class Replay:
             if row["pause"] == "paused":
                 log_text = self._log_text()
                 if _STOPPING.search(log_text):
+                    self._is_paused = True
                     return f"Postgres stopped at the target, {self._target}"
                 if self._raise_settings(log_text):
                     await self._stop()
@@ -242,6 +253,12 @@ class Replay:
 
     def _at_the_end(self, seen: _Seen) -> str:
         """The archive has no more: is that what was asked for? TargetNotReached."""
+        if self._cut is not None:
+            if seen.lsn != self._cut:
+                raise TargetNotReached(
+                    f"replay ended at {format_lsn(seen.lsn)}, and the time before at {format_lsn(self._cut)}: see {self.log_file}"
+                )
+            return self._why
         where = f"the archive ends at {format_lsn(seen.lsn)}" + (
             f", after the transaction of {seen.time}" if seen.time else ""
         )
