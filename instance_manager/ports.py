@@ -5,7 +5,7 @@ Every call that leaves the process has a deadline in seconds; no port retries by
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeVar
 
@@ -116,10 +116,19 @@ class PeerRejected(PeerUnreachable):
 
 
 class PeerCaller(Protocol):
-    """Calls between agents: one question, one answer, one deadline; authenticated both ways by the cluster's token."""
+    """Calls between agents: one question, and one answer or many; authenticated by the cluster's token."""
 
     async def call(self, name: str, call: str, body: bytes, *, deadline_s: float) -> bytes:
         """The answer of the member `name`; PeerUnreachable by its subclass."""
+        ...
+
+    def listen(self, name: str, call: str, body: bytes, *, silence_s: float) -> AsyncGenerator[bytes, None]:
+        """What the member `name` goes on telling over one held connection, piece by piece, the first of them at once.
+
+        PeerUnreachable by its subclass as for `call`, and PeerSilent when nothing has come for `silence_s`. A connection that
+        breaks is noticed when it does. It ends when the peer ends it in order, to be asked again. To be closed by whoever
+        leaves it before (`contextlib.aclosing`).
+        """
         ...
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
 from instance_manager.agent.archiving import Archiving
@@ -21,6 +21,7 @@ from instance_manager.agent.giving_back import give_back, unopened_for_s
 from instance_manager.agent.lease_keeper import RenewalFacts, WriteRefused
 from instance_manager.agent.operator_failover import lossy_failover, lossy_failover_as_best
 from instance_manager.agent.peer_service import PeerService
+from instance_manager.agent.peering import HEARTBEAT_S
 from instance_manager.agent.primary import PrimaryDuties
 from instance_manager.agent.rejoining import Rejoining
 from instance_manager.agent.reporting import Reporting
@@ -28,6 +29,7 @@ from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.decide import Decision, DirectoryView, Observation, decide, suspicion
 from instance_manager.core.lease import repair
+from instance_manager.core.rest import is_at_rest
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId, MemberName, member_name_of
 from instance_manager.http.ports import ControlProgress, ControlResult
@@ -38,9 +40,9 @@ from instance_manager.status import ClusterStatus, Probes
 log = logging.getLogger("instance_manager.agent")
 
 TICK_S = 0.2
-HEARTBEAT_S = 0.5
-"""The supervisor kills an agent that was silent for 3 s."""
-PAUSE_S = 1.0
+REST_S = 1.0
+"""Between two looks where all is well, nothing is pending and nothing happens (`core.rest`)."""
+PAUSE_S = 1.5
 """The loop was not scheduled for this time: ages of other things are not theirs."""
 LAST_WORDS_S = 0.5
 RETRY_S = 0.5
@@ -130,6 +132,9 @@ class Agent:
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         return await self.peer_service.answer(call, body)
 
+    def tell_peer(self, call: str, body: bytes) -> AsyncGenerator[bytes, None]:
+        return self.peer_service.tell(call, body)
+
     def control(self, verb: str, arguments: dict[str, object]) -> AsyncIterator[ControlProgress | ControlResult]:
         return self.control_verbs.carry_out(verb, arguments)
 
@@ -157,12 +162,14 @@ class Agent:
                 task.cancel()
 
     async def _tick(self) -> None:
-        """Tell the supervisor that this loop lives; notice when it was not scheduled."""
+        """Tell the supervisor, which kills an agent after 3 s of silence, and peers that this loop lives; notice when it was not
+        scheduled."""
         c = self.context
         while True:
             self._notice_pause()
             c.link.tick()
-            await c.clock.sleep(HEARTBEAT_S)
+            c.announce()
+            await c.beat.sleep(HEARTBEAT_S)
 
     def _notice_pause(self) -> None:
         """Before anything is judged by its age: a pause of this process is not the disk's, Postgres's or the peers'."""
@@ -193,9 +200,23 @@ class Agent:
             if (urgent := self.reporting.urgent()) != self._announced:
                 self._announced = urgent
                 c.announce()
+            self._rest(observation, decision)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_S):
+                async with asyncio.timeout(c.beat.left_s(REST_S) if c.database.at_rest else TICK_S):
                     await c.wake.wait()
+
+    def _rest(self, observation: Observation, decision: Decision) -> None:
+        """Set the pace. Rest ends with a look at Postgres: what ended it is perhaps to be seen there too."""
+        c = self.context
+        operating = self._operation is not None and self._operation_act != "serve"
+        rests = (
+            not operating
+            and c.health.is_fresh
+            and is_at_rest(observation, decision, suspects=c.suspects, settled=self.primary.is_settled)
+        )
+        if c.database.at_rest and not rests:
+            c.database.look_soon()
+        c.database.at_rest = rests
 
     async def _adopt(self) -> None:
         """An agent that restarted over a running standby: whom that follows, its settings tell."""
@@ -545,7 +566,10 @@ class Agent:
                 with contextlib.suppress(CoordinationError):
                     dead = await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
                     c.dead_holder = record.holder if dead else None
-            await c.clock.sleep(0.25 if asynchronous else 1.0)
+            if asynchronous:
+                await c.clock.sleep(0.25)
+            else:
+                await c.beat.sleep(1.0)
 
     # Verbs of this instance.
 

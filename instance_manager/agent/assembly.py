@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.archiver_port import Archiver, NoArchiver
+from instance_manager.agent.beat import Beat
 from instance_manager.agent.context import Context, Journal
 from instance_manager.agent.database import Database
 from instance_manager.agent.health import DiskHealth, Health
@@ -58,23 +59,26 @@ class _Late:
         if self.made is not None:
             self.made.context.wake.set()
 
-    def supervisor_event(self, event: str) -> None:
+    def look(self, _: str = "") -> None:
+        """What happened may be seen in Postgres too: a peer that dies leaves its connections to it."""
         if self.made is not None:
             self.made.context.database.look_soon()
-        self.wake(event)
+        self.wake()
 
 
 def assemble(configuration: Configuration, ports: Ports) -> Agent:
     """VolumeUnusable, and OSError where the directory cannot be looked at. Nothing runs before `Agent.run`."""
     clock = ports.clock
     late = _Late()
-    link = SupervisorLink(ports.datagrams, now_s=clock.now_s, on_event=late.supervisor_event)
+    beat = Beat(clock)
+    link = SupervisorLink(ports.datagrams, now_s=clock.now_s, on_event=late.look)
     postgres = ports.make_postgres(lambda: link.signal("HUP"))
-    database = Database(configuration, postgres, link, clock, on_change=late.wake)
+    database = Database(configuration, postgres, link, clock, beat, on_change=late.wake)
     volume = Volume(ports.storage, boot_id=ports.boot_id, chance=ports.chance)
     volume.load(now_s=clock.now_s(), lease_duration_s=configuration.timings.lease_duration_s)
     health = Health(
         clock,
+        beat,
         ports.disk,
         database.answers_new_connection,
         timeout_s=configuration.timings.health_timeout_s,
@@ -98,7 +102,7 @@ def assemble(configuration: Configuration, ports: Ports) -> Agent:
         clock,
         interval_s=configuration.timings.peer_interval_s,
         record_epoch=lambda: keeper.record.epoch if keeper.record is not None else Epoch(0),
-        on_change=late.wake,
+        on_change=late.look,
         on_later_epoch=keeper.hint,
     )
     context = Context(
@@ -114,6 +118,7 @@ def assemble(configuration: Configuration, ports: Ports) -> Agent:
         journal=Journal(clock, lambda what, why, decided: publish_note(ports.publication, what, why, decided=decided)),
         started_s=clock.now_s(),
         boot_id=ports.boot_id,
+        beat=beat,
         chance=ports.chance,
         publication=ports.publication,
         archiver=ports.make_archiver(late.wake),

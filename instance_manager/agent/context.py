@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from instance_manager.agent.archiver_port import Archiver, NoArchiver
+from instance_manager.agent.beat import Beat
 from instance_manager.agent.database import Database
 from instance_manager.agent.health import Health
 from instance_manager.agent.lease_keeper import LeaseKeeper
@@ -112,6 +113,7 @@ class Context:
     journal: Journal
     started_s: float
     boot_id: str
+    beat: Beat
     chance: random.Random
     """Ids and randomised waits: the system's own randomness; in a simulation, the seed's."""
     publication: Publication = field(default_factory=Unpublished)

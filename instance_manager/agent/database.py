@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from instance_manager.agent.allowing import Allowing
+from instance_manager.agent.beat import Beat
 from instance_manager.agent.postgres_port import LocalPostgres, Upstream
 from instance_manager.agent.server_files import parse_set
 from instance_manager.agent.standby_watch import Walsender
@@ -81,6 +82,7 @@ class Database:
         postgres: LocalPostgres,
         link: SupervisorLink,
         clock: Clock,
+        beat: Beat,
         *,
         on_change: Callable[[], None],
     ) -> None:
@@ -88,6 +90,9 @@ class Database:
         self._postgres = postgres
         self._link = link
         self._clock = clock
+        self._beat = beat
+        self.at_rest = False
+        """All is well and nothing is pending: fewer looks are enough."""
         self._on_change = on_change
         self._settings = DynamicSettings(postgres.running.settings_file)
         self._synchronous = SynchronousReplication(postgres.running, self._settings)
@@ -225,7 +230,7 @@ class Database:
         while True:
             await self._look()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._observe_interval_s):
+                async with asyncio.timeout(self._beat.left_s((2 if self.at_rest else 1) * self._observe_interval_s)):
                     await self._wake.wait()
             self._wake.clear()
 

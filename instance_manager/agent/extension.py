@@ -15,7 +15,7 @@ async def keep_extending(context: Context) -> None:
     c = context
     timings = c.configuration.timings
     while True:
-        await c.clock.sleep(timings.renew_interval_s / 2)
+        await c.beat.sleep(timings.renew_interval_s / 2)
         record, permit = c.keeper.record, c.link.permit
         if c.keeper.last_error is None or record is None or permit is None or not c.holds_lease:
             continue

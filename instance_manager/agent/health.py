@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
 
+from instance_manager.agent.beat import Beat
 from instance_manager.ports import Clock
 
 
@@ -86,6 +87,7 @@ class Health:
     def __init__(
         self,
         clock: Clock,
+        beat: Beat,
         disk: DiskHealth,
         ask_sql: Callable[[float], Awaitable[None]],
         *,
@@ -94,6 +96,7 @@ class Health:
         minimum_free_bytes: int,
     ) -> None:
         self._clock = clock
+        self._beat = beat
         self._disk = disk
         self._minimum_free_bytes = minimum_free_bytes
         self._ask_sql = ask_sql
@@ -118,6 +121,12 @@ class Health:
     def was_paused(self) -> None:
         """This process itself was not scheduled for a while: the ages say nothing of disk and SQL and begin anew."""
         self._resumed_s = self._clock.now_s()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Each proof is younger than half of what makes it bad."""
+        oldest_s = self._clock.now_s() - self._timeout_s / 2
+        return self._disk.last_good_s > oldest_s and (not self._sql_expected or self._sql_good_s > oldest_s)
 
     def unhealthy(self) -> str | None:
         now_s = self._clock.now_s()
@@ -145,4 +154,8 @@ class Health:
                 else:
                     self._sql_good_s, self.sql_error = began_s, None
             with contextlib.suppress(TimeoutError):
-                await self._clock.sleep(max(0.05, self._interval_s - (self._clock.now_s() - began_s)))
+                took_s = self._clock.now_s() - began_s
+                if took_s < self._interval_s / 2:
+                    await self._beat.sleep(self._interval_s - took_s)
+                else:
+                    await self._clock.sleep(max(0.05, self._interval_s - took_s))

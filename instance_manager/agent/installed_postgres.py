@@ -20,6 +20,7 @@ from instance_manager.postgres import (
     bootstrap,
     directory,
     observation,
+    one_question,
     promotion,
     rewind,
     slots,
@@ -40,6 +41,8 @@ from instance_manager.postgres.server import LocalPostgresError, LocalServer, Ru
 from instance_manager.postgres.wal_dump import end_of_stopped_directory
 from instance_manager.threads import Threads
 
+STATEMENTS_KEPT = 8
+"""Of those that are run again and again: the look, and what slots there are."""
 STOPPED_END_DEADLINE_S = 60.0
 SHUTDOWN_END_DEADLINE_S = 10.0
 
@@ -60,7 +63,7 @@ class InstalledPostgres:
         self._server = server
         self._recovers_by = configuration_file if configuration.bootstrap.recovery is not None else None
         self._files = ServerFiles(configuration, server, version)
-        self._sql = sql.LocalSql(server)
+        self._sql = sql.LocalSql(server, statements_kept=STATEMENTS_KEPT)
         self._archives = configuration.archive is not None
         self._threads = Threads("what the archive's commands may do")
         self.major = version.major
@@ -78,8 +81,9 @@ class InstalledPostgres:
         self._sql.close()
 
     async def answers_new_connection(self, *, deadline_s: float) -> None:
-        async with sql.session(self._server, deadline_s=deadline_s) as fresh:
-            await fresh.fetchval("SELECT 1", deadline_s=deadline_s)
+        await one_question.ask(
+            self._server, "SELECT 1", application_name="instance-manager: health", deadline_s=deadline_s
+        )
 
     async def keep_slots(self, members: Collection[MemberId]) -> None:
         try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from instance_manager.agent.context import OperationFailed
-from instance_manager.agent.peering import WATCH_S, EndAnswer, EndRequest, WatchAnswer, WatchRequest
+from instance_manager.agent.peering import EndAnswer, EndRequest, WatchAnswer, WatchRequest
 from instance_manager.codec import from_json, to_json
 from instance_manager.core.voting import ExtensionRequest, VoteRequest
 from instance_manager.http.ports import MalformedCall, UnknownCall
@@ -22,18 +22,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+TOGETHER_S = 0.01
+"""Peers that are told at most this much apart are told the same."""
+
 
 class PeerService:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._answering = asyncio.Lock()
         """One vote at a time: a promise is judged on the state that the one before it left."""
+        self._told: tuple[asyncio.Event, float, bytes] | None = None
 
     async def answer(self, call: str, body: bytes) -> bytes:
         c = self._agent.context
         match call:
-            case "watch":
-                return to_json(await self._watch(_read(body, WatchRequest)))
             case "pre_vote":
                 try:
                     return to_json(await self._agent.elections.answer_pre_vote(_read(body, VoteRequest)))
@@ -67,22 +69,28 @@ class PeerService:
         except (OperationFailed, LocalPostgresError, CoordinationError) as error:
             raise MalformedCall(str(error)) from error
 
-    async def _watch(self, request: WatchRequest) -> WatchAnswer:
-        """Answer when the state differs from what the asker has seen, or after a while."""
-        agent = self._agent
-        c = agent.context
+    async def tell(self, call: str, body: bytes) -> AsyncGenerator[bytes, None]:
+        """`watch`: the state of this instance, now, at each change and at each beat of its heart."""
+        if call != "watch":
+            raise UnknownCall(call)
+        c = self._agent.context
+        request = _read(body, WatchRequest)
         record = c.keeper.record
         if record is None or request.record_epoch > record.epoch:
             c.keeper.hint()
-        ends_s = c.clock.now_s() + WATCH_S
         while True:
-            digest = agent.reporting.digest()
-            if digest != request.seen or c.clock.now_s() >= ends_s:
-                return WatchAnswer(digest=digest, state=agent.reporting.own_state())
             announced = c.announced
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, ends_s - c.clock.now_s())):
-                    await announced.wait()
+            yield self._state_of(announced)
+            await announced.wait()
+
+    def _state_of(self, announced: asyncio.Event) -> bytes:
+        """Made once for all who are woken together; never an older one for who comes later."""
+        now_s = self._agent.context.clock.now_s()
+        if self._told is None or self._told[0] is not announced or now_s - self._told[1] > TOGETHER_S:
+            reporting = self._agent.reporting
+            answer = WatchAnswer(digest=reporting.digest(), state=reporting.own_state())
+            self._told = (announced, now_s, to_json(answer))
+        return self._told[2]
 
     async def _end(self, request: EndRequest) -> EndAnswer:
         c = self._agent.context

@@ -1,12 +1,13 @@
-"""What this instance knows of its peers, by asking each of them again and again, and at once when one hangs up.
+"""What this instance knows of its peers, by listening to each of them, and asking again at once when one hangs up.
 
-`watch` is a question that a peer answers when its state changes, or after a while: so a change, a crash (the kernel
-closes the connection) and silence are each noticed when they happen. Answers are facts with an age.
+`watch` is one held connection on which a peer tells its state when that changes, and at each beat of its heart: so a change,
+a crash (the kernel closes the connection) and silence are each noticed when they happen. What is told is a fact with an age.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,16 +25,14 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-WATCH_S = 1.0
-"""A peer answers `watch` after this time although nothing changed."""
-ANSWER_DEADLINE_S = 1.0
-"""On top of it: a peer that takes longer is silent."""
+HEARTBEAT_S = 1.0
+"""A peer tells its state after this time although nothing changed."""
+SILENCE_S = 2.0
+"""A peer that tells nothing for this time is asked anew: it, or only this connection, is silent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WatchRequest:
-    seen: str
-    """Digest of the state that the asker has; a different one is answered at once."""
     record_epoch: Epoch
     """So that a peer that has not yet heard of a takeover reads the Lease now."""
 
@@ -137,10 +136,7 @@ class Peers:
     async def ask(self, name: MemberName, call: str, question: object, kind: type[T], *, deadline_s: float) -> T:
         """One call; PeerUnreachable (refused, silent, rejected) or ValueError when the answer is not understood."""
         answer = await self._caller.call(name, call, to_json(question), deadline_s=deadline_s)
-        try:
-            return from_json(answer, kind)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise PeerSilent(f"{name} answered {call} with what is no {kind.__name__}: {error}") from error
+        return _understood(answer, kind, name, call)
 
     async def ask_all(
         self, names: tuple[MemberName, ...], call: str, question: object, kind: type[T], *, deadline_s: float
@@ -166,21 +162,37 @@ class Peers:
     async def _watch(self, name: MemberName, known: _Known) -> None:
         while True:
             began_s = self._clock.now_s()
-            question = WatchRequest(seen=known.digest if known.answers else "", record_epoch=self._record_epoch())
-            before = (known.answers, known.refused, known.digest)
             try:
-                answer = await self.ask(name, "watch", question, WatchAnswer, deadline_s=WATCH_S + ANSWER_DEADLINE_S)
-            except PeerRefused:
-                known.answers, known.refused = False, True
-            except PeerUnreachable:
-                known.answers, known.refused = False, False
-            else:
+                await self._listen(name, known)
+            except PeerUnreachable as error:
+                before = (known.answers, known.refused)
+                known.answers, known.refused = False, isinstance(error, PeerRefused)
+                if before != (known.answers, known.refused):
+                    self._on_change()
+            # Also where a peer ends what it has hardly begun.
+            await self._clock.sleep(max(0.05, min(0.25, self._interval_s) - (self._clock.now_s() - began_s)))
+
+    async def _listen(self, name: MemberName, known: _Known) -> None:
+        question = to_json(WatchRequest(record_epoch=self._record_epoch()))
+        async with contextlib.aclosing(self._caller.listen(name, "watch", question, silence_s=SILENCE_S)) as told:
+            heard = False
+            async for piece in told:
+                heard = True
+                answer = _understood(piece, WatchAnswer, name, "watch")
+                before = (known.answers, known.digest)
                 known.answers, known.refused = True, False
                 known.answered_s = self._clock.now_s()
                 known.state, known.digest = answer.state, answer.digest
                 if answer.state.record_epoch > self._record_epoch():
                     self._on_later_epoch()
-            if before != (known.answers, known.refused, known.digest):
-                self._on_change()
-            if not known.answers:
-                await self._clock.sleep(max(0.05, min(0.25, self._interval_s) - (self._clock.now_s() - began_s)))
+                if before != (known.answers, known.digest):
+                    self._on_change()
+            if not heard:
+                raise PeerSilent(f"{name} ended its answer before it told anything")
+
+
+def _understood(answer: bytes, kind: type[T], name: str, call: str) -> T:
+    try:
+        return from_json(answer, kind)
+    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+        raise PeerSilent(f"{name} answered {call} with what is no {kind.__name__}: {error}") from error

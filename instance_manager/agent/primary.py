@@ -56,6 +56,8 @@ class PrimaryDuties:
         self._reaffirm_pause_s = 0.5
         self._mode_changed_s: float | None = None
         self.quorum_state = ""
+        self.is_settled = False
+        """At the last step nothing of the quorum was to be changed."""
         self._gaps_filled_for: Timeline | None = None
 
     # Opening.
@@ -256,6 +258,7 @@ class PrimaryDuties:
 
     async def _quorum_step(self, record: ClusterRecord) -> None:
         c = self._c
+        self.is_settled = False
         asynchronous = c.configuration.cluster.durability == "asynchronous"
         wanted_mode = "asynchronous" if asynchronous else "synchronous"
         if record.mode != wanted_mode:
@@ -279,7 +282,7 @@ class PrimaryDuties:
             wanted=wanted,
         )
         if isinstance(step, Settled):
-            self.quorum_state = step.reason
+            self.quorum_state, self.is_settled = step.reason, True
             return
         self.quorum_state = step.reason
         c.journal.note(

@@ -1,4 +1,4 @@
-"""Calls to the other instances: one question, one answer, one deadline. How a call failed tells what is known.
+"""Calls to the other instances: one question, and one answer or many. How a call failed tells what is known.
 
 Nothing is retried. A refused connection says at once that nobody listens; silence says nothing but that time passed.
 """
@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
 
 import aiohttp
+from aiohttp.http_exceptions import LineTooLong
 from msgspec.structs import replace
 
 from instance_manager.config_sections import MemberSection
-from instance_manager.http.ports import DEADLINE_HEADER
+from instance_manager.http.ports import DEADLINE_HEADER, LINES_CONTENT_TYPE
 from instance_manager.http.token import PeerToken
 from instance_manager.ports import PeerRefused, PeerRejected, PeerSilent
 
@@ -78,48 +80,81 @@ class PeerClient:
 
         The peer is told the deadline, and works no longer than it is waited for.
         """
+        member = self._member(name)
+        async with (
+            _told_apart(member, deadline_s),
+            asyncio.timeout(deadline_s),
+            self._post(member, call, body, {DEADLINE_HEADER: f"{deadline_s:.3f}"}) as response,
+        ):
+            answer = await _read_bounded(response)
+            await self._require_ok(response, answer)
+            return answer
+
+    async def listen(self, name: str, call: str, body: bytes, *, silence_s: float) -> AsyncGenerator[bytes, None]:
+        """What the member `name` goes on telling, a line each; errors as of `call`, and PeerSilent after `silence_s`.
+
+        Ends when the peer has ended it in order. To be closed (`contextlib.aclosing`) by whoever leaves it before.
+        """
+        member = self._member(name)
+        async with contextlib.AsyncExitStack() as connection:
+            async with _told_apart(member, silence_s), asyncio.timeout(silence_s):
+                response = await connection.enter_async_context(
+                    self._post(member, call, body, {"Accept": LINES_CONTENT_TYPE})
+                )
+                # Never to be used again: nobody knows what is on its way.
+                connection.callback(response.close)
+                if response.status != 200:
+                    await self._require_ok(response, await _read_bounded(response))
+            while True:
+                async with _told_apart(member, silence_s), asyncio.timeout(silence_s):
+                    line = await response.content.readuntil(b"\n", max_size=ANSWER_BYTES_MAX)
+                if not line:
+                    return
+                yield line
+
+    def _member(self, name: str) -> MemberSection:
         member = self._find(name)
         if member is None:
             raise PeerSilent(f"{name} is no member of this cluster")
-        if (address := self._address(name)) is not None:
-            member = replace(member, host=address)
-        session = self._open_session()
-        ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
-        try:
-            async with asyncio.timeout(deadline_s):
-                return await self._ask(session, member, call, body, deadline_s)
-        except aiohttp.ClientConnectorError as error:
-            if isinstance(error.os_error, ConnectionRefusedError):
-                raise PeerRefused(f"{name}: {member.host}:{member.http_port} refused the connection") from error
-            raise PeerSilent(f"{name}: {error.os_error.strerror or error.os_error}") from error
-        except TimeoutError as error:
-            raise PeerSilent(f"{name}: no answer within {deadline_s:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
-            # A kept connection breaks when its agent dies: is anybody listening now?
-            if await _is_refused(member, ends_s):
-                raise PeerRefused(f"{name}: the connection broke, and a new one was refused") from error
-            raise PeerSilent(f"{name}: {type(error).__name__} {error}") from error
+        address = self._address(name)
+        return member if address is None else replace(member, host=address)
 
-    async def _ask(
-        self, session: aiohttp.ClientSession, member: MemberSection, call: str, body: bytes, deadline_s: float
-    ) -> bytes:
+    def _post(
+        self, member: MemberSection, call: str, body: bytes, headers: dict[str, str]
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         host = f"[{member.host}]" if ":" in member.host else member.host
-        async with session.post(
+        return self._open_session().post(
             f"http://{host}:{member.http_port}/peer/{call}",
             data=body,
-            headers={
-                "Authorization": self._token.bearer,
-                "Content-Type": "application/json",
-                DEADLINE_HEADER: f"{deadline_s:.3f}",
-            },
+            headers={"Authorization": self._token.bearer, "Content-Type": "application/json", **headers},
             allow_redirects=False,
-        ) as response:
-            answer = await _read_bounded(response)
-            if response.status == 401:
-                await self._token.read_again()
-            if response.status != 200:
-                raise PeerRejected(response.status, answer[:ERROR_TEXT_MAX].decode("utf-8", "replace"))
-            return answer
+        )
+
+    async def _require_ok(self, response: aiohttp.ClientResponse, answer: bytes) -> None:
+        if response.status == 401:
+            await self._token.read_again()
+        if response.status != 200:
+            raise PeerRejected(response.status, answer[:ERROR_TEXT_MAX].decode("utf-8", "replace"))
+
+
+@contextlib.asynccontextmanager
+async def _told_apart(member: MemberSection, deadline_s: float) -> AsyncIterator[None]:
+    """Whatever goes wrong within, as PeerRefused or PeerSilent; nothing takes longer than the deadline."""
+    name = member.name
+    ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
+    try:
+        yield
+    except aiohttp.ClientConnectorError as error:
+        if isinstance(error.os_error, ConnectionRefusedError):
+            raise PeerRefused(f"{name}: {member.host}:{member.http_port} refused the connection") from error
+        raise PeerSilent(f"{name}: {error.os_error.strerror or error.os_error}") from error
+    except TimeoutError as error:
+        raise PeerSilent(f"{name}: no answer within {deadline_s:g} s") from error
+    except (aiohttp.ClientError, OSError, LineTooLong) as error:
+        # A kept connection breaks when its agent dies: is anybody listening now?
+        if await _is_refused(member, ends_s):
+            raise PeerRefused(f"{name}: the connection broke, and a new one was refused") from error
+        raise PeerSilent(f"{name}: {type(error).__name__} {error}") from error
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,6 +10,8 @@ from instance_manager.status import ClusterStatus, Probes
 
 DEADLINE_HEADER = "Deadline-Seconds"
 """How long the asking peer waits for an answer."""
+LINES_CONTENT_TYPE = "application/jsonl"
+"""What a peer accepts that wants to be told again and again, and not answered once."""
 
 
 class UnknownCall(Exception):
@@ -49,6 +51,13 @@ class InstanceService(Protocol):
 
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         """Answer another instance. Raises UnknownCall or MalformedCall."""
+        ...
+
+    def tell_peer(self, call: str, body: bytes) -> AsyncGenerator[bytes, None]:
+        """Tell another instance, without an end, what it asked to hear; pieces without a line break.
+
+        Raises UnknownCall or MalformedCall before the first. An async generator function fits.
+        """
         ...
 
     def control(self, verb: str, arguments: dict[str, object]) -> AsyncIterator[ControlProgress | ControlResult]:

@@ -23,9 +23,10 @@ from aiohttp import web
 
 from instance_manager.codec import to_json, to_plain
 from instance_manager.config import Configuration
-from instance_manager.http import probes
+from instance_manager.http import probes, telling
 from instance_manager.http.ports import (
     DEADLINE_HEADER,
+    LINES_CONTENT_TYPE,
     ControlProgress,
     ControlResult,
     InstanceService,
@@ -125,19 +126,23 @@ def _probe_handler(
     return handle
 
 
-def _peer_handler(service: InstanceService, token: PeerToken) -> Callable[[web.Request], Awaitable[web.Response]]:
-    places = asyncio.Semaphore(PEER_REQUESTS_MAX)
+def _peer_handler(service: InstanceService, token: PeerToken) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    places, held = asyncio.Semaphore(PEER_REQUESTS_MAX), asyncio.Semaphore(telling.TOLD_MAX)
 
-    async def handle(request: web.Request) -> web.Response:
+    async def handle(request: web.Request) -> web.StreamResponse:
         authorization = request.headers.get("Authorization")
         if not token.matches(authorization):
             await token.read_again()
             if not token.matches(authorization):
                 return _json_response(401, {"error": "the token of secrets.peer_token is missing or another"})
-        if places.locked():
-            return _json_response(503, {"error": f"{PEER_REQUESTS_MAX} peer calls are at work already"})
         call, deadline_s = request.match_info["call"], _deadline_of(request)
+        listens = request.headers.get("Accept") == LINES_CONTENT_TYPE
+        if (held if listens else places).locked():
+            return _json_response(503, {"error": "too many peer calls are at work already"})
         try:
+            if listens:
+                async with held:
+                    return await _tell(service, request, call)
             async with places, asyncio.timeout(deadline_s):
                 body = await request.read()
                 answer = await service.answer_peer(call, body)
@@ -155,6 +160,13 @@ def _peer_handler(service: InstanceService, token: PeerToken) -> Callable[[web.R
         return web.Response(body=answer, content_type="application/json")
 
     return handle
+
+
+async def _tell(service: InstanceService, request: web.Request, call: str) -> web.StreamResponse:
+    async with asyncio.timeout(PEER_DEADLINE_DEFAULT_S):
+        body = await request.read()
+    async with contextlib.aclosing(service.tell_peer(call, body)) as pieces:
+        return await telling.tell(request, pieces)
 
 
 def _deadline_of(request: web.Request) -> float:

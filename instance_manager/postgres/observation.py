@@ -7,17 +7,17 @@ own CLOCK_BOOTTIME instead.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import struct
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import asyncpg
 
 from instance_manager.core.types import Lsn, Timeline, parse_lsn
+from instance_manager.postgres import one_question
 from instance_manager.postgres.control_data import HotStandbySettings
-from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError, LocalServer
+from instance_manager.postgres.server import LocalPostgresError, LocalServer
+from instance_manager.postgres.sql import SqlUnavailable
 
 OBJECT_NOT_IN_PREREQUISITE_STATE = "55000"
 
@@ -267,55 +267,15 @@ class IdentifyFailed(LocalPostgresError):
 
 
 async def identify_system(server: LocalServer, *, deadline_s: float = 2.0) -> SystemIdentity:
-    """IDENTIFY_SYSTEM of the streaming replication protocol, over the Unix socket (peer or trust authentication).
-
-    asyncpg cannot return rows of a walsender, which speaks only the simple protocol: 30 lines are less than a psql.
-    IdentifyFailed, DeadlinePassed.
-    """
-    path = server.socket_directory / f".s.PGSQL.{server.port}"
+    """IDENTIFY_SYSTEM of the streaming replication protocol. IdentifyFailed, DeadlinePassed."""
     try:
-        async with asyncio.timeout(deadline_s):
-            reader, writer = await asyncio.open_unix_connection(str(path))
-            try:
-                return await _identify(reader, writer, server.superuser)
-            finally:
-                writer.close()
-    except TimeoutError:
-        raise DeadlinePassed("IDENTIFY_SYSTEM", deadline_s) from None
-    except (OSError, asyncio.IncompleteReadError) as error:
+        row = await one_question.ask(
+            server,
+            "IDENTIFY_SYSTEM",
+            application_name="instance-manager: identify",
+            deadline_s=deadline_s,
+            replication=True,
+        )
+        return SystemIdentity(int(row[0] or ""), Timeline(int(row[1] or "")))
+    except (SqlUnavailable, IndexError, ValueError) as error:
         raise IdentifyFailed(f"IDENTIFY_SYSTEM: {error}") from error
-
-
-async def _identify(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, user: str) -> SystemIdentity:
-    # `database`, not `true`: then the rules of pg_hba.conf for an ordinary local connection hold.
-    options = {
-        "user": user,
-        "database": "postgres",
-        "replication": "database",
-        "application_name": "instance-manager: identify",
-    }
-    body = b"".join(f"{name}\0{value}\0".encode() for name, value in options.items()) + b"\0"
-    writer.write(struct.pack("!II", len(body) + 8, 196608) + body)
-    query = b"IDENTIFY_SYSTEM\0"
-    writer.write(b"Q" + struct.pack("!I", len(query) + 4) + query)
-    while True:
-        kind, length = struct.unpack("!cI", await reader.readexactly(5))
-        content = await reader.readexactly(length - 4)
-        if kind == b"D":
-            system, timeline, *_ = _fields(content)
-            return SystemIdentity(int(system), Timeline(int(timeline)))
-        if kind == b"E":
-            raise IdentifyFailed(f"IDENTIFY_SYSTEM: {content.decode(errors='replace')}")
-        if kind == b"R" and content != b"\0\0\0\0":
-            raise IdentifyFailed("the local socket asks for a password")
-
-
-def _fields(row: bytes) -> list[str]:
-    fields = []
-    position = 2
-    for _ in range(int.from_bytes(row[:2], "big")):
-        length = int.from_bytes(row[position : position + 4], "big", signed=True)
-        position += 4
-        fields.append(row[position : position + length].decode() if length >= 0 else "")
-        position += max(0, length)
-    return fields

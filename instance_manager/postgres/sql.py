@@ -5,8 +5,9 @@ has two limits: the server's `statement_timeout`, and a deadline of our own that
 backend is stopped. A deadline that passes *terminates* the connection; no cancel request is ever sent, for that would
 need an answer of the very server that gives none.
 
-asyncpg's statement cache is off: a handful of queries a second do not need it, and a cached plan would fail in its own
-way after a promotion, a restart or a changed view. An unnamed statement leaves nothing behind in the server.
+asyncpg's statement cache is off, but for the session that looks at the server again and again: an unnamed statement leaves
+nothing behind in the server. A kept one saves a round trip and the planning of each look; what it reads are functions and
+views of the catalog, which no promotion changes, and with a restart the session is gone.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ async def connect(
     database: str = "postgres",
     deadline_s: float = CONNECT_DEADLINE_S,
     statement_timeout_s: float = STATEMENT_TIMEOUT_S,
+    statements_kept: int = 0,
 ) -> asyncpg.Connection:
     """A new superuser connection over the Unix socket.
 
@@ -75,7 +77,7 @@ async def connect(
                 ssl=False,
                 # Our own deadline rules: asyncpg's would only add a second one.
                 timeout=deadline_s + 1,
-                statement_cache_size=0,
+                statement_cache_size=statements_kept,
                 target_session_attrs=SessionAttribute.any,
                 server_settings=settings,
             )
@@ -195,11 +197,17 @@ class LocalSql:
     """
 
     def __init__(
-        self, server: LocalServer, *, database: str = "postgres", statement_timeout_s: float = STATEMENT_TIMEOUT_S
+        self,
+        server: LocalServer,
+        *,
+        database: str = "postgres",
+        statement_timeout_s: float = STATEMENT_TIMEOUT_S,
+        statements_kept: int = 0,
     ) -> None:
         self._server = server
         self._database = database
         self._statement_timeout_s = statement_timeout_s
+        self._statements_kept = statements_kept
         self._session: Session | None = None
         self._turn = asyncio.Lock()
 
@@ -241,6 +249,7 @@ class LocalSql:
                         database=self._database,
                         deadline_s=max(0.001, end_s - loop.time()),
                         statement_timeout_s=self._statement_timeout_s,
+                        statements_kept=self._statements_kept,
                     )
                 )
             return await call(self._session, max(0.001, end_s - loop.time()))

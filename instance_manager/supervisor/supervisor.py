@@ -38,8 +38,9 @@ from instance_manager.supervisor.processes import Child, Credentials, spawn
 SOCKET_VARIABLE = "INSTANCE_MANAGER_SUPERVISOR_FD"
 """The agent's environment variable with the number of its end of the socket pair."""
 
-# epoll counts CLOCK_MONOTONIC, which stands still while the machine is suspended: never sleep long.
-POLL_S = 0.2
+# epoll counts CLOCK_MONOTONIC, which stands still while the machine is suspended: never sleep long. It is the `margin_s`
+# of the timings that a kill may be late by, then.
+POLL_S = 0.5
 LOCK_PAUSE_S = 0.1
 LOCK_ATTEMPTS = 100
 START_GRACE_S = 10.0

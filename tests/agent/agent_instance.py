@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self, cast
@@ -11,10 +13,11 @@ from typing import Any, Self, cast
 from agent_builders import end, peer_state, volume
 from agent_fakes import Keeping, MemoryCoordination
 
+from instance_manager.agent.beat import Beat
 from instance_manager.agent.context import Context, Journal
 from instance_manager.agent.database import Database, StoppedFacts
 from instance_manager.agent.health import Health
-from instance_manager.agent.peering import EndAnswer, Peers, WatchAnswer
+from instance_manager.agent.peering import HEARTBEAT_S, EndAnswer, Peers, WatchAnswer
 from instance_manager.agent.postgres_port import Upstream
 from instance_manager.agent.standby_watch import Walsender
 from instance_manager.agent.supervisor_link import SupervisorLink
@@ -198,6 +201,9 @@ class FakeCaller:
     def __init__(self) -> None:
         self.answers: dict[tuple[str, str], Answer] = {}
         self.calls: list[tuple[str, str, bytes]] = []
+        self.changed = asyncio.Event()
+        self.told: list[str] = []
+        """Who has told something to whoever listens."""
 
     def on(self, name: str, call: str, answer: object) -> None:
         async def give(_: bytes) -> object:
@@ -213,6 +219,21 @@ class FakeCaller:
             return to_json(await self.answers[name, call](body))
         if call == "nudge":
             return b"true"
+        raise PeerSilent(f"{name} does not answer {call}")
+
+    async def listen(self, name: str, call: str, body: bytes, *, silence_s: float) -> AsyncGenerator[bytes, None]:
+        """Its answer of the moment, again each second and whenever a test has set `changed`; None: the end, in order."""
+        self.calls.append((name, call, body))
+        while (name, call) in self.answers:
+            answer = await self.answers[name, call](body)
+            if answer is None:
+                return
+            self.told.append(name)
+            yield to_json(answer)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_S):
+                    await self.changed.wait()
+            self.changed.clear()
         raise PeerSilent(f"{name} does not answer {call}")
 
     def ends_at(self, name: str, at: WalEnd, **changes: Any) -> None:
@@ -286,6 +307,7 @@ class Instance:
             journal=Journal(self.clock),
             started_s=self.clock.now_s(),
             boot_id="boot-1",
+            beat=Beat(self.clock),
             chance=random.Random(1),
         )
         if name == "p":

@@ -15,6 +15,7 @@ from agent_builders import A, B
 from agent_fakes import VirtualClock, settle
 from agent_instance import configuration
 
+from instance_manager.agent.beat import Beat
 from instance_manager.agent.database import SLOTS_INTERVAL_S, Database
 from instance_manager.agent.postgres_port import LocalPostgres
 from instance_manager.agent.supervisor_link import PostgresProcess, SupervisorError, SupervisorLink, SupervisorSilent
@@ -85,6 +86,7 @@ class Server:
             cast(LocalPostgres, self.slots),
             self.link,
             self.clock,
+            Beat(self.clock),
             on_change=lambda: None,
         )
         self.listening = asyncio.create_task(self.link.run())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from agent_builders import A, B, held_by_a, peer_state, record
 from agent_fakes import Fault, HandClock, settle
-from agent_instance import FakeCaller, Instance
+from agent_instance import Instance
 from msgspec.structs import replace as changed
 
 from instance_manager.agent.agent import Agent
@@ -70,36 +70,24 @@ def on_kubernetes(configuration: Configuration, instances: int) -> Configuration
 # Peers
 
 
-def answers_each_second(caller: FakeCaller, name: str) -> None:
-    async def answer(_: bytes) -> WatchAnswer:
-        await asyncio.sleep(1)
-        return WatchAnswer(digest="1", state=peer_state(name))
-
-    caller.answers[name, "watch"] = answer
-
-
-def asked(caller: FakeCaller) -> set[str]:
-    return {name for name, call, _ in caller.calls if call == "watch"}
-
-
 async def test_peers_come_and_go_and_what_is_known_of_those_that_stay_is_kept(tmp_path: Path) -> None:
     async with Instance(tmp_path, "p", record()) as p:
         for name in "abc":
-            answers_each_second(p.caller, name)
+            p.caller.on(name, "watch", WatchAnswer(digest="1", state=peer_state(name)))
         watching = asyncio.create_task(p.peers.run())
         await asyncio.sleep(3)
-        assert asked(p.caller) == {"a", "b"}
+        assert set(p.caller.told) == {"a", "b"}
         before = p.peers.views()[MemberName("a")].state
         assert before is not None
         p.peers.set_names(frozenset({MemberName("a"), MemberName("c")}))
         assert p.peers.views()[MemberName("a")].state is before
         await settle()
-        p.caller.calls.clear()
+        p.caller.told.clear()
         await asyncio.sleep(3)
-        assert asked(p.caller) == {"a", "c"}
+        assert set(p.caller.told) == {"a", "c"}
         p.peers.set_names(frozenset({MemberName("a"), MemberName("b"), MemberName("c")}))
         await asyncio.sleep(3)
-        assert asked(p.caller) == {"a", "b", "c"}
+        assert set(p.caller.told) == {"a", "b", "c"}
         assert all(view.answers for view in p.peers.views().values())
         watching.cancel()
 

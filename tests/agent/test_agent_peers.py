@@ -11,7 +11,7 @@ from agent_builders import peer_state
 from agent_fakes import VirtualClock, settle
 from agent_instance import FakeCaller
 
-from instance_manager.agent.peering import WATCH_S, EndAnswer, EndRequest, Peers, WatchAnswer, WatchRequest
+from instance_manager.agent.peering import HEARTBEAT_S, EndAnswer, EndRequest, Peers, WatchAnswer, WatchRequest
 from instance_manager.codec import from_json, to_json
 from instance_manager.core.decide import PeerView
 from instance_manager.core.types import Epoch, MemberName
@@ -27,7 +27,6 @@ class Watching:
         self.clock = VirtualClock()
         self.caller = FakeCaller()
         self.state = peer_state("a")
-        self.changed = asyncio.Event()
         self.later = 0
         self.changes = 0
         self.caller.answers["a", "watch"] = self.answer
@@ -48,13 +47,6 @@ class Watching:
         self.later += 1
 
     async def answer(self, body: bytes) -> WatchAnswer:
-        """As a peer does: at once when the asker has seen something else, or after a while."""
-        request = from_json(body, WatchRequest)
-        if request.seen == self.digest:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_S):
-                    await self.changed.wait()
-        self.changed.clear()
         return WatchAnswer(digest=self.digest, state=self.state)
 
     @property
@@ -76,20 +68,19 @@ async def at() -> AsyncIterator[Watching]:
         await task
 
 
-async def test_a_peer_that_answers_is_known_at_once_and_asked_again_and_again(at: Watching) -> None:
+async def test_a_peer_that_answers_is_known_at_once_and_heard_again_and_again_on_one_connection(at: Watching) -> None:
     assert at.view().answers
     assert at.view().state == at.state
     await at.clock.sleep(10)
     assert at.view().answers
-    assert at.view().silent_for_s <= WATCH_S
-    asked = sum(name == "a" for name, _, _ in at.caller.calls)
-    assert asked <= 13, "a peer that has nothing new is asked about once a second"
+    assert at.view().silent_for_s <= HEARTBEAT_S
+    assert sum(name == "a" for name, _, _ in at.caller.calls) == 1
 
 
 async def test_a_change_of_a_peer_is_noticed_when_it_happens(at: Watching) -> None:
     changes = at.changes
     at.state = peer_state("a", suspects="p refuses connections")
-    at.changed.set()
+    at.caller.changed.set()
     await settle()
     state = at.view().state
     assert state is not None
@@ -99,7 +90,7 @@ async def test_a_change_of_a_peer_is_noticed_when_it_happens(at: Watching) -> No
 
 async def test_section_4_a_refusal_is_told_from_silence(at: Watching) -> None:
     at.caller.on("a", "watch", PeerRefused("nobody listens"))
-    await at.clock.sleep(WATCH_S + 0.5)
+    await at.clock.sleep(HEARTBEAT_S + 0.5)
     assert (at.view().answers, at.view().refused) == (False, True)
     at.caller.on("a", "watch", PeerSilent("no answer in time"))
     await at.clock.sleep(0.6)
@@ -110,20 +101,40 @@ async def test_section_4_a_refusal_is_told_from_silence(at: Watching) -> None:
 
 async def test_a_peer_that_rejects_us_does_not_answer(at: Watching) -> None:
     at.caller.on("a", "watch", PeerRejected(401, "wrong token"))
-    await at.clock.sleep(WATCH_S + 0.5)
+    await at.clock.sleep(HEARTBEAT_S + 0.5)
     assert (at.view().answers, at.view().refused) == (False, False)
 
 
 async def test_a_peer_that_comes_back_is_asked_for_everything(at: Watching) -> None:
     before = at.caller.answers["a", "watch"]
     at.caller.on("a", "watch", PeerRefused("nobody listens"))
-    await at.clock.sleep(WATCH_S + 0.5)
+    await at.clock.sleep(HEARTBEAT_S + 0.5)
     at.caller.answers["a", "watch"] = before
     at.caller.calls.clear()
     await at.clock.sleep(0.5)
     assert at.view().answers
-    first = next(body for name, _, body in at.caller.calls if name == "a")
-    assert from_json(first, WatchRequest).seen == ""
+
+
+async def test_a_connection_that_ends_in_order_is_asked_for_again_and_is_no_silence(at: Watching) -> None:
+    changes, told = at.changes, at.caller.answers["a", "watch"]
+    at.caller.on("a", "watch", None)
+    at.caller.changed.set()
+    await settle()
+    at.caller.answers["a", "watch"] = told
+    await at.clock.sleep(0.5)
+    assert sum(name == "a" for name, _, _ in at.caller.calls) == 2
+    assert at.view().answers
+    assert at.changes == changes
+
+
+async def test_a_peer_that_ends_before_it_told_anything_is_silent_and_not_asked_in_a_spin(at: Watching) -> None:
+    at.caller.on("a", "watch", None)
+    await at.clock.sleep(1)
+    at.caller.calls.clear()
+    await at.clock.sleep(10)
+    assert 35 <= sum(name == "a" for name, _, _ in at.caller.calls) <= 45
+    assert not at.view().answers
+    assert at.view().silent_for_s > 10
 
 
 async def test_a_silent_peer_is_asked_a_few_times_a_second_and_no_more(at: Watching) -> None:
@@ -136,7 +147,7 @@ async def test_a_silent_peer_is_asked_a_few_times_a_second_and_no_more(at: Watch
 
 async def test_an_answer_that_cannot_be_understood_is_silence(at: Watching) -> None:
     at.caller.on("a", "watch", {"digest": 7})
-    await at.clock.sleep(WATCH_S + 0.5)
+    await at.clock.sleep(HEARTBEAT_S + 0.5)
     assert not at.view().answers
     assert not at.view().refused
 
@@ -144,7 +155,7 @@ async def test_an_answer_that_cannot_be_understood_is_silence(at: Watching) -> N
 async def test_a_peer_with_a_later_epoch_makes_us_read_the_lease(at: Watching) -> None:
     assert at.later == 0
     at.state = peer_state("a", record_epoch=Epoch(6))
-    at.changed.set()
+    at.caller.changed.set()
     await settle()
     assert at.later == 1
 

@@ -15,6 +15,7 @@ from agent_fakes import HandClock, VirtualClock
 from agent_instance import configuration
 
 from instance_manager.agent import health as health_module
+from instance_manager.agent.beat import Beat
 from instance_manager.agent.database import Database
 from instance_manager.agent.health import DiskProbe, Health
 from instance_manager.agent.postgres_port import LocalPostgres
@@ -195,7 +196,9 @@ def healthy(clock: Any, probe: DiskProbe, ask_sql: Callable[[float], Any] | None
     async def fine(_: float) -> None:
         return None
 
-    return Health(clock, probe, ask_sql or fine, timeout_s=4.0, interval_s=1.0, minimum_free_bytes=free_bytes)
+    return Health(
+        clock, Beat(clock), probe, ask_sql or fine, timeout_s=4.0, interval_s=1.0, minimum_free_bytes=free_bytes
+    )
 
 
 def test_section_3_a_disk_that_answers_is_healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -320,6 +323,7 @@ def database_whose_postmaster(answer: Callable[[], None], directory: Path) -> Da
         cast(LocalPostgres, postgres),
         cast(SupervisorLink, SimpleNamespace(postgres=None)),
         VirtualClock(),
+        Beat(VirtualClock()),
         on_change=lambda: None,
     )
 

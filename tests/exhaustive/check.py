@@ -1,7 +1,7 @@
 """Walk every interleaving of the failover protocol for small clusters, and see that every broken variant is caught.
 
     python tests/exhaustive/check.py                      # CI's setting: about two minutes of one core
-    python tests/exhaustive/check.py --setting deep       # bigger bounds: an hour or more
+    python tests/exhaustive/check.py --setting deep       # bigger bounds: many hours, and memory
     python tests/exhaustive/check.py --variant "no barrier"   # one variant, with its story
     python tests/exhaustive/check.py --list
 

@@ -8,7 +8,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -80,6 +80,9 @@ class FakeService:
     snapshot: Probes = field(default_factory=primary_probes)
     finished: list[str] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
+    say: asyncio.Event = field(default_factory=asyncio.Event)
+    listeners: int = 0
+    """Peers that are being told something."""
 
     def probes(self) -> Probes:
         return self.snapshot
@@ -100,6 +103,29 @@ class FakeService:
                 raise ZeroDivisionError("broken")
             case _:
                 raise UnknownCall(f"no such call: {call}")
+
+    async def tell_peer(self, call: str, body: bytes) -> AsyncGenerator[bytes, None]:
+        """`count` tells 1, 2, 3 as `say` is set, then ends; `echo` the body and then nothing; `break` and `refuse` fail."""
+        self.listeners += 1
+        try:
+            match call:
+                case "echo":
+                    yield body
+                    await asyncio.Event().wait()
+                case "count":
+                    for number in range(1, 4):
+                        yield str(number).encode()
+                        await self.say.wait()
+                        self.say.clear()
+                case "break":
+                    yield b"one"
+                    raise ZeroDivisionError("broken")
+                case "refuse":
+                    raise MalformedCall("the body is empty")
+                case _:
+                    raise UnknownCall(f"no such call: {call}")
+        finally:
+            self.listeners -= 1
 
     async def control(self, verb: str, arguments: dict[str, object]) -> AsyncIterator[ControlProgress | ControlResult]:
         match verb:

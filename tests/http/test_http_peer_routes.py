@@ -7,10 +7,10 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from http_harness import TOKEN
+from http_harness import TOKEN, FakeService
 
 from instance_manager.config import Configuration
-from instance_manager.http import server, token
+from instance_manager.http import server, telling, token
 
 KNOWN = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -92,3 +92,40 @@ async def test_a_rotated_token_is_taken_up(
         assert response.status == 200
     async with client.post("/peer/echo", data=b"", headers=KNOWN) as response:
         assert response.status == 401
+
+
+LISTENS = {"Accept": "application/jsonl"}
+
+
+async def test_a_held_connection_is_ended_in_order_after_a_while_so_that_the_token_is_shown_again(
+    client: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch, service: FakeService
+) -> None:
+    monkeypatch.setattr(telling, "LASTS_S", 0.0)
+    service.say.set()
+    async with client.post("/peer/count", data=b"", headers={**KNOWN, **LISTENS}) as response:
+        assert await response.read() == b"1\n2\n"
+
+
+async def test_without_the_right_token_nothing_is_told(client: aiohttp.ClientSession, service: FakeService) -> None:
+    for headers in (LISTENS, {**LISTENS, "Authorization": f"Bearer {TOKEN}x"}):
+        async with client.post("/peer/count", data=b"", headers=headers) as response:
+            assert response.status == 401
+    assert service.listeners == 0
+
+
+@pytest.fixture
+def one_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To be named before what starts the server."""
+    monkeypatch.setattr(telling, "TOLD_MAX", 1)
+
+
+async def test_no_more_than_so_many_are_told_at_once_and_calls_are_answered_beside_them(
+    one_listener: None, client: aiohttp.ClientSession
+) -> None:
+    listens = {**KNOWN, **LISTENS}
+    async with client.post("/peer/echo", data=b"one", headers=listens) as first:
+        assert await first.content.readline() == b"one\n"
+        async with client.post("/peer/echo", data=b"two", headers=listens) as second:
+            assert second.status == 503
+        async with client.post("/peer/echo", data=b"two", headers=KNOWN) as call:
+            assert await call.read() == b"two"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -220,3 +221,90 @@ async def test_a_cancelled_call_leaves_no_connection_that_could_mix_up_answers(
     with pytest.raises(asyncio.CancelledError):
         await task
     assert await peers.call("demo-1", "echo", b"mine", deadline_s=2) == b"mine"
+
+
+# A held connection, on which a peer goes on telling.
+
+
+async def told(peers: PeerClient, name: str, call: str, body: bytes = b"", silence_s: float = 2) -> list[bytes]:
+    return [line.rstrip(b"\n") async for line in peers.listen(name, call, body, silence_s=silence_s)]
+
+
+async def test_a_listener_hears_each_piece_when_it_is_told_and_the_end_in_order(
+    service: FakeService, peers: PeerClient
+) -> None:
+    async with contextlib.aclosing(peers.listen("demo-1", "count", b"", silence_s=5)) as pieces:
+        assert await anext(pieces) == b"1\n"
+        for expected in (b"2\n", b"3\n"):
+            service.say.set()
+            before = time.monotonic()
+            assert await anext(pieces) == expected
+            assert time.monotonic() - before < 1
+        service.say.set()
+        with pytest.raises(StopAsyncIteration):
+            await anext(pieces)
+    assert service.listeners == 0
+
+
+async def test_who_is_told_nothing_calls_it_silence_after_its_own_time(service: FakeService, peers: PeerClient) -> None:
+    before = time.monotonic()
+    with pytest.raises(PeerSilent):
+        await told(peers, "demo-1", "echo", b"one", silence_s=0.3)
+    assert 0.3 <= time.monotonic() - before < 1.5
+
+
+async def test_section_4_who_listens_to_a_peer_that_dies_hears_at_once_that_nobody_is_there(
+    configuration: Configuration, peers: PeerClient
+) -> None:
+    async def begin_and_wait(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\none\n\r\n")
+        await writer.drain()
+        await asyncio.Event().wait()
+
+    async with contextlib.AsyncExitStack() as dying:
+        await dying.enter_async_context(peer_that(begin_and_wait, configuration.members[1].http_port))
+        async with contextlib.aclosing(peers.listen("demo-2", "watch", b"", silence_s=5)) as pieces:
+            assert await anext(pieces) == b"one\n"
+            await dying.aclose()
+            before = time.monotonic()
+            with pytest.raises(PeerRefused):
+                await anext(pieces)
+            assert time.monotonic() - before < 1
+
+
+async def test_an_answer_that_breaks_off_is_no_end_in_order(service: FakeService, peers: PeerClient) -> None:
+    with pytest.raises(PeerSilent):
+        await told(peers, "demo-1", "break")
+
+
+@pytest.mark.parametrize(("call", "status"), [("refuse", 400), ("no_such_call", 404)])
+async def test_a_peer_that_will_not_tell_says_so(
+    service: FakeService, peers: PeerClient, call: str, status: int
+) -> None:
+    with pytest.raises(PeerRejected) as caught:
+        await told(peers, "demo-1", call)
+    assert caught.value.status == status
+
+
+async def test_a_line_without_an_end_is_refused_before_it_fills_the_memory(
+    configuration: Configuration, peers: PeerClient
+) -> None:
+    async def endless(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            writer.write(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+            await writer.drain()
+
+    async with peer_that(endless, configuration.members[1].http_port):
+        with pytest.raises(PeerSilent):
+            await told(peers, "demo-2", "watch", silence_s=5)
+
+
+async def test_a_peer_that_has_left_is_told_nothing_more(service: FakeService, peers: PeerClient) -> None:
+    async with contextlib.aclosing(peers.listen("demo-1", "count", b"", silence_s=5)) as pieces:
+        await anext(pieces)
+        assert service.listeners == 1
+    async with asyncio.timeout(5):
+        while service.listeners:
+            service.say.set()
+            await asyncio.sleep(0.01)

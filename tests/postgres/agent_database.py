@@ -8,6 +8,7 @@ from typing import cast
 
 from harness import PostgresProcess
 
+from instance_manager.agent.beat import Beat
 from instance_manager.agent.database import Database
 from instance_manager.agent.installed_postgres import InstalledPostgres
 from instance_manager.agent.supervisor_link import SupervisorLink
@@ -51,5 +52,6 @@ async def database_of(process: PostgresProcess) -> Database:
         InstalledPostgres(configuration, server, await server_version(server), process.reload),
         cast(SupervisorLink, SimpleNamespace(postgres=None)),
         BootClock(),
+        Beat(BootClock()),
         on_change=lambda: None,
     )

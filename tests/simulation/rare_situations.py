@@ -22,6 +22,7 @@ Link = tuple[str, str, str]
 LOOK_S = 0.05
 ANSWER_LATE_S = 0.9
 PAUSED_SHARE = 0.2
+PRIMARY_SHARE = 0.6
 STORE_LOST_S = 3.0
 LOSS_ALLOWED_S = 40.0
 """After a user has asked for the verb that may lose."""
@@ -138,11 +139,12 @@ def _just_elected(before: ClusterRecord, now: ClusterRecord) -> bool:
 
 
 def directory_vanishes(cluster: SimulatedCluster, chance: random.Random) -> Callable[[], None] | None:
-    """Of the primary, under a living container: its Postgres ends, and its agent lives on over nothing."""
+    """Of the primary, or of another, under a living container: its Postgres ends, and its agent lives on over nothing."""
     primary = _holder(cluster)
     if primary is None or not cluster.may_lose_volume():
         return None
-    cluster.lose_directory_alone(primary)
+    others = list(cluster.instances.values())
+    cluster.lose_directory_alone(primary if chance.random() < PRIMARY_SHARE else chance.choice(others))
     return None
 
 

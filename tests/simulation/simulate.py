@@ -27,6 +27,7 @@ import simulation_branches
 simulation_branches.count_branches()
 
 from simulated_cluster import Outcome, run_seed  # noqa: E402
+from simulated_faults import FAULTS  # noqa: E402
 
 HASH_SEED = "0"
 SHOWN_TRACE_LINES = 120
@@ -138,6 +139,12 @@ def show(summary: Summary) -> None:
         print(f"  {times:>10,}  {name}{'' if times else simulation_branches.note(name)}")
 
 
+def never_exercised(summary: Summary) -> list[str]:
+    """Faults that never struck, and branches that were never taken although they could be."""
+    faults = [f"fault: {fault.name}" for fault in FAULTS]
+    return [name for name in faults if not summary.counters[name]] + list(simulation_branches.never(summary.counters))
+
+
 def replay(seed: int, variant: str | None, *, whole: bool) -> int:
     outcome = run_seed(seed, variant=variant, traced=True)
     lines = outcome.trace
@@ -176,12 +183,12 @@ def main() -> int:
         print(
             f"FAILED seed {outcome.seed}: {outcome.failure}\n  replay: python tests/simulation/simulate.py --seed {outcome.seed}"
         )
-    missing = list(simulation_branches.never(summary.counters)) if arguments.all_branches else []
+    missing = never_exercised(summary) if arguments.all_branches else []
     for name in missing:
         print(f"NEVER EXERCISED: {name}")
     wrong = list(simulation_branches.wrong_excuses(summary.counters))
     for words in wrong:
-        print(f"WRONG IN NOT_HERE: {words!r} names no branch, or one that was taken")
+        print(f"WRONG EXCUSE: {words!r} names no branch, or one that was taken")
     return 1 if summary.failures or missing or wrong else 0
 
 

@@ -118,6 +118,9 @@ def bad_network(cluster: SimulatedCluster, chance: random.Random) -> Undo:
         slow_max_s=chance.choice([0.3, 1.0, 3.0]),
         duplicated_request=chance.choice([0.0, 0.05, 0.3]),
         cancelled_handler=chance.random(),
+        broken_connection=chance.choice([0.0, 0.02, 0.2]),
+        frozen_connection=chance.choice([0.0, 0.02, 0.2]),
+        ended_connection=chance.choice([0.0, 0.02, 0.2]),
     )
 
     def undo() -> None:

@@ -248,7 +248,7 @@ class SimulatedInstance:
         )
         agent = self.agent = assemble(self.configuration, ports)
         agent.reload_configuration = self._reload
-        self.network.listen(self.host, process, agent.answer_peer)
+        self.network.listen(self.host, process, agent.answer_peer, agent.tell_peer)
         await agent.run()
 
     async def _reload(self) -> str:

@@ -10,24 +10,25 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
+from simulated_listening import HTTP, ConnectionBroken, HeldConnection, rejected
 from simulated_time import Host, Process, Timer, World
 
-from instance_manager.codec import to_json
-from instance_manager.http.peers import CONNECT_TIMEOUT_S, ERROR_TEXT_MAX
+from instance_manager.http.peers import CONNECT_TIMEOUT_S
 from instance_manager.http.ports import MalformedCall, UnknownCall
 from instance_manager.http.server import PEER_DEADLINE_MAX_S, PEER_REQUESTS_MAX
 from instance_manager.ports import PeerRefused, PeerRejected, PeerSilent
 
 Answer = Callable[[str, bytes], Awaitable[bytes]]
 """A process' `answer_peer(call, body)`."""
+Tell = Callable[[str, bytes], AsyncGenerator[bytes, None]]
+"""A process' `tell_peer(call, body)`."""
 
 STORE = "store"
 """The name of the coordination store among the hosts, and of its channel."""
-HTTP = "http"
 
 
 @dataclass(slots=True)
@@ -48,6 +49,12 @@ class NetworkFaults:
     """That the handler of a peer call runs twice."""
     cancelled_handler: float = 0.5
     """That a handler is cancelled when its caller has gone. Ours goes on today; a proxy between may do otherwise."""
+    broken_connection: float = 0.0
+    """That a held connection breaks, for no reason that either end knows, when something is sent on it."""
+    frozen_connection: float = 0.0
+    """That nothing comes through a held connection from then on, and nobody is told: something between forgot it."""
+    ended_connection: float = 0.0
+    """That a held connection is ended in order, as its server does after a while."""
 
 
 Link = tuple[str, str, str]
@@ -160,9 +167,9 @@ class Network:
         if stream in self._stalled:
             self._stalled.remove(stream)
 
-    def listen(self, host: Host, process: Process, answer: Answer) -> Listener:
+    def listen(self, host: Host, process: Process, answer: Answer, tell: Tell | None = None) -> Listener:
         """From now on `process` answers the peer calls to `host`, until it dies or closes the listener."""
-        listener = Listener(self, host.name, process, answer)
+        listener = Listener(self, host.name, process, answer, tell)
         self.listeners[host.name] = listener
         return listener
 
@@ -234,21 +241,19 @@ class Stream:
             self._await_first()
 
 
-class ConnectionBroken(Exception):
-    """The other side's process has ended."""
-
-
 class Listener:
     """A process that answers the peer calls to its host."""
 
-    __slots__ = ("_network", "_open", "answer", "host", "process")
+    __slots__ = ("_held", "_network", "_open", "answer", "host", "process", "tell")
 
-    def __init__(self, network: Network, host: str, process: Process, answer: Answer) -> None:
+    def __init__(self, network: Network, host: str, process: Process, answer: Answer, tell: Tell | None) -> None:
         self._network = network
         self._open: dict[Exchange, None] = {}
+        self._held: dict[HeldConnection, None] = {}
         self.host = host
         self.process = process
         self.answer = answer
+        self.tell = tell
         process.on_exit.append(self._process_ended)
 
     def close(self) -> None:
@@ -265,14 +270,23 @@ class Listener:
         self._open[exchange] = None
         self.process.call_soon(exchange.begin_to_serve, self)
 
+    def hold(self, connection: HeldConnection) -> None:
+        """The kernel takes it, even of a process that stands still."""
+        self._held[connection] = None
+        self.process.call_soon(connection.begin_to_serve, self)
+
+    def let_go(self, connection: HeldConnection) -> None:
+        self._held.pop(connection, None)
+
     def finished(self, exchange: Exchange) -> None:
         self._open.pop(exchange, None)
 
     def _process_ended(self) -> None:
         self.close()
-        broken, self._open = self._open, {}
-        for exchange in broken:
-            exchange.answer_with(ConnectionBroken())
+        broken: list[Exchange | HeldConnection] = [*self._open, *self._held]
+        self._open, self._held = {}, {}
+        for connection in broken:
+            connection.answer_with(ConnectionBroken())
 
 
 class Exchange:
@@ -351,27 +365,22 @@ class Exchange:
     async def _outcome_of(self, listener: Listener) -> bytes | Exception:
         """As the handler of peer calls in `http.server`."""
         if listener.full:
-            return _rejected(503, f"{PEER_REQUESTS_MAX} peer calls are at work already")
+            return rejected(503, f"{PEER_REQUESTS_MAX} peer calls are at work already")
         deadline_s = min(self.deadline_s, PEER_DEADLINE_MAX_S)
         try:
             async with asyncio.timeout(deadline_s):
                 return await listener.answer(self.call, self.body)
         except UnknownCall as error:
-            return _rejected(404, str(error) or f"no such call: {self.call}")
+            return rejected(404, str(error) or f"no such call: {self.call}")
         except MalformedCall as error:
-            return _rejected(400, str(error))
+            return rejected(400, str(error))
         except TimeoutError:
-            return _rejected(504, f"no answer within {deadline_s:g} s")
+            return rejected(504, f"no answer within {deadline_s:g} s")
         except Exception as error:
             self._network.world.counters["peers: handler failed"] += 1
             self._network.world.trace.add(listener.process.name, "peer call %s failed: %r", self.call, error)
             self._network.on_handler_error(listener.process, self.call, error)
-            return _rejected(500, f"{type(error).__name__}: {error}")
-
-
-def _rejected(status: int, text: str) -> PeerRejected:
-    body = to_json({"error": text}) + b"\n"
-    return PeerRejected(status, body[:ERROR_TEXT_MAX].decode("utf-8", "replace"))
+            return rejected(500, f"{type(error).__name__}: {error}")
 
 
 class SimulatedPeers:
@@ -380,7 +389,7 @@ class SimulatedPeers:
     def __init__(self, network: Network, process: Process) -> None:
         self._network = network
         self._process = process
-        self._open: dict[Exchange, None] = {}
+        self._open: dict[Exchange | HeldConnection, None] = {}
         process.on_exit.append(self._process_ended)
 
     async def call(self, name: str, call: str, body: bytes, *, deadline_s: float) -> bytes:
@@ -395,6 +404,10 @@ class SimulatedPeers:
         except TimeoutError as error:
             counters["peers: no answer in time"] += 1
             raise PeerSilent(f"{name}: no answer within {deadline_s:g} s") from error
+        return self._good(name, outcome)
+
+    def _good(self, name: str, outcome: bytes | Exception) -> bytes:
+        counters = self._network.world.counters
         if isinstance(outcome, ConnectionRefusedError):
             counters["peers: connection refused"] += 1
             raise PeerRefused(f"{name}: refused the connection")
@@ -403,6 +416,32 @@ class SimulatedPeers:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    async def listen(self, name: str, call: str, body: bytes, *, silence_s: float) -> AsyncGenerator[bytes, None]:
+        """What the agent on the host `name` goes on telling; PeerRefused, PeerSilent or PeerRejected."""
+        counters = self._network.world.counters
+        connection = HeldConnection(self._network, self._process, name, call, body)
+        self._open[connection] = None
+        connection.open()
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(silence_s):
+                        told = await connection.next()
+                except TimeoutError as error:
+                    counters["peers: held connection silent"] += 1
+                    raise PeerSilent(f"{name}: nothing was told for {silence_s:g} s") from error
+                if told is None:
+                    return
+                if isinstance(told, ConnectionBroken):
+                    counters["peers: connection broke"] += 1
+                    await self._connection_broke(name)
+                yield self._good(name, told)
+        finally:
+            # Not of a process that has ended: its kernel has closed them all (`_process_ended`).
+            if connection in self._open:
+                del self._open[connection]
+                connection.abandon()
 
     async def _exchange(self, name: str, call: str, body: bytes, deadline_s: float) -> bytes | Exception:
         exchange = Exchange(self._network, self._process, name, call, body, deadline_s)

@@ -43,7 +43,7 @@ NOT_HERE = {
     'q is 0: nobody can be elected (R7)")': "a pre-vote has just judged the very same record",
     "the stamp is of epoch": "a stamp is written with its record's epoch, and leaves it with the next holder",
     "this instance was not the last holder that it knows of": "a directory that was a primary's wrote a record as its holder",
-    "of another holder since": "a volume notes another's epoch when it follows it, and is no primary's from then on",
+    "and has seen {volume.recorded_epoch}": "a volume notes another's epoch when it follows it, and is no primary's from then on",
     "the end of its log cannot be told": "here a stopped directory's log can always be read to its end",
     "this member has not promised itself": "a candidate promises itself first, or does not ask",
 }
@@ -148,10 +148,10 @@ def note(name: str) -> str:
 
 
 def wrong_excuses(counters: Counter[str]) -> Iterator[str]:
-    """Words of NOT_HERE that name no branch, or one that was taken after all."""
-    for words in NOT_HERE:
+    """Words of both lists that name no branch, and those of NOT_HERE that name one that was taken after all."""
+    for words in (*NOT_HERE, *SECOND_LOOKS):
         named = [name for name in NAMES if words in name]
-        if not named or any(counters.get(name) for name in named):
+        if not named or (words in NOT_HERE and any(counters.get(name) for name in named)):
             yield words
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,7 +9,6 @@ from typing import cast
 
 import pytest
 from promise_checker import PromiseBroken, PromiseChecker
-from rare_situations import directory_vanishes
 from simulated_cluster import Scenario, SimulatedCluster
 from simulated_instance import SimulatedInstance
 from simulated_supervisor import SimulatedSupervisor
@@ -74,7 +72,7 @@ def test_a_holder_whose_directory_vanished_under_a_living_container_is_replaced(
     """Of an asynchronous cluster too, where only the end of the renewals lets another take over."""
     with whole_cluster(durability) as cluster:
         primary = primary_of(cluster)
-        directory_vanishes(cluster, random.Random(1))
+        cluster.lose_directory_alone(primary)
         until(cluster, lambda: another_serves(cluster, primary), 40)
 
 

@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
-from simulated_network import HTTP, Network, SimulatedPeers
+from simulated_listening import HTTP
+from simulated_network import Network, SimulatedPeers
 from simulated_time import Host, Process, World
 
 from instance_manager.http.ports import MalformedCall, UnknownCall

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +47,9 @@ class Instance:
         return HEALTHY
 
     async def answer_peer(self, call: str, body: bytes) -> bytes:
+        raise NotImplementedError
+
+    def tell_peer(self, call: str, body: bytes) -> AsyncGenerator[bytes, None]:
         raise NotImplementedError
 
     async def control(self, verb: str, arguments: dict[str, object]) -> AsyncIterator[ControlProgress | ControlResult]:
