@@ -21,6 +21,7 @@ from wal_builders import SYSTEM
 from instance_manager.archive.backup.catalogue import list_backups
 from instance_manager.archive.backup.manifest import read_members
 from instance_manager.archive.backup.names import BackupNames
+from instance_manager.archive.backup.removal import delete_backup
 from instance_manager.archive.backup.requests import Begun, Claim, Request, Requests
 from instance_manager.archive.backup.take import BackupFailed
 from instance_manager.archive.backup.tender import BackupTender, TenderSettings
@@ -104,6 +105,12 @@ async def test_a_backup_that_fails_leaves_nothing_and_one_that_is_cancelled_neit
         with pytest.raises(asyncio.CancelledError):
             await running
         assert [name for name in await objects(store) if "/base/" in name or "/backups/" in name] == []
+        running = asyncio.create_task(take(made, store, rate_limit_bytes_per_s=4 << 20))
+        begun = (await wait_until(lambda: objects(store, "orders/instance-manager/backups/"), deadline_s=60))[0]
+        await delete_backup(store, BackupNames(LAYOUT, begun.split("/")[-2]), deadline_s=5)
+        with pytest.raises(BackupFailed, match="deleted while it was taken"):
+            await running
+        assert [name for name in await objects(store) if "/base/" in name or "/backups/" in name] == []
         server.kill()
 
 
@@ -135,6 +142,8 @@ async def test_a_standby_takes_what_was_asked_for_and_the_primary_finishes_its_s
         assert listed.manifest.was_standby
         assert listed.info is not None
         assert listed.info.name == "asked"
+        verdict = await verify_backup(store, LAYOUT, listed)
+        assert verdict.is_good, verdict
         shown = await asyncio.to_thread(command, first, "backups", "--json")
         (backup,) = json.loads(shown.stdout)["backups"]
         assert (backup["state"], backup["from_standby"], backup["gap_at_segment"]) == ("done", True, None)

@@ -79,6 +79,7 @@ def test_only_good_backups_let_older_ones_go() -> None:
 def test_a_keep_holds_whatever_the_rule_and_stands_in_for_none() -> None:
     listed = [listed_at(0, keep="full"), listed_at(1), listed_at(2, keep="standalone"), listed_at(3), listed_at(4)]
     assert going(listed, Policy(count=2)) == [1]
+    assert going([listed_at(0), listed_at(1), listed_at(2), listed_at(3, keep="full")], Policy(count=2)) == [0]
 
 
 def test_the_log_stays_from_the_oldest_backup_on_and_for_standalone_ones_what_makes_them_consistent() -> None:

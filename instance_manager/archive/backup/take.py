@@ -251,6 +251,7 @@ class _Backup:
             tablespace_map=spaces,
         )
         await self._create(self._names.manifest, MemoryContent.of(to_json(manifest)))
+        await self._require_ours()
         await self._create(self._names.info, MemoryContent.of(render_info(info)))
         self._progress.phase = "done"
         return Taken(info, manifest)
@@ -361,6 +362,13 @@ class _Backup:
         finally:
             looking.cancel()
             self._progress.read_bytes = self._flow.read_bytes
+
+    async def _require_ours(self) -> None:
+        """Somebody may have deleted it meanwhile, by hand, or because this instance was taken for dead."""
+        begun = await self._store.info(self._names.begun, deadline_s=SMALL_DEADLINE_S)
+        deleting = await self._store.info(self._names.deleting, deadline_s=SMALL_DEADLINE_S)
+        if begun is None or deleting is not None:
+            raise BackupFailed("it was deleted while it was taken")
 
     async def _wait_for_wal(self, info: BackupInfo, want_wal: Callable[[Lsn], Awaitable[None]] | None) -> None:
         first, last = info.begin_segment.number, info.end_segment.number

@@ -10,7 +10,9 @@ import hashlib
 import os
 import posixpath
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from instance_manager.postgres.files import fsync_directory, write_atomically
 from instance_manager.postgres.server import RunAs
 
 CHUNK_BYTES = 1 << 20
+END_DEADLINE_S = 120.0
 LIMIT_BYTES = 1 << 50
 """Of one tar: nothing that is read is unbounded."""
 
@@ -62,6 +65,38 @@ class Extracted:
     control: bytes | None = None
     directories: set[Path] = field(default_factory=set)
     written: list[Path] = field(default_factory=list)
+
+
+class Writing:
+    """The store's threads that write files: they outlive a cancelled call, and must have ended before their files are removed."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._is_over = False
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """ContentDamaged: it is over."""
+        with self._changed:
+            self.check()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    def check(self) -> None:
+        if self._is_over:
+            raise ContentDamaged("the restore has ended")
+
+    def end(self) -> None:
+        """Blocks until nobody writes any more, or the disk has hung for too long."""
+        with self._changed:
+            self._is_over = True
+            self._changed.wait_for(lambda: self._inside == 0, END_DEADLINE_S)
 
 
 class TarReader:
@@ -152,11 +187,11 @@ async def extract_backup(
     if manifest is not None:
         compare_tars(objects, manifest)
     extracted = Extracted()
-    turns = asyncio.Semaphore(parallel)
+    turns, writing = asyncio.Semaphore(parallel), Writing()
 
     async def one(object_name: str) -> None:
         async with turns:
-            await _extract_one(store, names, object_name, manifest, destination, extracted, patience)
+            await _extract_one(store, names, object_name, manifest, destination, extracted, patience, writing)
             on_progress(extracted.size_bytes)
 
     tasks = [asyncio.create_task(one(name)) for name in objects]
@@ -166,6 +201,7 @@ async def extract_backup(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.shield(asyncio.to_thread(writing.end))
     if extracted.control is None:
         raise ContentDamaged(f"backup {info.backup_id} holds no {PG_CONTROL}")
     if not (destination.data_directory / "backup_label").exists():
@@ -181,6 +217,7 @@ async def _extract_one(
     destination: Destination,
     extracted: Extracted,
     patience: Patience,
+    writing: Writing,
 ) -> None:
     tar = parse_tar_name(object_name)
     if tar is None:
@@ -190,8 +227,13 @@ async def _extract_one(
     expected = None if entry is None else await read_members(store, names, entry.name, deadline_s=30)
 
     def receive(_: ObjectInfo, chunks: Iterator[bytes]) -> Extracted:
+        with writing.inside():
+            return read(chunks)
+
+    def read(chunks: Iterator[bytes]) -> Extracted:
         reader, done = TarReader(object_name, chunks), Extracted()
         for member, content in reader.members():
+            writing.check()
             _write_member(member, content, root, destination, done, expected)
         check_object(reader, object_name, entry)
         if expected is not None and done.files != sum(member.sha256 is not None for member in expected.values()):

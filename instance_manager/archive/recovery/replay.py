@@ -32,6 +32,7 @@ from instance_manager.postgres.sql import session
 log = logging.getLogger("instance_manager.archive.recovery")
 
 POLL_S = 0.2
+UNREACHABLE_POLL_S = 0.5
 RESTART_PAUSE_S = 2.0
 STOP_DEADLINE_S = 600.0
 ENDS_TO_BELIEVE = 2
@@ -44,12 +45,10 @@ _PROGRESS = """
     SELECT pg_last_wal_replay_lsn()::text AS lsn, pg_get_wal_replay_pause_state() AS pause,
            pg_last_xact_replay_timestamp() AS time, pg_is_in_recovery() AS in_recovery
 """
-_STOPPING = re.compile(r"LOG:\s+recovery stopping (before|after) ")
+_STOPPING = re.compile(r"LOG:\s+recovery stopping (before|after|at) ")
 _TOO_LOW = re.compile(r"(max_\w+) = \d+ is a lower setting than on the primary server, where its value was (\d+)")
 _FATAL = re.compile(r"(?:FATAL|PANIC):\s+(.*)")
-_FROM_THE_STORE = re.compile(
-    r"could not restore file .* from archive|terminating (connection|process) due to|startup process .* exit"
-)
+_FROM_THE_STORE = re.compile(r"FATAL:\s+could not restore file .* from archive")
 
 
 def _end_with_parent() -> None:
@@ -226,7 +225,8 @@ class Replay:
         while self._process.returncode is None:
             row = await self._look()
             if row is None:
-                await asyncio.sleep(POLL_S)
+                # Each look is a line in its log.
+                await asyncio.sleep(UNREACHABLE_POLL_S)
                 continue
             lsn = parse_lsn(row["lsn"]) if row["lsn"] else Lsn(0)
             if lsn != seen.lsn:
@@ -246,6 +246,7 @@ class Replay:
                     await self._stop()
                     self._say("settings of the source have risen since the backup: starting with them")
                     return None
+                raise RecoveryStopped(f"Postgres has paused for a reason of its own: see {self.log_file}")
             if self._archive.ends_seen - seen.ends_at >= ENDS_TO_BELIEVE and lsn:
                 return self._at_the_end(seen)
             await asyncio.sleep(POLL_S)
@@ -279,13 +280,13 @@ class Replay:
 
     async def _after_a_stop(self, seen: _Seen) -> None:
         """Postgres has ended by itself: a store that fails is waited for, anything else is told."""
-        said = self._last_fatal()
-        if "requested recovery stop point is before consistent recovery point" in said:
+        text, said = self._log_text(), self._last_fatal()
+        if "requested recovery stop point is before consistent recovery point" in text:
             raise TargetNotReached(
                 f"the target, {self._target}, is before the backup is consistent: choose an earlier one with --backup"
             )
         failed = self._archive.status.fetch.last_error
-        if not _FROM_THE_STORE.search(said) and not (failed and not said):
+        if not _FROM_THE_STORE.search(text):
             raise RecoveryStopped(f"Postgres ended: {said or 'without a word'}; see {self.log_file}")
         loop = asyncio.get_running_loop()
         if loop.time() - seen.moved_s > self._settings.outage_patience_s:
