@@ -11,7 +11,7 @@ S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PR
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image kubernetes clean system
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image kubernetes clean system monitoring-tools
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -19,6 +19,10 @@ help:
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
+
+# Judges of metrics, alerts and dashboards: promtool, Prometheus, postgres_exporter.
+monitoring-tools:
+	@tests/install-system.sh "$(PYTHON)" monitoring
 
 $(VENV)/.made: pyproject.toml constraints.txt | system
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
@@ -40,8 +44,8 @@ lint: $(VENV)/.made-for-tests
 	@printf '%s\n' $(TEST_FOLDERS) | xargs -t -P 2 -n 1 $(RUN) mypy
 	$(VENV)/bin/lint-imports
 
-unit: system $(VENV)/.made-for-tests
-	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/simulation
+unit: system monitoring-tools $(VENV)/.made-for-tests
+	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation
 	# One after another: these measure time and memory, and run whole clusters.
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
 

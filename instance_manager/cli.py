@@ -108,6 +108,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     ):
         _talking(commands, name, text, _verb)
 
+    level = _talking(commands, "log-level", "change how much an instance logs, until its next reload", _log_level)
+    level.add_argument("level", choices=("debug", "info", "warning", "error"))
+
     _talking(commands, "lease", "show the cluster's record", _lease)
 
     config = commands.add_parser("config", help="about the configuration file")
@@ -234,6 +237,10 @@ def _switchover(namespace: argparse.Namespace) -> int:
 
 def _verb_on_name(namespace: argparse.Namespace) -> int:
     return _tell(_send(namespace, namespace.verb, {"name": namespace.name}))
+
+
+def _log_level(namespace: argparse.Namespace) -> int:
+    return _tell(_send(namespace, "log-level", {"level": namespace.level}))
 
 
 def _verb(namespace: argparse.Namespace) -> int:

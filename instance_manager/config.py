@@ -25,6 +25,7 @@ from instance_manager.config_sections import (
     CoordinationSection,
     InstanceSection,
     MemberSection,
+    MetricsSection,
     PostgresSection,
     RecoverySection,
     SecretsSection,
@@ -52,6 +53,7 @@ class Configuration(Section, frozen=True, kw_only=True):
     archive: ArchiveSection | None = None
     bootstrap: BootstrapSection = BootstrapSection()
     timings: Timings = Timings()
+    metrics: MetricsSection = MetricsSection()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @property

@@ -106,6 +106,15 @@ class PostgresSection(Section, frozen=True):
     application_owner: str = "app"
 
 
+class MetricsSection(Section, frozen=True):
+    queries: tuple[Path, ...] = ()
+    """Files of custom queries, in postgres_exporter's form or CloudNativePG's."""
+    tables: bool = True
+    """Statistics of each table: some 20 series for each."""
+    refresh_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 30.0
+    """How old statistics of tables and sizes of databases may be before a scrape has them looked at again."""
+
+
 class S3Section(Section, frozen=True):
     """An S3 bucket. What is left out is taken from the environment, as AWS's own tools do (a web identity too)."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from instance_manager.config import Configuration
 from instance_manager.config_sections import ArchiveSection
+from instance_manager.metrics.custom import QueriesUnusable, load_queries
 from instance_manager.supervisor.companion import COMPANION_SEPARATOR
 
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -39,6 +40,11 @@ def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
             found.append(f"secrets.{key}: {path} is open to other users; chmod 600 it")
     if configuration.archive is not None:
         found += _archive_problems(configuration.archive)
+    for path in configuration.metrics.queries:
+        try:
+            load_queries(path)
+        except QueriesUnusable as error:
+            found.append(f"metrics.queries: {error}")
     programs = configuration.postgres.bin_directory
     if programs is not None and not os.access(programs / "postgres", os.X_OK):
         found.append(f"postgres.bin_directory: {programs} has no program postgres")

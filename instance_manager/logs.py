@@ -1,6 +1,7 @@
-"""The agent's log: one JSON object per line on standard error, or plain lines on a terminal.
+"""The log of the agent and of the archiver: one JSON object per line on standard output, or plain lines on a terminal.
 
-Schema: `ts`, `level`, `logger`, `message`, `instance`, then whatever the call gave as `extra`; `exception` where there is one.
+Schema, the supervisor's too (docs/logs.md): `time`, `level`, `instance`, `process`, `message`, and `fields` with the logger and whatever
+the call gave as `extra`; `fields.exception` where there is one.
 Writing is done by a thread: a reader that stalls costs lines, which are counted, and never the loop's time.
 """
 
@@ -17,6 +18,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 LINES_WAITING_MAX = 4096
+LEVELS = ("debug", "info", "warning", "error")
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -30,25 +32,27 @@ def extras(record: logging.LogRecord) -> dict[str, object]:
 class JsonFormatter(logging.Formatter):
     """One line of JSON; a value that JSON does not know is told by its repr."""
 
-    def __init__(self, instance: str) -> None:
+    def __init__(self, instance: str, process: str) -> None:
         super().__init__()
         self._instance = instance
+        self._process = process
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
         written_at = datetime.fromtimestamp(record.created, UTC)
         line: dict[str, object] = {
-            "ts": written_at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{written_at.microsecond // 1000:03d}Z",
+            "time": written_at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{written_at.microsecond // 1000:03d}Z",
             "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
             "instance": self._instance,
+            "process": self._process,
+            "message": record.getMessage(),
         }
-        line.update((key, value) for key, value in extras(record).items() if key not in line)
+        fields = {"logger": record.name, **extras(record)}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            fields["exception"] = self.formatException(record.exc_info)
         elif record.exc_text:
-            line["exception"] = record.exc_text
+            fields["exception"] = record.exc_text
+        line["fields"] = fields
         return json.dumps(line, default=repr, ensure_ascii=False)
 
 
@@ -97,11 +101,21 @@ class _NeverWaiting(logging.handlers.QueueHandler):
             self._dropped = 0
 
 
+def set_level(level: str) -> str:
+    """From now on; returns the level before. ValueError: there is no such level."""
+    if level not in LEVELS:
+        raise ValueError(f"no level {level!r}; there are {', '.join(LEVELS)}")
+    root = logging.getLogger()
+    before = logging.getLevelName(root.level).lower()
+    root.setLevel(level.upper())
+    return before
+
+
 @contextlib.contextmanager
-def logging_to(instance: str, level: str, stream: TextIO | None = None) -> Iterator[None]:
-    """Log everything of this process at `level` or above until the block is left."""
-    target = stream if stream is not None else sys.stderr
-    formatter = HumanFormatter(instance) if target.isatty() else JsonFormatter(instance)
+def logging_to(instance: str, level: str, stream: TextIO | None = None, *, process: str = "agent") -> Iterator[None]:
+    """Log everything of this process at `level` or above until the block is left. `set_level` changes the level meanwhile."""
+    target = stream if stream is not None else sys.stdout
+    formatter = HumanFormatter(instance) if target.isatty() else JsonFormatter(instance, process)
     waiting: queue.Queue[logging.LogRecord] = queue.Queue(LINES_WAITING_MAX)
     writer = logging.StreamHandler(target)
     listener = logging.handlers.QueueListener(waiting, writer)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the project needs from the system: Postgres with its programs, and Python's venv; with `drill` as a second word also
-# the tools of its faults, without which it leaves cases out. Installs only what is missing.
+# the tools of its faults, without which it leaves cases out; with `monitoring` also promtool, Prometheus and postgres_exporter,
+# unpacked below .cache, because their packages would start servers. Installs only what is missing.
 set -euo pipefail
 
 python=${1:-python3}
@@ -24,7 +25,14 @@ if [ "${2:-}" = drill ]; then
     command -v mkfs.ext4 >/dev/null || optional+=(e2fsprogs)
     ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || optional+=(faketime)
 fi
-[ $((${#packages[@]} + ${#optional[@]})) -eq 0 ] && exit 0
+monitoring=$PWD/.cache/monitoring
+unpacked=()
+if [ "${2:-}" = monitoring ]; then
+    command -v promtool >/dev/null || [ -x "$monitoring/usr/bin/promtool" ] || unpacked+=(prometheus)
+    command -v prometheus-postgres-exporter >/dev/null || [ -x "$monitoring/usr/bin/prometheus-postgres-exporter" ] \
+        || unpacked+=(prometheus-postgres-exporter)
+fi
+[ $((${#packages[@]} + ${#optional[@]} + ${#unpacked[@]})) -eq 0 ] && exit 0
 
 command -v apt-get >/dev/null || fail "install ${packages[*]} ${optional[*]}: this machine has no apt-get to do it with"
 sudo=()
@@ -32,7 +40,7 @@ if [ "$(id -u)" != 0 ]; then
     command -v sudo >/dev/null || fail "install ${packages[*]} ${optional[*]} as root: there is no sudo here"
     sudo=(sudo)
 fi
-echo "installing ${packages[*]} ${optional[*]}"
+echo "installing ${packages[*]} ${optional[*]} ${unpacked[*]}"
 # The package would make a cluster of its own and start it; ours are elsewhere.
 export DEBIAN_FRONTEND=noninteractive
 "${sudo[@]}" apt-get update -qq || echo "apt-get update failed; trying with the lists that are there" >&2
@@ -50,3 +58,14 @@ fi
 for package in "${optional[@]}"; do
     install "$package" || echo "apt-get could not install $package: the drill leaves out the cases that need it" >&2
 done
+if [ ${#unpacked[@]} -gt 0 ]; then
+    mkdir -p "$monitoring"
+    (
+        cd "$monitoring"
+        apt-get download -qq "${unpacked[@]}" 2>/dev/null || fail "apt-get could not download ${unpacked[*]}"
+        for archive in *.deb; do
+            dpkg-deb -x "$archive" .
+            rm "$archive"
+        done
+    )
+fi

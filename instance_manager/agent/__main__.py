@@ -11,15 +11,21 @@ import random
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.archiver_client import ArchiverClient
 from instance_manager.agent.archiver_port import Archiver, NoArchiver
+from instance_manager.agent.archiver_status import ask_archiver
 from instance_manager.agent.assembly import HEALTH_INTERVAL_S, Ports, assemble
 from instance_manager.agent.configuration_file import Signature, keep_reading, signature
 from instance_manager.agent.health import DiskProbe
 from instance_manager.agent.installed_postgres import InstalledPostgres, local_server
+from instance_manager.agent.instance_metrics import InstanceMetrics, statistics_options
 from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorError
 from instance_manager.agent.surroundings import surroundings_of
 from instance_manager.agent.volume import VolumeDirectory, VolumeUnusable, boot_id
@@ -28,7 +34,9 @@ from instance_manager.config_sections import MemberSection
 from instance_manager.http.peers import PeerClient
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
-from instance_manager.logs import logging_to
+from instance_manager.logs import logging_to, set_level
+from instance_manager.metrics.custom import QueriesUnusable
+from instance_manager.metrics.postgres import Options, PostgresMetrics
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
 
@@ -76,7 +84,11 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
                 make_archiver=lambda wake: _archiver(configuration, clock, wake),
             ),
         )
-        agent.reload_configuration = _reloader(agent, configuration_file, members)
+        statistics = PostgresMetrics(server, version.major, _usable_options(configuration))
+        ending.push_async_callback(statistics.close)
+        agent.reload_configuration = _reloader(agent, configuration_file, members, statistics)
+        asked = partial(ask_archiver, configuration.archive_socket) if configuration.archive is not None else None
+        agent.exposition = InstanceMetrics(agent.context, statistics, disk, archiver=asked).exposition
         disk.start()
         async with serve(agent, configuration), _watched(agent, configuration_file, seen):
             # What was imported and built stays: later collections need not look at it again.
@@ -116,7 +128,20 @@ async def _watched(agent: Agent, configuration_file: Path, seen: Signature | Non
             await watching
 
 
-def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Callable[[], Awaitable[str]]:
+def _usable_options(configuration: Configuration) -> Options:
+    """A broken file of queries costs its own metrics, and never the start of an instance."""
+    try:
+        return statistics_options(configuration)
+    except QueriesUnusable as error:
+        log.error("no custom queries: %s", error)  # noqa: TRY400 - the text says it all
+        without = msgspec.structs.replace(configuration.metrics, queries=())
+        options = statistics_options(msgspec.structs.replace(configuration, metrics=without))
+        return replace(options, custom_unusable=True)
+
+
+def _reloader(
+    agent: Agent, configuration_file: Path, members: _Members, statistics: PostgresMetrics
+) -> Callable[[], Awaitable[str]]:
     async def reload() -> str:
         configuration = await asyncio.to_thread(load_configuration, configuration_file)
         before = agent.context.configuration
@@ -125,6 +150,12 @@ def _reloader(agent: Agent, configuration_file: Path, members: _Members) -> Call
                 f"{configuration_file}: instance, coordination, archive, the cluster's name and uid (and members, where they "
                 "are listed) change at a restart of the instance only"
             )
+        try:
+            options = await asyncio.to_thread(statistics_options, configuration)
+        except QueriesUnusable as error:
+            raise ConfigurationError(str(error)) from error
+        statistics.replace_options(options)
+        set_level(configuration.log_level)
         agent.context.configuration = members.configuration = configuration
         agent.context.wake.set()
         restart = await agent.context.database.reload_configuration(configuration)

@@ -52,6 +52,8 @@ AGAIN_S = 0.1
 ENDS_ANY = frozenset({"kill", "stop", "leave"})
 """Decisions that end whatever else is under way."""
 TAKEOVERS = frozenset({"stand", "take_release", "take_by_time"})
+TAKEOVER_KINDS = {"stand": "election", "take_release": "handover", "take_by_time": "time"}
+"""As metrics name them."""
 TO_THE_END = frozenset(
     {
         "promote",
@@ -120,6 +122,8 @@ class Agent:
         self._announced: tuple[object, ...] = ()
         self._peers_of: tuple[object, ...] = ()
         self.reload_configuration: Callable[[], Awaitable[str]] | None = None
+        self.exposition: Callable[[], Awaitable[bytes]] | None = None
+        """One scrape of this instance's metrics."""
 
     # The instance, as HTTP sees it.
 
@@ -128,6 +132,9 @@ class Agent:
 
     def status(self) -> ClusterStatus:
         return self.reporting.status()
+
+    async def metrics(self) -> bytes:
+        return await self.exposition() if self.exposition is not None else b""
 
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         return await self.peer_service.answer(call, body)
@@ -169,7 +176,9 @@ class Agent:
             self._notice_pause()
             c.link.tick()
             c.announce()
+            due_s = c.clock.now_s() + c.beat.left_s(HEARTBEAT_S)
             await c.beat.sleep(HEARTBEAT_S)
+            c.measures.loop_lag.observe(max(0.0, c.clock.now_s() - due_s))
 
     def _notice_pause(self) -> None:
         """Before anything is judged by its age: a pause of this process is not the disk's, Postgres's or the peers'."""
@@ -237,6 +246,8 @@ class Agent:
             exit_ = c.link.last_exit
             how = f"{exit_.reason}, {exit_.description}" if exit_ is not None else "unknown"
             log.warning("Postgres has ended (%s)", how)
+            if exit_ is not None and exit_.reason == "fenced":
+                c.measures.self_fences.add("hard_deadline")
             c.gate_open = False
             if c.holds_lease and not c.link.expected_exit:
                 c.start_yielding(f"Postgres ended by itself ({how})")
@@ -388,6 +399,7 @@ class Agent:
                 return
             await self._end_operation()
         c.journal.decided(act, decision.reason)
+        c.measures.decided(act)
         if act == "wait":
             return
         if c.clock.now_s() < self._not_before_s.get(act, 0.0):
@@ -457,12 +469,14 @@ class Agent:
         if c.role in (Role.STOPPED, Role.STOPPING, Role.PROMOTING):
             c.take_role(Role.STANDBY, "Postgres runs as a standby")
         c.take_role(Role.CANDIDATE, reason)
+        c.measures.takeover_begins(TAKEOVER_KINDS[self._operation_act], c.clock.now_s(), self._suspected_since_s)
         try:
             await take(reason)
         finally:
             if not c.holds_lease and c.role is Role.CANDIDATE:
                 c.take_role(Role.STANDBY, "did not take the Lease")
         if c.holds_lease:
+            c.measures.takeover_reached("election", c.clock.now_s())
             await self._promote(reason)
 
     async def _promote(self, _: str) -> None:
@@ -494,6 +508,7 @@ class Agent:
 
     async def _kill(self, reason: str) -> None:
         c = self.context
+        self._count_self_fence("unhealthy" if c.holds_lease else "lease_lost")
         c.take_role(Role.STOPPING, reason)
         c.gate_open = False
         if c.holds_lease:
@@ -505,11 +520,16 @@ class Agent:
     async def _stop(self, reason: str) -> None:
         """The soft deadline: stop fast; what does not stop, the supervisor kills at the hard one."""
         c = self.context
+        self._count_self_fence("soft_deadline")
         c.take_role(Role.STOPPING, reason)
         if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
             await c.database.kill()
         c.gate_open = False
         c.take_role(Role.STOPPED, reason)
+
+    def _count_self_fence(self, reason: str) -> None:
+        if self.context.database.running_read_write:
+            self.context.measures.self_fences.add(reason)
 
     async def _fence(self, reason: str) -> None:
         c = self.context

@@ -20,6 +20,7 @@ from instance_manager.agent.supervisor_link import Datagrams, SupervisorLink
 from instance_manager.agent.volume import Volume, VolumeStorage
 from instance_manager.config import Configuration
 from instance_manager.core.types import Epoch, MemberName
+from instance_manager.metrics.measures import Measures
 from instance_manager.ports import Clock, Coordination, PeerCaller, Publication
 
 HEALTH_INTERVAL_S = 1.0
@@ -69,6 +70,7 @@ class _Late:
 def assemble(configuration: Configuration, ports: Ports) -> Agent:
     """VolumeUnusable, and OSError where the directory cannot be looked at. Nothing runs before `Agent.run`."""
     clock = ports.clock
+    measures = Measures()
     late = _Late()
     beat = Beat(clock)
     link = SupervisorLink(ports.datagrams, now_s=clock.now_s, on_event=late.look)
@@ -95,6 +97,7 @@ def assemble(configuration: Configuration, ports: Ports) -> Agent:
         grant=link.extend,
         on_change=late.wake,
         chance=ports.chance,
+        measured=measures.renewed,
     )
     peers = Peers(
         ports.caller,
@@ -121,6 +124,7 @@ def assemble(configuration: Configuration, ports: Ports) -> Agent:
         beat=beat,
         chance=ports.chance,
         publication=ports.publication,
+        measures=measures,
         archiver=ports.make_archiver(late.wake),
     )
     late.made = Agent(context)

@@ -23,6 +23,7 @@ from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import TRANSITIONS, Role
 from instance_manager.core.types import Epoch, MemberId
+from instance_manager.metrics.measures import Measures
 from instance_manager.ports import Clock, Coordination, Publication
 from instance_manager.status import DecisionLine
 
@@ -117,6 +118,7 @@ class Context:
     chance: random.Random
     """Ids and randomised waits: the system's own randomness; in a simulation, the seed's."""
     publication: Publication = field(default_factory=Unpublished)
+    measures: Measures = field(default_factory=Measures)
     archiver: Archiver = field(default_factory=NoArchiver)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     announced: asyncio.Event = field(default_factory=asyncio.Event)

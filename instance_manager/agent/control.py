@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from instance_manager.agent.context import Context, OperationFailed
@@ -12,8 +13,11 @@ from instance_manager.core.lease import with_fenced, with_paused, with_switchove
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import MemberName
 from instance_manager.http.ports import ControlProgress, ControlResult, MalformedCall, UnknownCall
+from instance_manager.logs import set_level
 from instance_manager.ports import CoordinationError
 from instance_manager.status import InstanceStatus
+
+log = logging.getLogger("instance_manager.agent.control")
 
 SWITCHOVER_DEADLINE_S = 60.0
 STATE_DEADLINE_S = 60.0
@@ -57,6 +61,7 @@ class Control:
             "resume": lambda _: self._pause(False),
             "status": self._status,
             "lease": self._lease,
+            "log-level": self._log_level,
         }
         if verb not in verbs:
             raise UnknownCall(verb)
@@ -72,6 +77,15 @@ class Control:
     async def _lease(self, _: dict[str, object]) -> Outcome:
         stored = await self._c.keeper.read()
         return (True, describe(stored)) if stored is not None else (False, "there is no Lease")
+
+    async def _log_level(self, arguments: dict[str, object]) -> Outcome:
+        """Of this agent, until it ends or reads its configuration again."""
+        try:
+            before = set_level(str(arguments.get("level")))
+        except ValueError as error:
+            raise MalformedCall(str(error)) from error
+        log.warning("the level of the log was changed from %s to %s", before, arguments["level"])
+        return True, f"{self._c.configuration.name} logs at {arguments['level']} now, was {before}"
 
     async def _switchover(self, arguments: dict[str, object]) -> Outcome:
         c = self._c

@@ -58,6 +58,7 @@ class Elections:
     async def answer_promise(self, request: VoteRequest) -> VoteAnswer:
         """Persist the promise, stop the walreceiver, prove that it is stopped, and only then tell the position (P2)."""
         verdict = judge_vote(request, self._voter(), final=True)
+        self._c.measures.promises.add("granted" if verdict.granted else "refused")
         if not verdict.granted:
             return self._answer(verdict, None)
         self._c.journal.note("promise", f"epoch {request.epoch} to {request.candidate}: {verdict.reason}")

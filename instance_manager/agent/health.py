@@ -47,6 +47,10 @@ class DiskProbe:
         self.last_error: str | None = None
         self.free_bytes: int | None = None
         """What an unprivileged program may still write on the fullest of the volumes."""
+        self.size_bytes: int | None = None
+        """Of the fullest of them."""
+        self.flush_s: float | None = None
+        """How long the last write and flush took, of all of them."""
 
     def start(self) -> None:
         self._thread.start()
@@ -59,12 +63,13 @@ class DiskProbe:
         while not self._stop.is_set():
             began_s = self._clock.now_s()
             try:
-                free = []
                 for directory in self._directories:
                     _write_and_flush(directory / ".disk-probe")
-                    volume = os.statvfs(directory)
-                    free.append(volume.f_bavail * volume.f_frsize)
-                self.free_bytes = min(free)
+                self.flush_s = self._clock.now_s() - began_s
+                volumes = [os.statvfs(directory) for directory in self._directories]
+                self.free_bytes, self.size_bytes = min(
+                    (volume.f_bavail * volume.f_frsize, volume.f_blocks * volume.f_frsize) for volume in volumes
+                )
             except OSError as error:
                 self.last_error = f"{error.strerror}: {error.filename or self._directories[0]}"
             else:

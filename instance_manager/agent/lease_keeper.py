@@ -27,6 +27,7 @@ from instance_manager.ports import (
     CoordinationError,
     OutcomeUnknown,
     RecordUnreadable,
+    StoreUnavailable,
 )
 from instance_manager.wall_clock import timestamp
 
@@ -37,6 +38,13 @@ Change = Callable[[ClusterRecord], ClusterRecord]
 
 class WriteRefused(Exception):
     """The change was not made: the record is no longer what it stood on, or the change itself refused."""
+
+
+_RENEWAL_RESULTS: dict[type[Exception], str] = {
+    OutcomeUnknown: "unknown",
+    StoreUnavailable: "unavailable",
+    WriteRefused: "refused",
+}
 
 
 @dataclass(slots=True)
@@ -79,8 +87,11 @@ class LeaseKeeper:
         grant: Callable[[Permit], None],
         on_change: Callable[[], None],
         chance: random.Random,
+        measured: Callable[[str, float], None] = lambda _result, _seconds: None,
     ) -> None:
         self._chance = chance
+        self._measured = measured
+        """Told what came of each renewal, and after how many seconds."""
         self._coordination = coordination
         self._clock = clock
         self._timings = timings
@@ -244,10 +255,21 @@ class LeaseKeeper:
             and self._stored.record.holder == facts.holder
             and facts.refusal is None
         ):
-            await self._write(_renewal(self._facts), None)
-            self.renewals += 1
+            await self._renew()
         elif facts.refusal is not None and self._stored is not None and self._stored.record.holder == facts.holder:
             await self._read()
+
+    async def _renew(self) -> None:
+        sent_s = self._clock.now_s()
+        result = "success"
+        try:
+            await self._write(_renewal(self._facts), None)
+        except (CoordinationError, WriteRefused) as error:
+            result = _RENEWAL_RESULTS.get(type(error), "error")
+            raise
+        finally:
+            self._measured(result, self._clock.now_s() - sent_s)
+        self.renewals += 1
 
     async def _ask(self, request: _Request) -> StoredRecord | None:
         await self._requests.put(request)

@@ -76,6 +76,7 @@ class PrimaryDuties:
         await c.database.prepare_slots(self._everybody())
         await c.database.promote(chain=record.chain, epoch=record.epoch, deadline_s=self._promotes_within_s())
         c.opened_s = c.clock.now_s()
+        c.measures.takeover_reached("promotion", c.opened_s)
         c.taken = None
         c.journal.note("promoted", f"timeline {switch.timeline} from {switch.parent}, epoch {record.epoch}")
 
@@ -250,6 +251,7 @@ class PrimaryDuties:
         await self._write(record, lambda current: replace(current, opened=True))
         await c.database.open_gate()
         c.gate_open = True
+        c.measures.opened(c.clock.now_s())
         c.take_role(Role.PRIMARY, "clients are let in")
         c.journal.note("open", f"clients enter; {c.synchronous}, q {record.quorum}")
         c.database.checkpoint_soon()

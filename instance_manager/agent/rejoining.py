@@ -206,7 +206,8 @@ class Rejoining:
         elif plan.rejoin is Rejoin.WAIT:
             raise OperationFailed(plan.reason)
         else:
-            await self._copy_from_primary(plan.rejoin, record, record.chain)
+            with c.measures.rejoining(plan.rejoin.value):
+                await self._copy_from_primary(plan.rejoin, record, record.chain)
 
     async def _stop(self, reason: str) -> None:
         c = self._c

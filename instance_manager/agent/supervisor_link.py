@@ -91,6 +91,8 @@ class SupervisorLink:
         self._greeted = asyncio.Event()
         self.incarnation = ""
         self.agent_restarts = 0
+        self.reaped = 0
+        """Processes that the supervisor has reaped."""
         self.postgres: PostgresProcess | None = None
         self.last_exit: PostgresExit | None = None
         self.permit: Permit | None = None
@@ -210,6 +212,7 @@ class SupervisorLink:
             case "hello":
                 self.incarnation = message["incarnation"]
                 self.agent_restarts = message.get("agent_restarts", 0)
+                self.reaped = message.get("reaped", 0)
                 if message["postgres"] is not None:
                     self.postgres = PostgresProcess(message["postgres"]["pid"], message["postgres"]["mode"])
                 if message["permit"] is not None:
@@ -236,6 +239,9 @@ class SupervisorLink:
                     f"signal {message['signal']}" if message.get("signal") else f"exit code {message.get('exit_code')}"
                 )
                 self.last_exit = PostgresExit(message["pid"], message["reason"], how, self._now_s())
+            case "reaped":
+                self.reaped = message["count"]
+                return
             case "terminate":
                 self.terminating = True
             case "reload":

@@ -121,7 +121,7 @@ def main() -> int:
     if configuration.archive is None:
         print(f"{arguments.config}: there is no section `archive`: nothing to do", file=sys.stderr)
         return 2
-    with logging_to(configuration.instance.name, configuration.log_level):
+    with logging_to(configuration.instance.name, configuration.log_level, process="archiver"):
         # Each request of boto3 would be a line.
         for noisy in ("botocore", "boto3", "urllib3"):
             logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -49,6 +49,10 @@ class InstanceService(Protocol):
         """All that is known, at once: no Postgres, no disk."""
         ...
 
+    async def metrics(self) -> bytes:
+        """One scrape in Prometheus's text format, within a second, whatever Postgres does."""
+        ...
+
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         """Answer another instance. Raises UnknownCall or MalformedCall."""
         ...

@@ -39,6 +39,8 @@ from instance_manager.status import Probes
 BODY_BYTES_MAX = 64 * 1024
 PEER_REQUESTS_MAX = 64
 CONTROL_REQUESTS_MAX = 8
+SCRAPES_MAX = 4
+METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CONTROL_BODY_TIMEOUT_S = 5.0
 KEEPALIVE_S = 60.0
 SHUTDOWN_S = 0.3
@@ -90,6 +92,9 @@ def public_application(service: InstanceService, token: PeerToken) -> web.Applic
 
     for method in ("GET", "HEAD", "OPTIONS"):
         application.router.add_route(method, "/status", status)
+    metrics = _metrics_handler(service)
+    for method in ("GET", "HEAD", "OPTIONS"):
+        application.router.add_route(method, "/metrics", metrics)
     application.router.add_post("/peer/{call}", _peer_handler(service, token))
     return application
 
@@ -122,6 +127,21 @@ def _probe_handler(
         except probes.MalformedSize as error:
             return _json_response(400, {"error": str(error)})
         return _json_response(200 if answer.ok else 503, None if request.method == "OPTIONS" else answer.body)
+
+    return handle
+
+
+def _metrics_handler(service: InstanceService) -> Callable[[web.Request], Awaitable[web.Response]]:
+    places = asyncio.Semaphore(SCRAPES_MAX)
+
+    async def handle(request: web.Request) -> web.Response:
+        if request.method == "OPTIONS":
+            return _json_response(200, None)
+        if places.locked():
+            return _json_response(503, {"error": f"{SCRAPES_MAX} scrapes are at work already"})
+        async with places:
+            body = await service.metrics()
+        return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE, "Cache-Control": "no-store"})
 
     return handle
 

@@ -1,4 +1,4 @@
-"""SQL on the local server, as superuser, over the Unix socket.
+"""SQL on the local server, as superuser (or, read-only, as the monitoring role), over the Unix socket.
 
 Every session pins `search_path`, so that operators which a database owner plants in `public` are never run by us, and
 has two limits: the server's `statement_timeout`, and a deadline of our own that also holds when the postmaster or the
@@ -15,12 +15,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
+from instance_manager.postgres.host_based_access import MONITORING_ROLE
 from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError, LocalServer
 
 CONNECT_DEADLINE_S = 2.0
@@ -47,30 +48,37 @@ async def connect(
     database: str = "postgres",
     deadline_s: float = CONNECT_DEADLINE_S,
     statement_timeout_s: float = STATEMENT_TIMEOUT_S,
+    as_monitor: bool = False,
+    schemas: Sequence[str] = (),
     statements_kept: int = 0,
 ) -> asyncpg.Connection:
-    """A new superuser connection over the Unix socket.
+    """A new superuser connection over the Unix socket; `as_monitor`: one of the monitoring role, read-only, with
+    `schemas` behind pg_catalog in its search path.
 
     SqlUnavailable: refused or broken off. DeadlinePassed: no answer, for instance of a stopped postmaster; the socket
     is closed. Prefer `session`, which also closes it.
     """
+    if schemas and not as_monitor:
+        raise ValueError("a superuser looks nowhere but in pg_catalog")
     settings = {
         "application_name": APPLICATION_NAME,
-        "search_path": "pg_catalog,pg_temp",
+        "search_path": ",".join(["pg_catalog", *map(quote_identifier, schemas), "pg_temp"]),
         "statement_timeout": f"{max(1, round(statement_timeout_s * 1000))}ms",
         # Our own writes never wait for a standby; a barrier waits by looking, with a deadline.
         "synchronous_commit": "local",
-        "default_transaction_read_only": "off",
+        "default_transaction_read_only": "on" if as_monitor else "off",
         "idle_in_transaction_session_timeout": "60s",
         # A backend that we abandoned notices while its statement still runs.
         "client_connection_check_interval": "1s",
     }
+    if as_monitor:
+        settings["jit"] = "off"
     try:
         async with asyncio.timeout(deadline_s):
             connection: asyncpg.Connection = await asyncpg.connect(
                 host=str(server.socket_directory),
                 port=server.port,
-                user=server.superuser,
+                user=MONITORING_ROLE if as_monitor else server.superuser,
                 # Not None: asyncpg would look into PGPASSWORD and ~/.pgpass.
                 password="",
                 database=database,

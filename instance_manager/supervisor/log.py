@@ -1,4 +1,4 @@
-"""One JSON object per line on stderr, which never makes the supervisor wait."""
+"""One JSON object per line on stdout, in the schema of the agent's log (docs/logs.md), which never makes the supervisor wait."""
 
 import json
 import os
@@ -21,7 +21,7 @@ class Log:
     The count is in the next line that gets through, as `dropped_lines`.
     """
 
-    def __init__(self, name: str, incarnation: str, fd: int = 2) -> None:
+    def __init__(self, name: str, incarnation: str, fd: int = 1) -> None:
         self._name = name
         self._incarnation = incarnation
         self._dropped = 0
@@ -45,20 +45,20 @@ class Log:
 
     def _write(self, level: str, event: str, fields: dict[str, object]) -> None:
         record: dict[str, object] = {
-            "ts": _wall_clock(),
+            "time": _wall_clock(),
             "level": level,
-            "logger": "supervisor",
-            "event": event,
             "instance": self._name,
-            "incarnation": self._incarnation,
-            **fields,
+            "process": "supervisor",
+            "message": event,
         }
+        told: dict[str, object] = {"incarnation": self._incarnation, **fields}
         if self._dropped:
-            record["dropped_lines"] = self._dropped
+            told["dropped_lines"] = self._dropped
+        record["fields"] = told
         line = json.dumps(record, default=repr).encode() + b"\n"
         if len(line) > _LINE_MAX_BYTES:
-            shortened = {key: record[key] for key in ("ts", "level", "logger", "event", "instance", "incarnation")}
-            line = json.dumps({**shortened, "shortened": True}).encode() + b"\n"
+            record["fields"] = {"incarnation": self._incarnation, "shortened": True}
+            line = json.dumps(record).encode() + b"\n"
         poll = select.poll()
         try:
             poll.register(self._fd, select.POLLOUT)

@@ -134,7 +134,7 @@ class Supervisor:
         self._postgres: Postgres | None = None
         self._dying: tuple[fence.Process, ...] = ()
         self._kill_replies: list[tuple[Link, int]] = []
-        self._reaped = 0
+        self._reaped = self._reaped_told = 0
         self._shutdown_deadline_s: float | None = None
         self._goodbye_deadline_s: float | None = None
 
@@ -457,7 +457,9 @@ class Supervisor:
         """Do what is asked; returns what is to be done after the reply. Raises PermitRefusedError and RefusedError."""
         match message:
             case Tick():
-                pass
+                if self._reaped != self._reaped_told:
+                    self._reaped_told = self._reaped
+                    self._send({"type": "reaped", "count": self._reaped})
             case Extend(_, epoch, soft_s, hard_s):
                 self._permit.extend(boottime_s(), epoch, soft_s, hard_s)
             case Revoke(_, epoch):

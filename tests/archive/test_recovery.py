@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from archive_harness import until
 from archiving_server import ArchivingServer, all_archived, archiving, insert, prepared
 from backup_harness import LAYOUT, objects, store_of, take
@@ -14,6 +16,7 @@ from fault_proxy import FaultProxy
 from harness import Cluster, PostgresProcess, wait_until
 from recovery_harness import Restoration
 
+from instance_manager.agent.recovering import RecoveryFailed, recover
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.content import MemoryContent
 from instance_manager.archive.recovery.replay import ReplaySettings
@@ -177,3 +180,38 @@ async def test_a_damaged_backup_leaves_the_place_as_it_was(cluster: Cluster, dir
     (restoration.server.data_directory / "precious").write_text("")
     with pytest.raises(RestoreFailed, match="nothing is ever overwritten"):
         await restoration.run()
+
+
+async def test_an_agent_has_the_first_directory_of_a_new_cluster_made_by_a_process_of_its_own(
+    cluster: Cluster, directory_section: dict[str, Any]
+) -> None:
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        taken = await take(made, store)
+        await insert(server, 0, 1000)
+        await server.fetchval("SELECT pg_create_restore_point('known')")
+        await insert(server, 1000, 1000)
+        await all_archived(server)
+        server.kill()
+        configuration = made.server.root / "instance.yaml"
+        content = yaml.safe_load(configuration.read_text())
+    new = cluster.add("r")
+    shutil.rmtree(new.data)
+    recovery = {"archive": {**directory_section, "server_name": "orders"}, "target": {"name": "knwon"}}
+    content |= {"bootstrap": {"recovery": recovery}, "archive": {**directory_section, "server_name": "new"}}
+    configuration.write_text(yaml.safe_dump(content))
+    with pytest.raises(RecoveryFailed, match="before the target, name knwon"):
+        await recover(new.server, configuration)
+    assert not new.data.exists()
+    # What was replayed towards another target cannot be taken back: the operator removes it.
+    shutil.rmtree(new.data.with_name("data.recovery"))
+    recovery["target"] = {"name": "known"}
+    configuration.write_text(yaml.safe_dump(content))
+    await recover(new.server, configuration)
+    new.set_dynamic(synchronous_standby_names="")
+    new.configure(archive_mode="off")
+    await new.start()
+    assert {row["n"] for row in await new.fetch("SELECT n FROM t")} == set(range(1000))
+    system = await new.fetchval("SELECT system_identifier::text FROM pg_control_system()")
+    assert system == taken.info.system_identifier

@@ -82,7 +82,7 @@ class Container:
         return code
 
     def _supervisor_started(self, times: int = 1) -> None:
-        if self.logs().count('"event": "agent_started"') < times:
+        if self.logs().count('"message": "agent_started"') < times:
             raise CommandFailed("the supervisor has not started")
 
     def wait(self, condition: Callable[[], object], deadline_s: float) -> None:

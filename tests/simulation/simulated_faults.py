@@ -469,6 +469,16 @@ def pause_part_of_postgres(cluster: SimulatedCluster, chance: random.Random) -> 
     return parts[name].resume
 
 
+RARE = (
+    Fault("a winner cannot open", winner_cannot_open, (35.0, 50.0), 0.1),
+    Fault("data directory vanishes under a living container", directory_vanishes, weight=0.1),
+    Fault("failover with loss interrupted", interrupted_failover_with_loss, (25.0, 30.0), 0.1, modes=("synchronous",)),
+    Fault("a candidate cannot write its promise", unwritable_candidate, (7.0, 10.0), 0.1),
+)
+"""They lie in wait; some seeds have nothing else, so that nothing comes in between."""
+RARE_ALONE = 0.02
+"""Share of such seeds."""
+
 FAULTS = (
     Fault("isolate an instance", isolate, (0.5, 25.0), 2.0),
     Fault("cut some traffic of an instance", isolate_from_some, (0.5, 20.0), 2.0),
@@ -509,11 +519,7 @@ FAULTS = (
     Fault("postmaster killed", kill_postmaster, weight=1.5),
     Fault("backend killed", kill_backend, weight=0.5),
     Fault("a process of Postgres paused", pause_part_of_postgres, (0.1, 15.0), 2.0),
-    # They lie in wait, for as long as it takes.
-    Fault("a winner cannot open", winner_cannot_open, (35.0, 50.0), 0.1),
-    Fault("data directory vanishes under a living container", directory_vanishes, weight=0.1),
-    Fault("failover with loss interrupted", interrupted_failover_with_loss, (25.0, 30.0), 0.1, modes=("synchronous",)),
-    Fault("a candidate cannot write its promise", unwritable_candidate, (7.0, 10.0), 0.1),
+    *RARE,
 )
 
 
@@ -532,6 +538,8 @@ def choose_mix(chance: random.Random, mode: str, only: tuple[str, ...] = ()) -> 
     if only:
         faults = tuple(fault for fault in allowed if fault.name in only)
         return Mix(faults, chance.choice([0.7, 2.0, 5.0]), chance.choice([15.0, 30.0, 30.0]))
+    if chance.random() < RARE_ALONE:
+        return Mix((chance.choice([fault for fault in RARE if mode in fault.modes]),), 10.0, 60.0)
     share = chance.choice([0.1, 0.3, 0.6, 1.0])
     faults = tuple(fault for fault in allowed if chance.random() < share) or (chance.choice(allowed),)
     return Mix(faults, chance.choice([0.7, 2.0, 5.0, 10.0]), chance.choice([15.0, 30.0, 30.0, 60.0]))

@@ -203,6 +203,7 @@ class Harness:
                     [*command, *self.options, "--", *agent],
                     env=self.environment,
                     stdin=subprocess.DEVNULL,
+                    stdout=log if stderr is None else stderr,
                     stderr=log if stderr is None else stderr,
                     pass_fds=pass_fds,
                 )
@@ -216,8 +217,9 @@ class Harness:
 
     def log(self, event: str) -> list[dict[str, Any]]:
         """The supervisor's log lines of one event."""
-        lines = [line for line in self._log_path.read_text().splitlines() if line.startswith('{"ts"')]
-        return [record for record in map(json.loads, lines) if record["event"] == event]
+        lines = [line for line in self._log_path.read_text().splitlines() if line.startswith('{"time"')]
+        records = [json.loads(line) for line in lines]
+        return [{**record, **record["fields"]} for record in records if record["message"] == event]
 
     def living(self) -> list[int]:
         """Everything that this run started and that still lives."""

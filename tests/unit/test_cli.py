@@ -213,8 +213,8 @@ def test_run_as_the_real_entry_ends_as_the_supervisor_does(short: Path) -> None:
     (short / "l").mkdir()
     (short / "l" / "demo-1.lock").mkdir()
     result = entry("run", "--config", str(path))
-    line = json.loads(result.stderr.splitlines()[-1])
-    assert (line["logger"], line["event"], line["code"]) == ("supervisor", "exit", result.returncode)
+    line = json.loads(result.stdout.splitlines()[-1])
+    assert (line["process"], line["message"], line["fields"]["code"]) == ("supervisor", "exit", result.returncode)
     assert result.returncode != 0
 
 

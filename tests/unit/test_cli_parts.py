@@ -99,14 +99,30 @@ def test_a_log_line_is_one_json_object_of_the_schema() -> None:
             logging.getLogger("a").exception("failed")
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert len(lines) == 2
-    assert list(lines[0]) == ["ts", "level", "logger", "message", "instance", "epoch", "name", "path"]
-    assert (lines[0]["level"], lines[0]["logger"], lines[0]["message"]) == (
-        "info",
-        "instance_manager.agent",
-        "took over",
-    )
-    assert len(lines[0]["ts"]) == len("2025-01-31T09:08:07.123Z")
-    assert "ZeroDivisionError" in lines[1]["exception"]
+    assert list(lines[0]) == ["time", "level", "instance", "process", "message", "fields"]
+    assert (lines[0]["level"], lines[0]["process"], lines[0]["message"]) == ("info", "agent", "took over")
+    assert lines[0]["fields"] == {
+        "logger": "instance_manager.agent",
+        "epoch": 4,
+        "name": "x",
+        "path": "PosixPath('/p')",
+    }
+    assert len(lines[0]["time"]) == len("2025-01-31T09:08:07.123Z")
+    assert "ZeroDivisionError" in lines[1]["fields"]["exception"]
+
+
+def test_the_level_changes_while_the_log_is_written() -> None:
+    stream = Stream()
+    with logs.logging_to("demo-1", "info", stream):
+        log = logging.getLogger("a")
+        log.debug("unseen")
+        assert logs.set_level("debug") == "info"
+        log.debug("seen")
+        with pytest.raises(ValueError, match="no level 'loud'"):
+            logs.set_level("loud")
+        assert logs.set_level("error") == "debug"
+        log.warning("unseen")
+    assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == ["seen"]
 
 
 def test_on_a_terminal_the_log_is_for_people() -> None:
@@ -137,7 +153,7 @@ def test_a_reader_that_stalls_costs_lines_and_no_time(monkeypatch: pytest.Monkey
         logging.getLogger("a").info("after")
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert lines[-1]["message"] == "after"
-    dropped = [line.get("dropped_lines", 0) for line in lines]
+    dropped = [line["fields"].get("dropped_lines", 0) for line in lines]
     assert sum(dropped) > 0
     assert len(lines) + sum(dropped) == 101
 
