@@ -11,11 +11,11 @@ S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PR
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors drill drill-ci image test-image kubernetes clean system monitoring-tools
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-barman drill drill-ci image test-image kubernetes clean system monitoring-tools
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors drill drill-ci image test-image kubernetes clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-barman drill drill-ci image test-image kubernetes clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -73,6 +73,10 @@ test: lint unit exhaustive
 
 test-majors: system $(VENV)/.made-for-tests
 	tests/majors.sh $(MAJORS)
+
+# Base backups in every compression, theirs restored by us and ours by them.
+test-barman: system $(VENV)/.made-for-tests
+	BARMAN_EVERY=1 $(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/archive/test_backup_with_barman.py tests/archive/test_with_barman.py
 
 drill: $(VENV)/.made
 	@tests/install-system.sh "$(PYTHON)" drill
