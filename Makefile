@@ -11,11 +11,11 @@ S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PR
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-barman drill drill-ci image test-image kubernetes clean system monitoring-tools
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-barman benchmark-archive drill drill-ci image test-image kubernetes audit clean system monitoring-tools scrape-cost
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-barman drill drill-ci image test-image kubernetes clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-barman benchmark-archive drill drill-ci image test-image kubernetes audit clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -26,7 +26,7 @@ monitoring-tools:
 
 $(VENV)/.made: pyproject.toml constraints.txt | system
 	@[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
-	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[certificates]'
 	@touch $@
 
 $(VENV)/.made-for-tests: $(VENV)/.made
@@ -45,9 +45,13 @@ lint: $(VENV)/.made-for-tests
 	$(VENV)/bin/lint-imports
 
 unit: system monitoring-tools $(VENV)/.made-for-tests
-	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation
+	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation tests/benchmarks
 	# One after another: these measure time and memory, and run whole clusters.
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
+
+# What a scrape of 50 databases and 1,000 tables costs.
+scrape-cost: system $(VENV)/.made-for-tests
+	$(RUN) pytest -s $(PYTEST_OPTIONS) tests/metrics/scrape_cost.py
 
 # The exhaustive check of the protocol, every interleaving; and that each broken rule is caught.
 exhaustive: $(VENV)/.made-for-tests
@@ -78,6 +82,12 @@ test-majors: system $(VENV)/.made-for-tests
 test-barman: system $(VENV)/.made-for-tests
 	BARMAN_EVERY=1 $(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/archive/test_backup_with_barman.py tests/archive/test_with_barman.py
 
+# Archiving and replay beside pgBackRest and barman-cloud (docs/benchmarks.md); the first time WAL is made, 2 GB in /tmp.
+benchmark-archive: system $(VENV)/.made-for-tests
+	@tests/install-system.sh "$(PYTHON)" benchmark
+	$(VENV)/bin/python tests/benchmarks/archive_benchmark.py $(BENCHMARK_OPTIONS)
+	$(VENV)/bin/python tests/benchmarks/backlog_benchmark.py
+
 drill: $(VENV)/.made
 	@tests/install-system.sh "$(PYTHON)" drill
 	$(SUDO) $(RUN) instance_manager drill $(DRILL_OPTIONS)
@@ -100,6 +110,13 @@ kubernetes: system $(VENV)/.made-for-tests
 	$(VENV)/bin/python tests/kubernetes/kube_binaries.py
 	$(SUDO) env XDG_CACHE_HOME="$${XDG_CACHE_HOME:-$$HOME/.cache}" CI="$$CI" KUBERNETES_TESTS="$$KUBERNETES_TESTS" \
 		$(RUN) pytest $(PYTEST_OPTIONS) tests/kubernetes
+
+# Known holes in the pinned packages, which needs an advisory source and fails without one; and build/sbom.cdx.json (CycloneDX).
+# In an environment of its own: the tools' dependencies are none of ours.
+audit: system
+	@[ -x .cache/audit/bin/python ] || $(PYTHON) -m venv .cache/audit
+	@.cache/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	.cache/audit/bin/python tests/audit.py
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

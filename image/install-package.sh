@@ -17,6 +17,9 @@ dependencies)
     python3 -m venv --without-pip "$tools"
     install_hashed "$venv" /build/image/requirements.txt
     install_hashed "$tools" /build/image/build-requirements.txt
+    # Of AWS's services only the store and what logs in to it: the rest is 27 MB of descriptions.
+    find "$venv"/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
+        ! -name s3 ! -name sts ! -name sso ! -name sso-oidc ! -name signin -exec rm -rf {} +
     ;;
 package)
     cd /build

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    from instance_manager.http.control_client import Network
     from instance_manager.http.ports import ControlResult
     from instance_manager.status import ClusterStatus
 
@@ -25,6 +26,7 @@ DEFAULT_TIMEOUT_S = 120.0
 WATCH_INTERVAL_S = 1.0
 _DELEGATED = {
     "demo": ("instance_manager.demo.command", "start a real three-instance cluster on this machine"),
+    "certificates": ("instance_manager.certificates_command", "make an authority and certificates where there is none"),
     "drill": ("instance_manager.drill.command", "inject faults into a cluster and measure what its clients see"),
     "backup": ("instance_manager.archive.backup.command", "take a base backup; verify, delete, keep and expire them"),
     "backups": ("instance_manager.archive.backup.list_command", "which backups there are, and what can be recovered"),
@@ -131,11 +133,22 @@ def _talking(
         name,
         help=text,
         description=f"{text[0].upper()}{text[1:]}.",
-        epilog=f"The instance asked is that of --socket, else of --config, else of ${SOCKET_VARIABLE}, else the running demo's.",
+        epilog=f"The instance asked is that of --socket, --config or --host, else of ${SOCKET_VARIABLE}, else the running demo's.",
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket", type=Path, metavar="PATH", help="control socket of an instance")
     where.add_argument("--config", type=Path, metavar="FILE", help="configuration file of an instance")
+    where.add_argument(
+        "--host", metavar="HOST:PORT", help="control.listen of an instance, with one or both of the next two"
+    )
+    parser.add_argument(
+        "--certificate", type=Path, metavar="DIR", help="directory with tls.crt, tls.key and ca.crt to show"
+    )
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="token to show, as control.token_file")
+    parser.add_argument(
+        "--ca", type=Path, metavar="FILE", help="by whom the instance is known; default: ca.crt of --certificate"
+    )
+    parser.add_argument("--server-name", metavar="NAME", help="that its certificate must have; default: the host")
     parser.add_argument(
         "--timeout", type=_seconds, default=DEFAULT_TIMEOUT_S, metavar="SECONDS", help="give up after this silence"
     )
@@ -341,7 +354,42 @@ def _send(namespace: argparse.Namespace, verb: str, arguments: dict[str, object]
     )
 
 
-def _sockets(namespace: argparse.Namespace) -> list[Path]:
+def _network(namespace: argparse.Namespace) -> Network:
+    from instance_manager.http.control_client import Network, parse_host
+
+    try:
+        host, port = parse_host(namespace.host)
+    except ValueError as error:
+        raise CommandFailed(f"--host: {error}", 2) from error
+    authority = namespace.ca or (namespace.certificate / "ca.crt" if namespace.certificate is not None else None)
+    if authority is None:
+        raise CommandFailed("--host needs --ca FILE, by which the instance is known, or --certificate DIR", 2)
+    if namespace.certificate is None and namespace.token_file is None:
+        raise CommandFailed("--host needs --certificate DIR or --token-file FILE: who asks?", 2)
+    token = None
+    if namespace.token_file is not None:
+        try:
+            token = namespace.token_file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CommandFailed(f"--token-file: {namespace.token_file} cannot be read: {error}", 2) from error
+    network = Network(
+        host=host,
+        port=port,
+        authority=authority,
+        certificate=namespace.certificate,
+        token=token,
+        server_name=namespace.server_name,
+    )
+    try:
+        network.context()
+    except OSError as error:
+        raise CommandFailed(f"--certificate, --ca: cannot be used: {error}", 2) from error
+    return network
+
+
+def _sockets(namespace: argparse.Namespace) -> Sequence[Path | Network]:
+    if namespace.host is not None:
+        return [_network(namespace)]
     if namespace.socket is not None:
         return [namespace.socket]
     if namespace.config is not None:

@@ -16,6 +16,7 @@ import msgspec
 import yaml
 
 from instance_manager import kubernetes_names
+from instance_manager.config_managed import ManagedSection, check_managed
 from instance_manager.config_sections import (
     ARCHIVE_NAME_PATTERN,
     TIME_OF_DAY_PATTERN,
@@ -31,6 +32,7 @@ from instance_manager.config_sections import (
     SecretsSection,
     Section,
 )
+from instance_manager.config_security import ControlSection, TlsSection, check_security
 from instance_manager.core.timing import Timings
 from instance_manager.core.types import MEMBER_NAME_PATTERN, MemberName
 
@@ -52,6 +54,9 @@ class Configuration(Section, frozen=True, kw_only=True):
     postgres: PostgresSection = PostgresSection()
     archive: ArchiveSection | None = None
     bootstrap: BootstrapSection = BootstrapSection()
+    tls: TlsSection | None = None
+    control: ControlSection | None = None
+    managed: ManagedSection = ManagedSection()
     timings: Timings = Timings()
     metrics: MetricsSection = MetricsSection()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -124,6 +129,11 @@ class Configuration(Section, frozen=True, kw_only=True):
     @property
     def socket_directory(self) -> Path:
         return self.instance.directory / "socket"
+
+    @property
+    def certificates_directory(self) -> Path:
+        """Copies of the proven certificates, for Postgres's user; beside the data, so that no backup takes them."""
+        return self.state_directory / "tls"
 
     @property
     def control_socket(self) -> Path:
@@ -239,6 +249,7 @@ def _kubernetes_member(name: str, cluster_name: str, namespace: str) -> MemberSe
         host=kubernetes_names.host_of(name, cluster_name, namespace),
         postgres_port=kubernetes_names.POSTGRES_PORT,
         http_port=kubernetes_names.HTTP_PORT,
+        peer_port=kubernetes_names.PEER_PORT,
     )
 
 
@@ -290,6 +301,10 @@ def check(configuration: Configuration) -> tuple[str, ...]:
         found += _check_archive(configuration.archive)
     if configuration.bootstrap.recovery is not None:
         found += _check_recovery(configuration, configuration.bootstrap.recovery)
+    found += check_security(configuration.tls, configuration.control, configuration.members)
+    if configuration.secrets.superuser_password is not None and not _postgres_has_tls(configuration):
+        found.append("secrets.superuser_password: the superuser logs in over TLS only; set tls.postgres")
+    found += check_managed(configuration.managed, configuration.postgres)
     # A Unix socket's path is limited to 107 bytes by the kernel.
     longest = configuration.socket_directory / f".s.PGSQL.{65535}.lock"
     if len(os.fsencode(longest)) > 107:
@@ -304,6 +319,10 @@ def check(configuration: Configuration) -> tuple[str, ...]:
                 f"instance.run_as: there is no user {configuration.instance.run_as!r}, and Postgres refuses to run as root"
             )
     return tuple(found)
+
+
+def _postgres_has_tls(configuration: Configuration) -> bool:
+    return configuration.tls is not None and configuration.tls.for_postgres is not None
 
 
 def _check_archive(archive: ArchiveSection) -> list[str]:

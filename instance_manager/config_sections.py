@@ -41,6 +41,8 @@ class MemberSection(Section, frozen=True):
     host: str
     postgres_port: Port
     http_port: Port
+    peer_port: Port | None = None
+    """With `tls.peers`: where the members talk to each other. On Kubernetes 8009."""
 
 
 class InstanceSection(Section, frozen=True, kw_only=True):
@@ -93,6 +95,15 @@ class SecretsSection(Section, frozen=True):
     replication_password: Path
     application_password: Path
     monitoring_password: Path
+    superuser_password: Path | None = None
+    """By default the superuser has no password, and logs in over the Unix socket only. With this file it may also from
+    `postgres.application_networks`, over TLS."""
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Those that are given, by their key."""
+        given = {key: getattr(self, key) for key in self.__struct_fields__}
+        return {key: path for key, path in given.items() if path is not None}
 
 
 class PostgresSection(Section, frozen=True):

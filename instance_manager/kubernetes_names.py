@@ -14,6 +14,7 @@ ROLE_LABEL = f"{PREFIX}role"
 CONTAINER = "postgres"
 POSTGRES_PORT = 5432
 HTTP_PORT = 8008
+PEER_PORT = 8009
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 NAME_PATTERN = re.compile(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?")

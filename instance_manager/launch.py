@@ -12,6 +12,15 @@ from pathlib import Path
 from instance_manager.config import Configuration
 from instance_manager.config_sections import ArchiveSection
 from instance_manager.metrics.custom import QueriesUnusable, load_queries
+from instance_manager.postgres.bootstrap import name_problem
+from instance_manager.postgres.configuration import check_parameters
+from instance_manager.postgres.host_based_access import (
+    Access,
+    AccessLineRefused,
+    AccessSettings,
+    check_line,
+    render_hba,
+)
 from instance_manager.supervisor.companion import COMPANION_SEPARATOR
 
 HEARTBEAT_TIMEOUT_S = 3.0
@@ -21,23 +30,43 @@ class LaunchError(Exception):
     """The instance cannot be started; the text says what to do."""
 
 
+def postgres_problems(configuration: Configuration) -> tuple[str, ...]:
+    """What Postgres must not be told, a sentence each: it would not start, or give away what is not the user's."""
+    section = configuration.postgres
+    found = [f"postgres.parameters: {problem}" for problem in check_parameters(section.parameters)]
+    for line in section.host_based_access:
+        try:
+            check_line(line)
+        except AccessLineRefused as error:
+            found.append(f"postgres.host_based_access: {error}")
+    try:
+        render_hba(AccessSettings(application_networks=section.application_networks), Access.OPEN)
+    except ValueError as error:
+        found.append(f"postgres.application_networks: {error}")
+    for key in ("application_owner", "application_database"):
+        if (problem := name_problem(getattr(section, key))) is not None:
+            found.append(f"postgres.{key}: {problem}")
+    return tuple(found)
+
+
 def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
     """What a valid configuration still lacks on this machine; each a sentence for the user."""
-    found = []
-    secrets = configuration.secrets
-    for key in secrets.__struct_fields__:
-        path: Path = getattr(secrets, key)
+    found = list(postgres_problems(configuration))
+    secret_files = {f"secrets.{key}": path for key, path in configuration.secrets.files.items()}
+    if configuration.control is not None and configuration.control.token_file is not None:
+        secret_files["control.token_file"] = configuration.control.token_file
+    for key, path in secret_files.items():
         try:
             with path.open("rb") as file:
                 content = file.read(4096).strip()
             mode = path.stat().st_mode
         except OSError as error:
-            found.append(f"secrets.{key}: {path} cannot be read: {error.strerror}")
+            found.append(f"{key}: {path} cannot be read: {error.strerror}")
             continue
         if not content:
-            found.append(f"secrets.{key}: {path} is empty")
+            found.append(f"{key}: {path} is empty")
         if mode & (stat.S_IRWXO | stat.S_IWGRP):
-            found.append(f"secrets.{key}: {path} is open to other users; chmod 600 it")
+            found.append(f"{key}: {path} is open to other users; chmod 600 it")
     if configuration.archive is not None:
         found += _archive_problems(configuration.archive)
     for path in configuration.metrics.queries:
@@ -56,6 +85,8 @@ def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
 
 def prepare_directories(configuration: Configuration) -> None:
     """Make what the supervisor and the agent expect to find. LaunchError: one cannot be made or is no directory."""
+    if problems := postgres_problems(configuration):
+        raise LaunchError("\n".join(problems))
     owner = pwd.getpwnam(configuration.instance.run_as) if os.geteuid() == 0 else None
     own = (os.geteuid(), os.getegid())
     postgres = (owner.pw_uid, owner.pw_gid) if owner is not None else own

@@ -41,6 +41,29 @@ class InstanceStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CertificateStatus:
+    """A certificate that the telling instance uses."""
+
+    use: str
+    """postgres, peers, control, replication."""
+    names: tuple[str, ...]
+    days_left: float | None
+    problem: str | None = None
+    """Why what is in its directory is not used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManagedStatus:
+    """One thing that the configuration declares inside Postgres, as the primary last saw it."""
+
+    what: str
+    """`role reporting`, `database orders`, `extension pg_trgm in orders`."""
+    state: str
+    """as declared, changed, failed, left alone."""
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterStatus:
     cluster: str
     told_by: str
@@ -69,6 +92,10 @@ class ClusterStatus:
     decisions: tuple[DecisionLine, ...]
     """Of this instance, newest first."""
     switchover: str | None = None
+    certificates: tuple[CertificateStatus, ...] = ()
+    """Of the instance that tells."""
+    managed: tuple[ManagedStatus, ...] = ()
+    """On the primary: what `managed` declares."""
     archive: ArchiveState | None = None
     """Of the primary's archiver; None: no archive is configured, or the primary does not answer."""
 

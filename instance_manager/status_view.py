@@ -82,6 +82,13 @@ def _head(status: ClusterStatus, width: int, colour: bool) -> Iterable[str]:
     yield _cut(f"voters: {', '.join(status.voters) or 'none'}; q = {_or_dash(status.quorum)}", width)
     if status.archive is not None:
         yield _cut(_archive(status.archive), width)
+    if status.certificates:
+        lives = (f"{_plain(each.use)} {_life(each.days_left)}" for each in status.certificates)
+        yield _cut(f"certificates: {', '.join(lives)}", width)
+    if status.managed:
+        states = [each.state for each in status.managed]
+        counts = ", ".join(f"{states.count(state)} {_plain(state)}" for state in dict.fromkeys(states))
+        yield _cut(f"kept inside Postgres: {counts}", width)
     special = []
     if status.paused:
         special.append("PAUSED: no failover")
@@ -104,6 +111,10 @@ def _archive(archive: ArchiveState) -> str:
     if archive.waiting:
         parts.append(f"{archive.waiting} wait, the oldest for {format_seconds(archive.oldest_age_s)}")
     return ", ".join(parts)
+
+
+def _life(days_left: float | None) -> str:
+    return "?" if days_left is None else f"{days_left:.0f} d"
 
 
 def _risks(status: ClusterStatus, width: int, colour: bool) -> Iterable[str]:

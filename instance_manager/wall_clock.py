@@ -1,4 +1,4 @@
-"""The time of day, for people only: in the record's `renewed_at` and in what is shown. Nothing is ever decided by it."""
+"""The time of day: in the record's `renewed_at`, in what is shown, and of certificates. Nothing else is ever decided by it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def local_time() -> str:
     return datetime.now().astimezone().strftime("%H:%M:%S")  # noqa: TID251
 
 
-def utc_now() -> datetime:
-    """Now in UTC: for the schedule of backups, and the ids of requests. A wrong clock costs a backup too many."""
+def now_utc() -> datetime:
+    """Now, for what a certificate says of its own life, which is written and judged by the wall clock everywhere; for the schedule of
+    backups, and the ids of requests, where a wrong clock costs a backup too many."""
     return datetime.now(UTC)  # noqa: TID251

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What the project needs from the system: Postgres with its programs, and Python's venv; with `drill` as a second word also
-# the tools of its faults, without which it leaves cases out; with `monitoring` also promtool, Prometheus and postgres_exporter,
-# unpacked below .cache, because their packages would start servers. Installs only what is missing.
+# the tools of its faults, without which it leaves cases out; with `benchmark` what it is compared with; with `monitoring` also
+# promtool, Prometheus and postgres_exporter, unpacked below .cache, because their packages would start servers. Installs only
+# what is missing.
 set -euo pipefail
 
 python=${1:-python3}
@@ -24,6 +25,9 @@ if [ "${2:-}" = drill ]; then
     command -v ip >/dev/null || optional+=(iproute2)
     command -v mkfs.ext4 >/dev/null || optional+=(e2fsprogs)
     ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || optional+=(faketime)
+fi
+if [ "${2:-}" = benchmark ]; then
+    command -v pgbackrest >/dev/null || packages+=(pgbackrest)
 fi
 monitoring=$PWD/.cache/monitoring
 unpacked=()

@@ -8,6 +8,7 @@ import contextlib
 import gc
 import logging
 import random
+import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,6 +23,7 @@ from instance_manager.agent.archiver_client import ArchiverClient
 from instance_manager.agent.archiver_port import Archiver, NoArchiver
 from instance_manager.agent.archiver_status import ask_archiver
 from instance_manager.agent.assembly import HEALTH_INTERVAL_S, Ports, assemble
+from instance_manager.agent.beside import certificates_of, running_beside
 from instance_manager.agent.configuration_file import Signature, keep_reading, signature
 from instance_manager.agent.health import DiskProbe
 from instance_manager.agent.installed_postgres import InstalledPostgres, local_server
@@ -29,16 +31,19 @@ from instance_manager.agent.instance_metrics import InstanceMetrics, statistics_
 from instance_manager.agent.supervisor_link import SeqpacketSocket, SupervisorError
 from instance_manager.agent.surroundings import surroundings_of
 from instance_manager.agent.volume import VolumeDirectory, VolumeUnusable, boot_id
+from instance_manager.certificate_sets import Certificates
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
 from instance_manager.config_sections import MemberSection
-from instance_manager.http.peers import PeerClient
+from instance_manager.http.peers import PeerClient, PeerTls
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
+from instance_manager.launch import postgres_problems
 from instance_manager.logs import logging_to, set_level
 from instance_manager.metrics.custom import QueriesUnusable
 from instance_manager.metrics.postgres import Options, PostgresMetrics
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
+from instance_manager.tls import CertificateUnusable
 
 log = logging.getLogger("instance_manager.agent")
 
@@ -61,11 +66,23 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
     disk = DiskProbe((configuration.state_directory,), clock, HEALTH_INTERVAL_S)
     around = surroundings_of(configuration)
     members = _Members(configuration)
+    certificates = await asyncio.to_thread(certificates_of, configuration, server)
     async with contextlib.AsyncExitStack() as ending:
         ending.push_async_callback(around.coordination.close)
         caller = await ending.enter_async_context(
-            PeerClient(members.find, configuration.secrets.peer_token, address=around.address)
+            PeerClient(
+                members.find,
+                configuration.secrets.peer_token,
+                address=around.address,
+                tls=_peer_tls(configuration, certificates),
+            )
         )
+        made: list[InstalledPostgres] = []
+
+        def make_postgres(reload: Callable[[], Awaitable[None]]) -> InstalledPostgres:
+            made.append(InstalledPostgres(configuration, server, version, reload, configuration_file))
+            return made[-1]
+
         agent = assemble(
             configuration,
             Ports(
@@ -78,9 +95,7 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
                 coordination=around.coordination,
                 publication=around.publication,
                 caller=caller,
-                make_postgres=lambda reload: InstalledPostgres(
-                    configuration, server, version, reload, configuration_file
-                ),
+                make_postgres=make_postgres,
                 make_archiver=lambda wake: _archiver(configuration, clock, wake),
             ),
         )
@@ -90,10 +105,27 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
         asked = partial(ask_archiver, configuration.archive_socket) if configuration.archive is not None else None
         agent.exposition = InstanceMetrics(agent.context, statistics, disk, archiver=asked).exposition
         disk.start()
-        async with serve(agent, configuration), _watched(agent, configuration_file, seen):
+        async with (
+            serve(agent, configuration, certificates) as listeners,
+            _watched(agent, configuration_file, seen),
+            running_beside(agent, made[-1], server, listeners, certificates),
+        ):
             # What was imported and built stays: later collections need not look at it again.
             gc.freeze()
             await agent.run()
+
+
+def _peer_tls(configuration: Configuration, certificates: Certificates | None) -> PeerTls | None:
+    tls = configuration.tls
+    if tls is None or certificates is None or certificates.peers_client is None:
+        return None
+    used = certificates
+
+    def context() -> ssl.SSLContext:
+        assert used.peers_client is not None  # noqa: S101 - once made, it is only replaced
+        return used.peers_client
+
+    return PeerTls(context, required=tls.required)
 
 
 def _archiver(configuration: Configuration, clock: BootTime, wake: Callable[[], None]) -> Archiver:
@@ -144,11 +176,13 @@ def _reloader(
 ) -> Callable[[], Awaitable[str]]:
     async def reload() -> str:
         configuration = await asyncio.to_thread(load_configuration, configuration_file)
+        if problems := postgres_problems(configuration):
+            raise ConfigurationError("\n".join(f"{configuration_file}: {problem}" for problem in problems))
         before = agent.context.configuration
         if _fixed(configuration) != _fixed(before):
             raise ConfigurationError(
-                f"{configuration_file}: instance, coordination, archive, the cluster's name and uid (and members, where they "
-                "are listed) change at a restart of the instance only"
+                f"{configuration_file}: instance, coordination, tls, control, archive, the cluster's name and uid (and members, "
+                "where they are listed) change at a restart of the instance only"
             )
         try:
             options = await asyncio.to_thread(statistics_options, configuration)
@@ -174,6 +208,8 @@ def _fixed(configuration: Configuration) -> tuple[object, ...]:
     return (
         configuration.instance,
         configuration.coordination,
+        configuration.tls,
+        configuration.control,
         configuration.archive,
         cluster.name,
         cluster.uid,
@@ -198,7 +234,14 @@ def main() -> int:
         except KeyError:
             log.exception("the agent is started by its supervisor: use `instance-manager run`")
             return 2
-        except (ListenError, TokenUnusable, VolumeUnusable, LocalPostgresError, SupervisorError) as error:
+        except (
+            ListenError,
+            TokenUnusable,
+            CertificateUnusable,
+            VolumeUnusable,
+            LocalPostgresError,
+            SupervisorError,
+        ) as error:
             log.error("the agent cannot run: %s", error)  # noqa: TRY400 - the text says it all
             return 1
         except BaseExceptionGroup as group:

@@ -40,8 +40,9 @@ from instance_manager.status import ClusterStatus, Probes
 log = logging.getLogger("instance_manager.agent")
 
 TICK_S = 0.2
-REST_S = 1.0
-"""Between two looks where all is well, nothing is pending and nothing happens (`core.rest`)."""
+REST_S = 1.5
+"""Where all is well, nothing is pending and nothing happens (`core.rest`), each look at Postgres wakes the loop, once a second;
+a look that does not come back for longer than this is not waited for."""
 PAUSE_S = 1.5
 """The loop was not scheduled for this time: ages of other things are not theirs."""
 LAST_WORDS_S = 0.5
@@ -221,6 +222,7 @@ class Agent:
         rests = (
             not operating
             and c.health.is_fresh
+            and (not c.holds_lease or self.primary.watch.all_are_heard)
             and is_at_rest(observation, decision, suspects=c.suspects, settled=self.primary.is_settled)
         )
         if c.database.at_rest and not rests:
@@ -321,6 +323,8 @@ class Agent:
         release = record.release if record is not None else None
         if release != self._release_seen:
             self._release_seen, self._released_since_s = release, now_s
+            # Whether this log ends where the release says is known by a look that is younger.
+            c.database.look_soon()
         observation = Observation(
             now_s=now_s,
             agent_age_s=now_s - c.started_s,

@@ -30,14 +30,18 @@ class Allowing:
         """Asked when it is this change's turn: what was decided before a promise does not count after it."""
         self._turn = asyncio.Lock()
         self._allowed: Allowed | Literal["unknown"] | None = "unknown"
+        self._is_clear = False
+        """Nothing that was asked for while it was allowed can arrive any more."""
 
-    async def allow(self, what: Allowed | None) -> bool:
+    async def allow(self, what: Allowed | None, *, server_runs: bool = True) -> bool:
         """False: it did not reach the disk in time."""
         async with self._turn:
+            self._is_clear = self._is_clear or not server_runs
             if what == "fetch" and not self._may_fetch():
                 what = None
             if what == self._allowed:
                 return True
+            self._is_clear = self._is_clear and what != "fetch"
             try:
                 await self._postgres.allow_archive(what, deadline_s=ALLOW_DEADLINE_S)
             except (TimeoutError, TooManyCalls, OSError) as error:
@@ -49,8 +53,9 @@ class Allowing:
 
     async def withhold(self, postmaster_pid: int, *, deadline_s: float) -> None:
         """P9: nothing comes from the archive any more, whatever was asked for. LocalPostgresError: not proven in time."""
-        if self._allowed is None:
+        if self._allowed is None and self._is_clear:
             return
         if not await self.allow(None):
             raise NotWithheld("what restore_command may do cannot be written: it may yet bring WAL (P9)")
         await self._postgres.nothing_is_restored(postmaster_pid, deadline_s=deadline_s)
+        self._is_clear = self._allowed is None

@@ -71,6 +71,7 @@ class Archiving:
             if c.database.is_startable:
                 self._news.set()
             return
+        self._remember_primary()
         orders = self._orders(self._segment_bytes)
         if orders is not None:
             c.archiver.give(orders)
@@ -79,6 +80,17 @@ class Archiving:
         self._follow_trouble()
         if self._is_to_be_woken():
             self._news.set()
+
+    def _remember_primary(self) -> None:
+        """How far the primary's archive is, for the time when this instance is to go on from there."""
+        c = self._c
+        record = c.keeper.record
+        if record is None or record.holder is None or c.holds_lease:
+            return
+        peer = c.peers.views().get(record.holder.name)
+        archive = peer.state.archive if peer is not None and peer.state is not None else None
+        if archive is not None and archive.position is not None:
+            c.archived_to = (record.holder.member_id, archive.position)
 
     def state(self) -> ArchiveState | None:
         """For people and peers; None where nothing is configured."""

@@ -22,10 +22,10 @@ from instance_manager.config import Configuration
 from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import TRANSITIONS, Role
-from instance_manager.core.types import Epoch, MemberId
+from instance_manager.core.types import Epoch, Lsn, MemberId
 from instance_manager.metrics.measures import Measures
 from instance_manager.ports import Clock, Coordination, Publication
-from instance_manager.status import DecisionLine
+from instance_manager.status import CertificateStatus, DecisionLine, ManagedStatus
 
 log = logging.getLogger("instance_manager.agent")
 
@@ -132,6 +132,8 @@ class Context:
     """Clients are let in."""
     giving_up: bool = False
     """In order, and still serving: new clients are led elsewhere."""
+    archived_to: tuple[MemberId, Lsn] | None = None
+    """The last primary that told how far its archive is, and what it told."""
     archives_to_the_end: bool = False
     """It stops with nobody to take over: what is left goes to the archive while Postgres ends."""
     opened_s: float | None = None
@@ -146,6 +148,10 @@ class Context:
     yielding_since_s: float | None = None
     taken: Takeover | None = None
     """The last that this agent wrote, until it has promoted by it (R13)."""
+    remarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What a part of this instance wants somebody to look at, a sentence each, by the name of the part."""
+    certificates: Callable[[], tuple[CertificateStatus, ...]] = tuple
+    managed: Callable[[], tuple[ManagedStatus, ...]] = tuple
     operation: str | None = None
     """What takes long, with its progress, for people."""
     paused_until_s: float = 0.0

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from instance_manager.agent.allowing import Allowing
+from instance_manager.agent.allowing import ALLOW_DEADLINE_S, Allowing
 from instance_manager.agent.beat import Beat
 from instance_manager.agent.postgres_port import LocalPostgres, Upstream
 from instance_manager.agent.server_files import parse_set
@@ -21,7 +21,7 @@ from instance_manager.agent.supervisor_link import SupervisorLink, SupervisorSil
 from instance_manager.config import Configuration
 from instance_manager.core.decide import PostgresView
 from instance_manager.core.quorum import NOBODY, SynchronousSet
-from instance_manager.core.types import Epoch, MemberId, Timeline, TimelineChain, WalEnd
+from instance_manager.core.types import Epoch, Lsn, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.ports import Clock
 from instance_manager.postgres import promotion, voting
 from instance_manager.postgres.archive_commands import Allowed
@@ -36,6 +36,7 @@ from instance_manager.postgres.server import LocalPostgresError
 from instance_manager.postgres.sql import SqlUnavailable
 from instance_manager.postgres.synchronous import SynchronousReplication
 from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing
+from instance_manager.threads import TooManyCalls
 
 log = logging.getLogger("instance_manager.agent.database")
 
@@ -229,6 +230,9 @@ class Database:
         """Look again and again; at once when asked to."""
         while True:
             await self._look()
+            if self.at_rest:
+                # So that nobody judges by a look of the second before.
+                self._on_change()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._beat.left_s((2 if self.at_rest else 1) * self._observe_interval_s)):
                     await self._wake.wait()
@@ -313,7 +317,7 @@ class Database:
         """
         if chain is not None:
             await self._postgres.forget_dead_ends(chain)
-        await self._allowing.allow(None)
+        await self._allowing.allow(None, server_runs=False)
         await self._postgres.set_standby_signal(True)
         await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
         self._starts_with = (upstream.holder, upstream.epoch) if upstream is not None else None
@@ -431,14 +435,20 @@ class Database:
         # Not remembered: until it is told to stop, a walreceiver may come and go between two looks.
         return await self._postgres.position(chain, deadline_s=1.0)
 
-    async def promote(self, *, chain: TimelineChain, epoch: Epoch, deadline_s: float) -> None:
-        """Become exactly the claimed timeline (P4); stopped again if it became anything else."""
+    async def promote(
+        self, *, chain: TimelineChain, epoch: Epoch, deadline_s: float, archived_to: Lsn | None = None
+    ) -> None:
+        """Become exactly the claimed timeline (P4); stopped again if it became anything else.
+
+        `archived_to`: what the primary before told of its archive; None: nothing is known.
+        """
         await self._postgres.write_access(Access.CLOSED)
         await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
         self._promoting = True
         try:
             # Before: the new timeline's history waits to be archived from the first moment.
             await self._allowing.allow("push")
+            await self._ask_to_archive_again(archived_to)
             self._timeline = await self._postgres.promote(
                 chain, lambda: self._link.promote(epoch), deadline_s=deadline_s
             )
@@ -449,6 +459,15 @@ class Database:
         finally:
             self._promoting = False
         await self._look()
+
+    async def _ask_to_archive_again(self, archived_to: Lsn | None) -> None:
+        try:
+            await self._postgres.ask_to_archive_again(archived_to, deadline_s=ALLOW_DEADLINE_S)
+        except (TimeoutError, TooManyCalls, OSError) as error:
+            # No promotion waits for the archive: its backfill looks for the same, as long as it is there.
+            log.warning(
+                "what the last primary had not archived is not asked for again: %s", error or type(error).__name__
+            )
 
     # Serving.
 

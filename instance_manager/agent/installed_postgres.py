@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
@@ -14,7 +15,7 @@ from instance_manager.agent.recovering import recover
 from instance_manager.agent.server_files import ServerFiles
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import SynchronousSet
-from instance_manager.core.types import MemberId, Timeline, TimelineChain, WalEnd
+from instance_manager.core.types import Lsn, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.postgres import (
     archive_commands,
     bootstrap,
@@ -40,6 +41,8 @@ from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
 from instance_manager.postgres.wal_dump import end_of_stopped_directory
 from instance_manager.threads import Threads
+
+log = logging.getLogger("instance_manager.agent.installed_postgres")
 
 STATEMENTS_KEPT = 8
 """Of those that are run again and again: the look, and what slots there are."""
@@ -99,6 +102,10 @@ class InstalledPostgres:
     async def create_roles(self) -> tuple[str, ...]:
         return await bootstrap.create_roles(self._sql, self._files.role_options())
 
+    def write_passfile(self) -> None:
+        """Of replication, with the secret as it is now. Blocks on the disk."""
+        self._files.write_passfile()
+
     async def checkpoint(self, *, deadline_s: float) -> None:
         await promotion.checkpoint(self._server, deadline_s=deadline_s)
 
@@ -126,6 +133,13 @@ class InstalledPostgres:
     async def allow_archive(self, what: Allowed | None, *, deadline_s: float) -> None:
         if self._archives:
             await self._threads.call(lambda: archive_commands.allow(self._server, what), deadline_s=deadline_s)
+
+    async def ask_to_archive_again(self, since: Lsn | None, *, deadline_s: float) -> None:
+        if self._archives:
+            found = await self._threads.call(
+                lambda: archive_commands.ask_again(self._server, since), deadline_s=deadline_s
+            )
+            log.info("%d segments of the log before are asked for again by the archive", found)
 
     async def nothing_is_restored(self, postmaster_pid: int, *, deadline_s: float) -> None:
         if self._archives:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import SynchronousSet
-from instance_manager.core.types import Epoch, MemberId, Timeline, TimelineChain, WalEnd
+from instance_manager.core.types import Epoch, Lsn, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.postgres.archive_commands import Allowed
 from instance_manager.postgres.control_data import ControlData, HotStandbySettings
 from instance_manager.postgres.directory import DirectoryReport
@@ -101,6 +101,10 @@ class LocalPostgres(Protocol):
 
     async def allow_archive(self, what: Allowed | None, *, deadline_s: float) -> None:
         """What archive_command and restore_command may do from now on. TimeoutError: the disk did not answer."""
+        ...
+
+    async def ask_to_archive_again(self, since: Lsn | None, *, deadline_s: float) -> None:
+        """See `postgres.archive_commands.ask_again`. TimeoutError, OSError."""
         ...
 
     async def nothing_is_restored(self, postmaster_pid: int, *, deadline_s: float) -> None:

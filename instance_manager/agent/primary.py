@@ -33,9 +33,9 @@ from instance_manager.core.quorum import (
     synchronous_for,
     wanted_set,
 )
-from instance_manager.core.record import ClusterRecord, StoredRecord
+from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
 from instance_manager.core.roles import Role
-from instance_manager.core.types import Epoch, MemberId, MemberName, Timeline, WalEnd, member_name_of
+from instance_manager.core.types import Epoch, Lsn, MemberId, MemberName, Timeline, WalEnd, member_name_of
 from instance_manager.postgres.synchronous import BarrierNotPassed
 
 log = logging.getLogger("instance_manager.agent.primary")
@@ -74,11 +74,25 @@ class PrimaryDuties:
         c.synchronous, c.synchronous_confirmed, c.gate_open = NOBODY, False, False
         # Before, so that the others stream at once: commits wait for them.
         await c.database.prepare_slots(self._everybody())
-        await c.database.promote(chain=record.chain, epoch=record.epoch, deadline_s=self._promotes_within_s())
+        await c.database.promote(
+            chain=record.chain,
+            epoch=record.epoch,
+            deadline_s=self._promotes_within_s(),
+            archived_to=self._archived_to(),
+        )
         c.opened_s = c.clock.now_s()
         c.measures.takeover_reached("promotion", c.opened_s)
         c.taken = None
         c.journal.note("promoted", f"timeline {switch.timeline} from {switch.parent}, epoch {record.epoch}")
+
+    def _archived_to(self) -> Lsn | None:
+        """What the primary before this one told of its archive; None: nothing, or it is not known who that was."""
+        c = self._c
+        before = c.taken.found.holder or c.taken.found.release if c.taken is not None else None
+        if before is None or c.archived_to is None:
+            return None
+        member = before.member_id if isinstance(before, Holder) else before.releaser
+        return c.archived_to[1] if c.archived_to[0] == member else None
 
     def _promotes_within_s(self) -> float:
         """A first promotion ends when the Lease would be given back; a later one, of a holder that cannot, has its own time."""

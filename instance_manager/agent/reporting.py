@@ -70,7 +70,9 @@ class Reporting:
         if silent_s > NOT_RECEIVING_ALARM_S:
             # Replicas without a walreceiver have passed for healthy for 40 hours (cloudnative-pg#10419).
             return f"told to follow, and has received nothing for {silent_s:.0f} s"
-        return c.health.unhealthy() or damage or ("its volume is full" if c.health.is_full else None)
+        full = "its volume is full" if c.health.is_full else None
+        remarks = "; ".join(sentence for sentences in c.remarks.values() for sentence in sentences)
+        return c.health.unhealthy() or damage or full or remarks or None
 
     def urgent(self) -> tuple[object, ...]:
         """What a peer should hear of at once; positions and ages are not among it."""
@@ -154,6 +156,8 @@ class Reporting:
             switchover=(record.switchover.target or "any standby")
             if record is not None and record.switchover is not None
             else None,
+            certificates=c.certificates(),
+            managed=c.managed() if c.holds_lease else (),
         )
 
     def _at_risk(

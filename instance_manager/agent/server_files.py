@@ -20,8 +20,10 @@ from instance_manager.postgres.configuration import (
     NOBODY_CAN_SATISFY,
     POSTGRESQL_CONF,
     REPLICATION_CONF,
+    ClientTls,
     ReplicationSettings,
     StaticSettings,
+    TlsFiles,
     changes_that_need_restart,
     render_postgresql_conf,
     render_replication_conf,
@@ -33,6 +35,7 @@ from instance_manager.postgres.files import read_if_present, write_atomically
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.hot_standby import hot_standby_settings_of, settings_for_standby
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
+from instance_manager.tls import AUTHORITY, CERTIFICATE, KEY
 
 log = logging.getLogger("instance_manager.agent.server_files")
 
@@ -99,12 +102,17 @@ class ServerFiles:
             user=host_based_access.REPLICATION_ROLE,
             passfile=self._passfile,
             application_name=upstream.member_id,
+            tls=self._client_tls(),
         )
 
     def source(self, host: str, port: int) -> SourceServer:
         """A member to copy from, by a passfile that is written anew."""
         self._write_passfile()
-        return SourceServer(host=host, port=port, passfile=self._passfile)
+        return SourceServer(host=host, port=port, passfile=self._passfile, tls=self._client_tls())
+
+    def write_passfile(self) -> None:
+        """With the secret as it is now; walreceivers read it at their next connection."""
+        self._write_passfile()
 
     def role_options(self) -> bootstrap.RoleOptions:
         secrets = self._configuration.secrets
@@ -114,6 +122,10 @@ class ServerFiles:
             application_password=bootstrap.read_secret(secrets.application_password),
             application_owner=self._configuration.postgres.application_owner,
             application_database=self._configuration.postgres.application_database,
+            superuser_password=bootstrap.read_secret(secrets.superuser_password)
+            if secrets.superuser_password is not None
+            else None,
+            superuser=self._server.superuser,
         )
 
     def wanted_hot_standby(self) -> HotStandbySettings:
@@ -164,11 +176,15 @@ class ServerFiles:
         self._write_passfile()
 
     def _access_text(self, access: Access) -> str:
-        postgres = self._configuration.postgres
+        postgres, tls = self._configuration.postgres, self._configuration.tls
+        by_superuser = self._configuration.secrets.superuser_password is not None
         settings = host_based_access.AccessSettings(
             superuser=self._server.superuser,
             application_networks=postgres.application_networks,
             lines=postgres.host_based_access,
+            require_tls=tls is not None and tls.for_postgres is not None and tls.required,
+            replication_by_certificate=tls is not None and tls.replication is not None,
+            superuser_networks=postgres.application_networks if by_superuser else (),
         )
         return host_based_access.render_hba(settings, access)
 
@@ -182,6 +198,30 @@ class ServerFiles:
             instances=self._configuration.room_for_instances,
             parameters=self._configuration.postgres.parameters,
             archive_command=self._archive_command(),
+            tls=self._server_tls(),
+        )
+
+    def _server_tls(self) -> TlsFiles | None:
+        tls, copies = self._configuration.tls, self._configuration.certificates_directory / "postgres"
+        if tls is None or tls.for_postgres is None:
+            return None
+        return TlsFiles(
+            certificate=copies / CERTIFICATE,
+            key=copies / KEY,
+            authority=copies / AUTHORITY,
+            minimum_version=tls.minimum_version,
+        )
+
+    def _client_tls(self) -> ClientTls:
+        tls, copies = self._configuration.tls, self._configuration.certificates_directory
+        if tls is None or tls.for_postgres is None or not tls.required:
+            return ClientTls()
+        shown = copies / "replication" if tls.replication is not None else None
+        return ClientTls(
+            sslmode="verify-full",
+            root_certificate=copies / "postgres" / AUTHORITY,
+            certificate=shown / CERTIFICATE if shown is not None else None,
+            key=shown / KEY if shown is not None else None,
         )
 
 

@@ -14,6 +14,8 @@ from instance_manager.core.types import Lsn, MemberId
 
 MAXIMUM_STABLE_NEEDED_S = 60.0
 FLAP_WINDOW_S = 120.0
+REPLIES_WITHIN_S = 0.9
+"""Silence over a whole second between two looks: the next looks come sooner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,15 @@ class StandbyWatch:
             streaming_for_s=streaming_for_s,
             stable_needed_s=needed_s,
             eligible=eligible,
+        )
+
+    @property
+    def all_are_heard(self) -> bool:
+        """Each that streams was heard of at the last look; they reply once a second."""
+        return all(
+            watched.unheard_s < REPLIES_WITHIN_S
+            for watched in self._watched.values()
+            if watched.streaming_since_s is not None
         )
 
     def known(self) -> frozenset[MemberId]:

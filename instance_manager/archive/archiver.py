@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ log = logging.getLogger("instance_manager.archive")
 SPOOL = ".instance-manager-restore"
 BACKFILL_INTERVAL_S = 1.0
 BACKLOG_INTERVAL_S = 2.0
+GATE_INTERVAL_S = 1.0
 SWEEP_INTERVAL_S = 60.0
 
 
@@ -70,7 +72,7 @@ class Archiver:
         self.status = ArchiverStatus()
         self.orders = OrderBook(now_s)
         layout = self._layout = self.layout = Layout(settings.server_name, Codec(settings.codec, settings.level))
-        gate = ArchiveGate(store, layout, settings.codec, self.status)
+        gate = self._gate = ArchiveGate(store, layout, settings.codec, self.status)
         self._uploader = Uploader(store, layout, self.orders, settings.instance, settings.patience, self.status.push)
         self.pusher = Pusher(
             settings.wal_directory,
@@ -119,6 +121,7 @@ class Archiver:
         log.info("archiver of %s listens at %s", self._settings.instance, self._settings.socket)
         try:
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._open_gate(), name="gate")
                 tasks.create_task(self._watch_backlog(), name="backlog")
                 tasks.create_task(self._sweep(), name="sweep")
                 tasks.create_task(self._backfill(), name="backfill")
@@ -162,6 +165,15 @@ class Archiver:
 
     async def _tell_status(self, words: list[str]) -> str:
         return to_json(self.status).decode()
+
+    async def _open_gate(self) -> None:
+        """A wrong archive is told when the primary starts, not with its first segment, which would also wait for it."""
+        while True:
+            orders = self.orders.permitted()
+            if orders is not None:
+                with contextlib.suppress(NotArchived):  # it is in the status
+                    await self._gate.require_writable(orders)
+            await asyncio.sleep(GATE_INTERVAL_S)
 
     async def _watch_backlog(self) -> None:
         level = "calm"

@@ -19,6 +19,7 @@ from instance_manager.archive.upload import NotArchived
 from instance_manager.archive.wal_names import Segment, SegmentSize, wal_kind
 from instance_manager.core.types import Timeline, TimelineChain
 from instance_manager.ports import ObjectStore
+from instance_manager.postgres.histories import history_file_name
 
 log = logging.getLogger("instance_manager.archive.backfill")
 
@@ -31,8 +32,8 @@ class Backfilled:
 
     uploaded: tuple[str, ...]
     gaps: tuple[str, ...]
-    """Segments of the accepted history that are neither in the archive nor here, of the last 4 GiB and as far back as
-    pg_wal goes; the first `GAPS_TOLD_MAX`."""
+    """Histories and segments of the accepted history that are neither in the archive nor here; segments of the last 4 GiB
+    and as far back as pg_wal goes; the first `GAPS_TOLD_MAX`."""
 
 
 def segments_between(chain: TimelineChain, oldest: Segment, size: SegmentSize) -> list[Segment]:
@@ -90,7 +91,7 @@ async def backfill(
     oldest = orders.size.parse(local[0]).number if local else chain.switches[-1].switch_lsn // orders.size.size_bytes
     first = max(0, oldest - orders.size.per_log)
     there = await archived_segments(store, layout, orders.size, timelines, first, deadline_s=deadline_s)
-    uploaded = []
+    uploaded, lost = [], await _bring_histories(pusher, orders, chain)
     for name in local:
         if name not in there:
             try:
@@ -105,9 +106,25 @@ async def backfill(
         orders.size.parse(name) for name in there if verdict_on(name, orders.size, chain) is Verdict.ARCHIVE
     )
     if not in_chain:
-        return Backfilled(tuple(uploaded), ())
+        return Backfilled(tuple(uploaded), tuple(lost))
     wanted = segments_between(chain, in_chain[0], orders.size)
-    gaps = [name for segment in wanted if (name := orders.size.name(segment)) not in there]
+    gaps = lost + [name for segment in wanted if (name := orders.size.name(segment)) not in there]
     if gaps:
-        log.error("the archive has gaps: %d segments are missing, the first is %s", len(gaps), gaps[0])
+        log.error("the archive has gaps: %d files are missing, the first is %s", len(gaps), gaps[0])
     return Backfilled(tuple(uploaded), tuple(gaps[:GAPS_TOLD_MAX]))
+
+
+async def _bring_histories(pusher: Pusher, orders: Orders, chain: TimelineChain) -> list[str]:
+    """The histories of all accepted timelines go out; those that are nowhere.
+
+    A timeline that began and ended within one segment has no file of its own whose push would bring its history (random trial 48),
+    and recovery stops where an accepted one is missing.
+    """
+    lost = []
+    for switch in chain.switches:
+        try:
+            await pusher.ensure_history(switch.timeline, orders)
+        except NotArchived as error:
+            log.warning("%s", error)
+            lost.append(history_file_name(switch.timeline))
+    return lost

@@ -6,7 +6,8 @@
 ALLOWS is a file whose one word says what may be done now, push or fetch. Where it is given, the wait ends as soon as it says
 anything else: so the agent ends a wait whatever becomes of the archiver, and neither a shutdown nor a vote stands behind it.
 
-One file, the standard library's socket only, no other process. Exit codes: 0 done; for fetch 10 "proven absent"; 11
+Used where there is no Perl; `client.pl` does the same, and starts five times as fast. One file, the standard library's socket
+only, no other process. Exit codes: 0 done; for fetch 10 "proven absent"; 11
 anything else; 12 not allowed now. The shell line around it (`instance_manager.archive.commands`) makes of them what Postgres
 must see, also when this program cannot start or is killed.
 """

@@ -26,7 +26,7 @@ _ERRORS = (zstandard.ZstdError, zlib.error, OSError, EOFError, lzma.LZMAError, R
 
 
 class _Compressor(Protocol):
-    def compress(self, chunk: bytes) -> bytes: ...
+    def compress(self, chunk: bytes | memoryview) -> bytes: ...
     def flush(self) -> bytes: ...
 
 
@@ -41,10 +41,10 @@ class Codec:
     def suffix(self) -> str:
         return SUFFIXES[self.name]
 
-    def compressed(self, chunks: Iterable[bytes], size_bytes: int) -> Iterator[bytes]:
-        """The chunks, which have `size_bytes` together, in the archive's form."""
+    def compressed(self, chunks: Iterable[bytes | memoryview], size_bytes: int) -> Iterator[bytes]:
+        """The chunks, which have `size_bytes` together, in the archive's form. None is looked at after the next was taken."""
         if self.name == "none":
-            yield from chunks
+            yield from map(bytes, chunks)
             return
         compressor = self._compressor(size_bytes)
         for chunk in chunks:
@@ -102,7 +102,7 @@ class _Lz4:
         self._frame = lz4.frame.LZ4FrameCompressor(compression_level=level)
         self._head: bytes = self._frame.begin(size_bytes)
 
-    def compress(self, chunk: bytes) -> bytes:
+    def compress(self, chunk: bytes | memoryview) -> bytes:
         head, self._head = self._head, b""
         return b"".join((head, self._frame.compress(chunk)))
 

@@ -28,6 +28,9 @@ def is_at_rest(o: Observation, decision: Decision, *, suspects: str | None, sett
         # Somebody is to be added or dropped, sooner or later.
         return False
     if o.holds_lease:
+        # Who never wrote never learns what became of a write before its time: a standby need not.
+        if o.lease.unknown_write:
+            return False
         return decision.act == "serve" and settled and o.permit_left_s >= o.timings.soft_s / 2
     receiving = o.postgres.receiving and o.postgres.silent_for_s < o.timings.suspect_after_s
     return decision.act == "wait" and receiving
@@ -35,7 +38,7 @@ def is_at_rest(o: Observation, decision: Decision, *, suspects: str | None, sett
 
 def _lease_is_fresh(o: Observation, record: ClusterRecord) -> bool:
     lease = o.lease
-    if lease.damage is not None or lease.unknown_write or lease.read_age_s > 2 * o.timings.renew_interval_s:
+    if lease.damage is not None or lease.read_age_s > 2 * o.timings.renew_interval_s:
         return False
     return lease.unchanged_for_s < record.lease_duration_s / 2
 

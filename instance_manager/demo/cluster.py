@@ -166,7 +166,7 @@ class LocalCluster:
 
     def taken_ports(self) -> tuple[int, ...]:
         """Ports of the plan that another program uses; to be asked before a start, on loopback only."""
-        ports = [port for member in self.plan.members for port in (member.postgres_port, member.http_port)]
+        ports = [port for member in self.plan.members for port in member.ports]
         return tuple(port for port in sorted(ports) if ports_in_use(range(port, port + 1)))
 
     def connection_string(self) -> str:

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from instance_manager.demo.cluster import LocalCluster
 from instance_manager.demo.plan import (
+    ADMINISTRATOR,
     ArchivePlan,
     DirectoryUnusable,
     Layout,
     RecoveryPlan,
     archive_server_name,
     loopback_plan,
+    ports_needed,
 )
 from instance_manager.demo.ports import PortsTaken, choose_base_port
 from instance_manager.demo.prerequisites import missing_prerequisite
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base-port", type=int, metavar="P", help="first of two ports per instance; default: a free block"
     )
     parser.add_argument("--durability", choices=("preferred", "required", "asynchronous"), help="default: preferred")
+    parser.add_argument("--tls", action="store_true", help="certificates for Postgres, peers and control")
     archive = parser.add_mutually_exclusive_group()
     archive.add_argument(
         "--s3",
@@ -119,8 +122,9 @@ def _cluster(namespace: argparse.Namespace) -> LocalCluster:
     instances = namespace.instances or 3
     plan = loopback_plan(
         instances=instances,
-        base_port=choose_base_port(2 * instances, namespace.base_port),
+        base_port=choose_base_port(ports_needed(instances, tls=namespace.tls), namespace.base_port),
         durability=namespace.durability or "preferred",
+        tls=namespace.tls,
         archive=_archive_plan(namespace),
         recovery=_recovery_plan(namespace),
     )
@@ -166,6 +170,7 @@ def _check_unchanged(cluster: LocalCluster, namespace: argparse.Namespace) -> No
     for option, wanted, present in (
         ("--instances", namespace.instances, len(plan.members)),
         ("--durability", namespace.durability, plan.durability),
+        ("--tls", namespace.tls or None, plan.tls),
         ("--base-port", namespace.base_port, plan.members[0].postgres_port),
     ):
         if wanted is not None and wanted != present:
@@ -276,6 +281,7 @@ def _lines(cluster: LocalCluster) -> str:
         f'pgbench -i -s 10 "{text}" && pgbench -c 4 -T 600 -P 5 "{text}"\n'
         "instance-manager status | switchover | drill --yes    (in another terminal)\n"
         f"{_recovery_line(cluster)}"
+        f"{_line_of_control(cluster)}"
         f"logs: {cluster.layout.directory / 'logs'}    {_archive_told(cluster)}    Ctrl-C stops everything"
     )
 
@@ -296,6 +302,14 @@ def _archive_told(cluster: LocalCluster) -> str:
     if archive is None:
         return "no archive"
     return f"archive: {archive.endpoint}/{archive.bucket}" if archive.endpoint else f"archive: {cluster.layout.archive}"
+
+
+def _line_of_control(cluster: LocalCluster) -> str:
+    member = cluster.plan.members[0]
+    if member.control_port is None:
+        return ""
+    certificate = cluster.layout.certificates / "control" / ADMINISTRATOR
+    return f"instance-manager status --host {member.host}:{member.control_port} --certificate {certificate}    (over the network)\n"
 
 
 def _last_line(log: Path) -> str:

@@ -16,6 +16,8 @@ from instance_manager.config_sections import Durability
 
 MARKER = "instance-manager-cluster.json"
 APPLICATION = "app"
+ADMINISTRATOR = "admin"
+"""Whose certificate may control the instances of a demo with TLS."""
 
 
 class DirectoryUnusable(Exception):
@@ -32,6 +34,14 @@ class MemberPlan:
     client_host: str
     """Address for applications; another network than the peers' in a drill."""
     listen_host: str | None = None
+    peer_port: int | None = None
+    """With TLS only, as `control_port`."""
+    control_port: int | None = None
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        every = (self.postgres_port, self.http_port, self.peer_port, self.control_port)
+        return tuple(port for port in every if port is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +73,10 @@ class ClusterPlan:
     application_networks: tuple[str, ...] = ("127.0.0.1/32",)
     bin_directory: str | None = None
     parameters: tuple[tuple[str, str], ...] = ()
+    tls: bool = False
+    """Certificates for everything, by an authority of its own."""
+    managed: str = ""
+    """The section `managed` of every instance, as YAML; for tests."""
     archive: ArchivePlan | None = None
     recovery: RecoveryPlan | None = None
 
@@ -81,10 +95,12 @@ def loopback_plan(
     durability: Durability = "preferred",
     bin_directory: str | None = None,
     parameters: tuple[tuple[str, str], ...] = (),
+    tls: bool = False,
+    managed: str = "",
     archive: ArchivePlan | None = None,
     recovery: RecoveryPlan | None = None,
 ) -> ClusterPlan:
-    """Members demo-1, demo-2, ... on 127.0.0.1: Postgres from `base_port` on, HTTP on the ports after those."""
+    """Members demo-1, demo-2, ... on 127.0.0.1: Postgres from `base_port` on, HTTP on the ports after those; see `ports_needed`."""
     members = tuple(
         MemberPlan(
             name=f"demo-{number + 1}",
@@ -92,6 +108,8 @@ def loopback_plan(
             client_host="127.0.0.1",
             postgres_port=base_port + number,
             http_port=base_port + instances + number,
+            peer_port=base_port + 2 * instances + number if tls else None,
+            control_port=base_port + 3 * instances + number if tls else None,
         )
         for number in range(instances)
     )
@@ -102,9 +120,16 @@ def loopback_plan(
         members=members,
         bin_directory=bin_directory,
         parameters=parameters,
+        tls=tls,
+        managed=managed,
         archive=archive,
         recovery=recovery,
     )
+
+
+def ports_needed(instances: int, *, tls: bool) -> int:
+    """In a row, by `loopback_plan`."""
+    return (4 if tls else 2) * instances
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +158,10 @@ class Layout:
     @property
     def secrets(self) -> Path:
         return self.directory / "secrets"
+
+    @property
+    def certificates(self) -> Path:
+        return self.directory / "certificates"
 
     @property
     def requests(self) -> Path:
@@ -183,6 +212,8 @@ def write_files(layout: Layout, plan: ClusterPlan) -> None:
         _write_private(layout.secrets / name, secrets.token_urlsafe(24))
     password = (layout.secrets / "application").read_text(encoding="utf-8")
     _write_private(layout.password_file, f"*:*:{APPLICATION}:{APPLICATION}:{password}\n")
+    if plan.tls:
+        _make_certificates(layout, plan)
     for member in plan.members:
         connect_store(layout, member.name)
         layout.instance(member.name).mkdir(mode=0o755, exist_ok=True)
@@ -241,15 +272,7 @@ def configuration_text(layout: Layout, plan: ClusterPlan, me: MemberPlan) -> str
     content: dict[str, object] = {
         "cluster": {"name": plan.name, "uid": plan.uid, "durability": plan.durability},
         "instance": instance,
-        "members": [
-            {
-                "name": member.name,
-                "host": member.host,
-                "postgres_port": member.postgres_port,
-                "http_port": member.http_port,
-            }
-            for member in plan.members
-        ],
+        "members": [_member_content(member) for member in plan.members],
         "coordination": {"local": {"directory": str(layout.store_link(me.name)), "locks_directory": str(layout.locks)}},
         "secrets": {
             "peer_token": str(layout.secrets / "peer-token"),
@@ -259,6 +282,14 @@ def configuration_text(layout: Layout, plan: ClusterPlan, me: MemberPlan) -> str
         },
         "postgres": postgres,
     }
+    if plan.tls:
+        content["tls"] = {
+            "directory": str(layout.certificates / "members" / me.name),
+            "replication": str(layout.certificates / "replication"),
+        }
+        content["control"] = {"listen": f"{me.host}:{me.control_port}", "allowed_names": [ADMINISTRATOR]}
+    if plan.managed:
+        content["managed"] = yaml.safe_load(plan.managed)
     if plan.archive is not None:
         # A moment of every day lies behind: the first backup is taken at once.
         backup = {"schedule": {"at": ["03:00"]}, "retention": {"count": 7}}
@@ -293,6 +324,35 @@ def _recovery_section(recovery: RecoveryPlan) -> dict[str, object]:
     if recovery.target_time is not None:
         section["target"] = {"time": recovery.target_time}
     return section
+
+
+def _member_content(member: MemberPlan) -> dict[str, object]:
+    content: dict[str, object] = {
+        "name": member.name,
+        "host": member.host,
+        "postgres_port": member.postgres_port,
+        "http_port": member.http_port,
+    }
+    if member.peer_port is not None:
+        content["peer_port"] = member.peer_port
+    return content
+
+
+def _make_certificates(layout: Layout, plan: ClusterPlan) -> None:
+    # Only here: the package that makes certificates is an extra, and no instance needs it.
+    try:
+        from instance_manager import certificates
+    except ImportError as error:
+        raise DirectoryUnusable(
+            f"certificates cannot be made ({error}): pip install 'instance-manager[certificates]'"
+        ) from error
+    wanted = [certificates.member(member.name, (member.host,)) for member in plan.members]
+    certificates.make(
+        layout.certificates,
+        [*wanted, certificates.REPLICATION, certificates.user(ADMINISTRATOR)],
+        cluster=plan.name,
+        renew=False,
+    )
 
 
 def has_user(name: str) -> bool:

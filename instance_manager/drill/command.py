@@ -64,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="shorter holds, for CI")
     parser.add_argument("--strict", action="store_true", help="exit with 4 when a target was missed")
     parser.add_argument("--durability", choices=("preferred", "required"), default="preferred")
+    parser.add_argument(
+        "--archive", action="store_true", help="with a WAL archive; without, so that runs compare with those before"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy history and logs of runs that went wrong there")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="run nothing; judge this recorded history again")
 
@@ -124,7 +127,7 @@ def _run_on_own(cases: Sequence[Case], namespace: argparse.Namespace, options: O
             _say(f"{case.name}: without some kinds of faults: {reason}")
         groups.setdefault(frozenset(need for need in case.needs if available[need] is None), []).append(case)
     for needs, group in groups.items():
-        environment = open_environment(needs, durability=namespace.durability, say=_say)
+        environment = open_environment(needs, durability=namespace.durability, archive=namespace.archive, say=_say)
         _run_group(group, environment, namespace.repeat, options, reports)
     return [reports[case.name] for case in cases]
 

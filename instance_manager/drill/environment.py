@@ -20,7 +20,7 @@ import msgspec
 from instance_manager.config_sections import Durability
 from instance_manager.demo import processes
 from instance_manager.demo.cluster import Launch, LocalCluster
-from instance_manager.demo.plan import APPLICATION, ClusterPlan, Layout, loopback_plan
+from instance_manager.demo.plan import APPLICATION, ArchivePlan, ClusterPlan, Layout, loopback_plan
 from instance_manager.demo.ports import choose_base_port
 from instance_manager.drill import clock, disk, network
 from instance_manager.drill.checker import Row
@@ -133,13 +133,16 @@ class Environment:
 
 @contextlib.contextmanager
 def open_environment(
-    needs: frozenset[Need], *, durability: Durability, say: Callable[[str], None]
+    needs: frozenset[Need], *, durability: Durability, archive: bool = False, say: Callable[[str], None]
 ) -> Iterator[Environment]:
-    """A cluster of its own that is started and, whatever happens, ended and removed."""
+    """A cluster of its own that is started and, whatever happens, ended and removed; with an archive in a directory beside it."""
     names = ("demo-1", "demo-2", "demo-3")
     with contextlib.ExitStack() as stack:
         plan = loopback_plan(
-            instances=len(names), base_port=choose_base_port(6, None, spread=True), durability=durability
+            instances=len(names),
+            base_port=choose_base_port(6, None, spread=True),
+            durability=durability,
+            archive=ArchivePlan() if archive else None,
         )
         net: Network | None = None
         if Need.NETWORK in needs:

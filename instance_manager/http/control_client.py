@@ -5,8 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import socket
+import ssl
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -22,7 +25,7 @@ class ControlError(Exception):
 
 
 class InstanceNotReachable(ControlError):
-    """Nobody answers on the socket: nothing was done."""
+    """Nobody answers on the socket, or who answers is not who it should be: nothing was done."""
 
 
 class CommandRefused(ControlError):
@@ -35,6 +38,48 @@ class CommandRefused(ControlError):
 
 class AnswerLost(ControlError):
     """The command was taken and its end was not told: it may have been done."""
+
+
+_HOST = re.compile(r"(?:\[(?P<six>[^]]+)\]|(?P<host>[^:]+)):(?P<port>[0-9]{1,5})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Network:
+    """An instance's `control.listen`, from elsewhere."""
+
+    host: str
+    port: int
+    authority: Path
+    """The `ca.crt` by which the instance is known."""
+    certificate: Path | None = None
+    """Directory with `tls.crt` and `tls.key` to be shown."""
+    token: str | None = None
+    server_name: str | None = None
+    """That its certificate must have; by default the host."""
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.token}"} if self.token is not None else {}
+
+    def context(self) -> ssl.SSLContext:
+        """OSError (ssl.SSLError is one): a file cannot be used."""
+        context = ssl.create_default_context(cafile=str(self.authority))
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        if self.certificate is not None:
+            context.load_cert_chain(self.certificate / "tls.crt", self.certificate / "tls.key", password="")
+        return context
+
+
+def parse_host(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, `[IPv6]:PORT`. ValueError."""
+    match = _HOST.fullmatch(text)
+    if match is None or not 0 < int(match["port"]) < 65536:
+        raise ValueError(f"{text!r} is not HOST:PORT or [IPv6]:PORT")
+    return match["six"] or match["host"], int(match["port"])
 
 
 class _Line(msgspec.Struct, frozen=True):
@@ -55,21 +100,43 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.settimeout(self.timeout)
 
 
+class _TlsConnection(http.client.HTTPConnection):
+    def __init__(self, network: Network, timeout_s: float) -> None:
+        super().__init__(network.host, network.port, timeout=timeout_s)
+        self._network = network
+
+    def connect(self) -> None:
+        """With the certificate, and to nobody but the instance."""
+        network = self._network
+        plain = socket.create_connection((network.host, network.port), CONNECT_TIMEOUT_S)
+        try:
+            self.sock = network.context().wrap_socket(plain, server_hostname=network.server_name or network.host)
+        except BaseException:
+            plain.close()
+            raise
+        self.sock.settimeout(self.timeout)
+
+
 def send_command(
-    path: Path, verb: str, arguments: dict[str, object], *, silence_s: float
+    path: Path | Network, verb: str, arguments: dict[str, object], *, silence_s: float
 ) -> Iterator[ControlProgress | ControlResult]:
     """Progress as it comes, then the result, which is the last item. Gives up after `silence_s` without a word.
 
     Raises InstanceNotReachable, CommandRefused or AnswerLost.
     """
-    connection = _UnixConnection(path, silence_s)
+    connection: http.client.HTTPConnection
+    headers = {"Content-Type": "application/json"}
+    if isinstance(path, Network):
+        connection, headers = _TlsConnection(path, silence_s), headers | path.headers
+    else:
+        connection = _UnixConnection(path, silence_s)
     try:
         try:
             connection.connect()
         except OSError as error:
             raise InstanceNotReachable(f"{path}: {_reason(error)}") from error
         try:
-            connection.request("POST", f"/control/{verb}", json.dumps(arguments), {"Content-Type": "application/json"})
+            connection.request("POST", f"/control/{verb}", json.dumps(arguments), headers)
             response = connection.getresponse()
             if response.status != 200:
                 raise CommandRefused(response.status, _error_text(response.read(LINE_BYTES_MAX)))
@@ -96,6 +163,8 @@ def _reason(error: Exception) -> str:
             return "nobody listens there"
         case TimeoutError():
             return "no answer in time"
+        case ssl.SSLCertVerificationError(verify_message=text):
+            return f"its certificate is refused: {text}"
         case OSError(strerror=text) if text:
             return text
         case _:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import aiohttp
 from aiohttp.http_exceptions import LineTooLong
-from msgspec.structs import replace
 
 from instance_manager.config_sections import MemberSection
 from instance_manager.http.ports import DEADLINE_HEADER, LINES_CONTENT_TYPE
@@ -27,6 +28,30 @@ ERROR_TEXT_MAX = 1000
 CONNECT_TIMEOUT_S = 1.0
 KEEPALIVE_S = 30.0
 CONNECTIONS_PER_PEER_MAX = 8
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTls:
+    """How the members are asked where they have certificates."""
+
+    context: Callable[[], ssl.SSLContext]
+    """Of the moment: certificates are renewed."""
+    required: bool
+    """False: a member that refuses the connection at its `peer_port` is asked at its `http_port`, without TLS."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    name: str
+    host: str
+    port: int
+    context: ssl.SSLContext | None
+    server_name: str | None
+    """That the member's certificate must have: its configured host, wherever it is reached."""
+
+    def url(self, call: str) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.context is not None else 'http'}://{host}:{self.port}/peer/{call}"
 
 
 class PeerClient:
@@ -42,9 +67,11 @@ class PeerClient:
         token_file: Path,
         *,
         address: Callable[[str], str | None] = lambda _: None,
+        tls: PeerTls | None = None,
     ) -> None:
         self._find = members if callable(members) else {member.name: member for member in members}.get
         self._address = address
+        self._tls = tls
         self._token = PeerToken(token_file)
         self._session: aiohttp.ClientSession | None = None
 
@@ -80,11 +107,19 @@ class PeerClient:
 
         The peer is told the deadline, and works no longer than it is waited for.
         """
-        member = self._member(name)
+        ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
+        *earlier, last = self._ways(name)
+        for way in earlier:
+            with contextlib.suppress(PeerRefused):
+                return await self._call(way, call, body, ends_s)
+        return await self._call(last, call, body, ends_s)
+
+    async def _call(self, way: _Way, call: str, body: bytes, ends_s: float) -> bytes:
+        deadline_s = max(0.001, ends_s - time.clock_gettime(time.CLOCK_BOOTTIME))
         async with (
-            _told_apart(member, deadline_s),
+            _told_apart(way, deadline_s),
             asyncio.timeout(deadline_s),
-            self._post(member, call, body, {DEADLINE_HEADER: f"{deadline_s:.3f}"}) as response,
+            self._post(way, call, body, {DEADLINE_HEADER: f"{deadline_s:.3f}"}) as response,
         ):
             answer = await _read_bounded(response)
             await self._require_ok(response, answer)
@@ -95,39 +130,56 @@ class PeerClient:
 
         Ends when the peer has ended it in order. To be closed (`contextlib.aclosing`) by whoever leaves it before.
         """
-        member = self._member(name)
+        *earlier, way = self._ways(name)
         async with contextlib.AsyncExitStack() as connection:
-            async with _told_apart(member, silence_s), asyncio.timeout(silence_s):
-                response = await connection.enter_async_context(
-                    self._post(member, call, body, {"Accept": LINES_CONTENT_TYPE})
-                )
-                # Never to be used again: nobody knows what is on its way.
-                connection.callback(response.close)
-                if response.status != 200:
-                    await self._require_ok(response, await _read_bounded(response))
+            response = None
+            for each in earlier:
+                with contextlib.suppress(PeerRefused):
+                    response, way = await self._open(connection, each, call, body, silence_s), each
+                    break
+            if response is None:
+                response = await self._open(connection, way, call, body, silence_s)
             while True:
-                async with _told_apart(member, silence_s), asyncio.timeout(silence_s):
+                async with _told_apart(way, silence_s), asyncio.timeout(silence_s):
                     line = await response.content.readuntil(b"\n", max_size=ANSWER_BYTES_MAX)
                 if not line:
                     return
                 yield line
 
-    def _member(self, name: str) -> MemberSection:
+    async def _open(
+        self, connection: contextlib.AsyncExitStack, way: _Way, call: str, body: bytes, silence_s: float
+    ) -> aiohttp.ClientResponse:
+        """Of a peer that goes on telling; `connection` ends it."""
+        async with _told_apart(way, silence_s), asyncio.timeout(silence_s):
+            response = await connection.enter_async_context(self._post(way, call, body, {"Accept": LINES_CONTENT_TYPE}))
+            # Never to be used again: nobody knows what is on its way.
+            connection.callback(response.close)
+            if response.status != 200:
+                await self._require_ok(response, await _read_bounded(response))
+        return response
+
+    def _ways(self, name: str) -> tuple[_Way, ...]:
+        """In the order in which they are tried; a later one only where the earlier refused the connection."""
         member = self._find(name)
         if member is None:
             raise PeerSilent(f"{name} is no member of this cluster")
-        address = self._address(name)
-        return member if address is None else replace(member, host=address)
+        host = self._address(name) or member.host
+        plain = _Way(name, host, member.http_port, None, None)
+        if self._tls is None or member.peer_port is None:
+            return (plain,)
+        by_tls = _Way(name, host, member.peer_port, self._tls.context(), member.host)
+        return (by_tls,) if self._tls.required else (by_tls, plain)
 
     def _post(
-        self, member: MemberSection, call: str, body: bytes, headers: dict[str, str]
+        self, way: _Way, call: str, body: bytes, headers: dict[str, str]
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        host = f"[{member.host}]" if ":" in member.host else member.host
         return self._open_session().post(
-            f"http://{host}:{member.http_port}/peer/{call}",
+            way.url(call),
             data=body,
             headers={"Authorization": self._token.bearer, "Content-Type": "application/json", **headers},
             allow_redirects=False,
+            ssl=way.context or True,
+            server_hostname=way.server_name,
         )
 
     async def _require_ok(self, response: aiohttp.ClientResponse, answer: bytes) -> None:
@@ -138,21 +190,23 @@ class PeerClient:
 
 
 @contextlib.asynccontextmanager
-async def _told_apart(member: MemberSection, deadline_s: float) -> AsyncIterator[None]:
+async def _told_apart(way: _Way, deadline_s: float) -> AsyncIterator[None]:
     """Whatever goes wrong within, as PeerRefused or PeerSilent; nothing takes longer than the deadline."""
-    name = member.name
+    name = way.name
     ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
     try:
         yield
+    except aiohttp.ClientConnectorCertificateError as error:
+        raise PeerSilent(f"{name}: its certificate is refused: {error.certificate_error}") from error
     except aiohttp.ClientConnectorError as error:
         if isinstance(error.os_error, ConnectionRefusedError):
-            raise PeerRefused(f"{name}: {member.host}:{member.http_port} refused the connection") from error
+            raise PeerRefused(f"{name}: {way.host}:{way.port} refused the connection") from error
         raise PeerSilent(f"{name}: {error.os_error.strerror or error.os_error}") from error
     except TimeoutError as error:
         raise PeerSilent(f"{name}: no answer within {deadline_s:g} s") from error
     except (aiohttp.ClientError, OSError, LineTooLong) as error:
         # A kept connection breaks when its agent dies: is anybody listening now?
-        if await _is_refused(member, ends_s):
+        if await _is_refused(way, ends_s):
             raise PeerRefused(f"{name}: the connection broke, and a new one was refused") from error
         raise PeerSilent(f"{name}: {type(error).__name__} {error}") from error
 
@@ -168,11 +222,11 @@ async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:
     return b"".join(pieces)
 
 
-async def _is_refused(member: MemberSection, ends_s: float) -> bool:
+async def _is_refused(way: _Way, ends_s: float) -> bool:
     left_s = min(ends_s - time.clock_gettime(time.CLOCK_BOOTTIME), CONNECT_TIMEOUT_S)
     try:
         async with asyncio.timeout(max(left_s, 0)):
-            _, writer = await asyncio.open_connection(member.host, member.http_port)
+            _, writer = await asyncio.open_connection(way.host, way.port)
     except ConnectionRefusedError:
         return True
     except OSError:

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
-import socket
-import stat
-import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable
 
-import msgspec
 from aiohttp import web
 
-from instance_manager.codec import to_json, to_plain
+from instance_manager.certificate_sets import Certificates
+from instance_manager.codec import to_plain
 from instance_manager.config import Configuration
 from instance_manager.http import probes, telling
+from instance_manager.http.answers import json_response
+from instance_manager.http.callers import NetworkCallers, certificate_of, is_member
+from instance_manager.http.control import BODY_BYTES_MAX, control_application
+from instance_manager.http.listening import BACKLOG, ListenError, TlsListener, listen_on_tcp, unix_socket
 from instance_manager.http.ports import (
     DEADLINE_HEADER,
     LINES_CONTENT_TYPE,
-    ControlProgress,
-    ControlResult,
     InstanceService,
     MalformedCall,
     UnknownCall,
@@ -36,49 +32,114 @@ from instance_manager.http.ports import (
 from instance_manager.http.token import PeerToken
 from instance_manager.status import Probes
 
-BODY_BYTES_MAX = 64 * 1024
 PEER_REQUESTS_MAX = 64
-CONTROL_REQUESTS_MAX = 8
 SCRAPES_MAX = 4
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-CONTROL_BODY_TIMEOUT_S = 5.0
 KEEPALIVE_S = 60.0
 SHUTDOWN_S = 0.3
 PEER_DEADLINE_DEFAULT_S = 5.0
 PEER_DEADLINE_MAX_S = 120.0
-BACKLOG = 128
 
 _log = logging.getLogger(__name__)
 
+__all__ = ["ListenError", "Listeners", "control_application", "public_application", "serve"]
 
-class ListenError(Exception):
-    """A listener could not be opened; the text names the key to change."""
+
+class Listeners:
+    """What is listened on."""
+
+    def __init__(self, certificates: Certificates | None) -> None:
+        self._certificates = certificates
+        self.peers: TlsListener | None = None
+        self.control: TlsListener | None = None
+
+    async def renew(self) -> None:
+        """New connections are made with the certificates as they are now."""
+        certificates = self._certificates
+        if certificates is None:
+            return
+        if self.peers is not None and certificates.peers_server is not None:
+            await self.peers.renew(certificates.peers_server)
+        if self.control is not None and certificates.control_server is not None:
+            await self.control.renew(certificates.control_server)
 
 
 @contextlib.asynccontextmanager
-async def serve(service: InstanceService, configuration: Configuration) -> AsyncIterator[None]:
-    """Answer until the block is left. ListenError or TokenUnusable if it cannot start."""
+async def serve(
+    service: InstanceService, configuration: Configuration, certificates: Certificates | None = None
+) -> AsyncIterator[Listeners]:
+    """Answer until the block is left. ListenError or TokenUnusable if it cannot start.
+
+    `certificates`, loaded, where the configuration has `tls`: peers then have a listener of their own, and none else if TLS is
+    required; so has control over the network where it is configured.
+    """
     token = PeerToken(configuration.secrets.peer_token)
-    public = web.AppRunner(
-        public_application(service, token),
-        access_log=None,
-        keepalive_timeout=KEEPALIVE_S,
-        shutdown_timeout=SHUTDOWN_S,
-    )
-    control = web.AppRunner(control_application(service), access_log=None, shutdown_timeout=SHUTDOWN_S)
+    tls = configuration.tls
+    peers_by_tls = certificates is not None and certificates.peers_server is not None
+    plain_peers = not peers_by_tls or tls is None or not tls.required
+    applications: list[tuple[web.Application, Callable[[web.AppRunner], Awaitable[None]]]] = []
+    listeners = Listeners(certificates)
     async with contextlib.AsyncExitStack() as stack:
-        tcp_socket = _listen_on_tcp(configuration)
+        tcp_socket = listen_on_tcp(
+            configuration.listen_host,
+            configuration.me.http_port,
+            where=f"members, {configuration.instance.name}",
+            key="http_port",
+            host_key="host, or instance.listen_host",
+        )
         stack.callback(tcp_socket.close)
-        unix_socket = stack.enter_context(_unix_socket(configuration.control_socket))
-        for runner, listener in ((public, tcp_socket), (control, unix_socket)):
+        control_socket = stack.enter_context(unix_socket(configuration.control_socket))
+
+        async def plainly(runner: web.AppRunner) -> None:
+            await web.SockSite(runner, tcp_socket, backlog=BACKLOG).start()
+
+        async def locally(runner: web.AppRunner) -> None:
+            await web.SockSite(runner, control_socket, backlog=BACKLOG).start()
+
+        applications = [
+            (public_application(service, token if plain_peers else None), plainly),
+            (control_application(service), locally),
+        ]
+        if peers_by_tls:
+            peer_socket = listen_on_tcp(
+                configuration.listen_host,
+                configuration.me.peer_port or 0,
+                where=f"members, {configuration.instance.name}",
+                key="peer_port",
+                host_key="host, or instance.listen_host",
+            )
+            stack.callback(peer_socket.close)
+
+            async def peers(runner: web.AppRunner) -> None:
+                listeners.peers = TlsListener(runner, peer_socket)
+                stack.callback(listeners.peers.close)
+
+            applications.append((peer_application(service, token, configuration), peers))
+        if configuration.control is not None:
+            host, port = configuration.control.address
+            control_tcp_socket = listen_on_tcp(
+                host, port, where="control.listen", key="port", host_key="another address"
+            )
+            stack.callback(control_tcp_socket.close)
+
+            async def control(runner: web.AppRunner) -> None:
+                listeners.control = TlsListener(runner, control_tcp_socket)
+                stack.callback(listeners.control.close)
+
+            applications.append((control_application(service, NetworkCallers(configuration.control)), control))
+        for application, listen in applications:
+            runner = web.AppRunner(
+                application, access_log=None, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=SHUTDOWN_S
+            )
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
-            await web.SockSite(runner, listener, backlog=BACKLOG).start()
-        yield
+            await listen(runner)
+        await listeners.renew()
+        yield listeners
 
 
-def public_application(service: InstanceService, token: PeerToken) -> web.Application:
-    """Probes, status and peer calls; nothing here changes what a user decides."""
+def public_application(service: InstanceService, token: PeerToken | None) -> web.Application:
+    """Probes, status and peer calls; nothing here changes what a user decides. Without `token` no peer calls: they are by TLS."""
     application = web.Application(client_max_size=BODY_BYTES_MAX)
     for path, probe in probes.ROUTES.items():
         handler = _probe_handler(service, probe)
@@ -87,33 +148,38 @@ def public_application(service: InstanceService, token: PeerToken) -> web.Applic
 
     async def status(request: web.Request) -> web.Response:
         if request.method == "OPTIONS":
-            return _json_response(200, None)
-        return _json_response(200, to_plain(service.status()))
+            return json_response(200, None)
+        return json_response(200, to_plain(service.status()))
 
     for method in ("GET", "HEAD", "OPTIONS"):
         application.router.add_route(method, "/status", status)
     metrics = _metrics_handler(service)
     for method in ("GET", "HEAD", "OPTIONS"):
         application.router.add_route(method, "/metrics", metrics)
-    application.router.add_post("/peer/{call}", _peer_handler(service, token))
+    application.router.add_post(
+        "/peer/{call}", _peer_handler(service, token) if token is not None else _peers_elsewhere
+    )
     return application
 
 
-def control_application(service: InstanceService) -> web.Application:
-    """A user's verbs; to be served on a Unix socket only, and refused on anything else."""
+def peer_application(service: InstanceService, token: PeerToken, configuration: Configuration) -> web.Application:
+    """Peer calls only, for a listener that has demanded a certificate of the authority: it must be a member's, too."""
     application = web.Application(client_max_size=BODY_BYTES_MAX)
-    places = asyncio.Semaphore(CONTROL_REQUESTS_MAX)
+    answer = _peer_handler(service, token)
 
-    async def control(request: web.Request) -> web.StreamResponse:
-        if (refusal := _refusal_of_caller(request)) is not None:
-            return _json_response(403, {"error": refusal})
-        if places.locked():
-            return _json_response(503, {"error": f"{CONTROL_REQUESTS_MAX} commands are at work already"})
-        async with places:
-            return await _run_verb(service, request)
+    async def handle(request: web.Request) -> web.StreamResponse:
+        shown = certificate_of(request)
+        if shown is None or not is_member(configuration, shown):
+            name = shown.common_name if shown is not None else None
+            return json_response(403, {"error": f"the certificate of {name!r} covers no member's host"})
+        return await answer(request)
 
-    application.router.add_post("/control/{verb}", control)
+    application.router.add_post("/peer/{call}", handle)
     return application
+
+
+async def _peers_elsewhere(_: web.Request) -> web.Response:
+    return json_response(403, {"error": "peers are asked at peer_port, with TLS"})
 
 
 def _probe_handler(
@@ -125,8 +191,8 @@ def _probe_handler(
         try:
             answer = probe(snapshot, dict(request.query), age_s)
         except probes.MalformedSize as error:
-            return _json_response(400, {"error": str(error)})
-        return _json_response(200 if answer.ok else 503, None if request.method == "OPTIONS" else answer.body)
+            return json_response(400, {"error": str(error)})
+        return json_response(200 if answer.ok else 503, None if request.method == "OPTIONS" else answer.body)
 
     return handle
 
@@ -136,9 +202,9 @@ def _metrics_handler(service: InstanceService) -> Callable[[web.Request], Awaita
 
     async def handle(request: web.Request) -> web.Response:
         if request.method == "OPTIONS":
-            return _json_response(200, None)
+            return json_response(200, None)
         if places.locked():
-            return _json_response(503, {"error": f"{SCRAPES_MAX} scrapes are at work already"})
+            return json_response(503, {"error": f"{SCRAPES_MAX} scrapes are at work already"})
         async with places:
             body = await service.metrics()
         return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE, "Cache-Control": "no-store"})
@@ -154,11 +220,11 @@ def _peer_handler(service: InstanceService, token: PeerToken) -> Callable[[web.R
         if not token.matches(authorization):
             await token.read_again()
             if not token.matches(authorization):
-                return _json_response(401, {"error": "the token of secrets.peer_token is missing or another"})
+                return json_response(401, {"error": "the token of secrets.peer_token is missing or another"})
         call, deadline_s = request.match_info["call"], _deadline_of(request)
         listens = request.headers.get("Accept") == LINES_CONTENT_TYPE
         if (held if listens else places).locked():
-            return _json_response(503, {"error": "too many peer calls are at work already"})
+            return json_response(503, {"error": "too many peer calls are at work already"})
         try:
             if listens:
                 async with held:
@@ -167,16 +233,16 @@ def _peer_handler(service: InstanceService, token: PeerToken) -> Callable[[web.R
                 body = await request.read()
                 answer = await service.answer_peer(call, body)
         except UnknownCall as error:
-            return _json_response(404, {"error": str(error) or f"no such call: {call}"})
+            return json_response(404, {"error": str(error) or f"no such call: {call}"})
         except MalformedCall as error:
-            return _json_response(400, {"error": str(error)})
+            return json_response(400, {"error": str(error)})
         except TimeoutError:
-            return _json_response(504, {"error": f"no answer within {deadline_s:g} s"})
+            return json_response(504, {"error": f"no answer within {deadline_s:g} s"})
         except web.HTTPException:
             raise
         except Exception as error:
             _log.exception("a peer call failed", extra={"call": call})
-            return _json_response(500, {"error": f"{type(error).__name__}: {error}"})
+            return json_response(500, {"error": f"{type(error).__name__}: {error}"})
         return web.Response(body=answer, content_type="application/json")
 
     return handle
@@ -196,136 +262,3 @@ def _deadline_of(request: web.Request) -> float:
     except ValueError:
         return PEER_DEADLINE_DEFAULT_S
     return min(wanted_s, PEER_DEADLINE_MAX_S) if wanted_s > 0 else PEER_DEADLINE_DEFAULT_S
-
-
-async def _run_verb(service: InstanceService, request: web.Request) -> web.StreamResponse:
-    verb = request.match_info["verb"]
-    try:
-        async with asyncio.timeout(CONTROL_BODY_TIMEOUT_S):
-            arguments = msgspec.json.decode(await request.read() or b"{}", type=dict[str, object])
-        items = service.control(verb, arguments)
-        first = await anext(items)
-    except UnknownCall as error:
-        return _json_response(404, {"error": str(error) or f"no such command: {verb}"})
-    except (MalformedCall, msgspec.DecodeError) as error:
-        return _json_response(400, {"error": str(error)})
-    except TimeoutError:
-        return _json_response(408, {"error": "the request's body did not come in time"})
-    except web.HTTPException:
-        raise
-    except Exception as error:
-        _log.exception("a command failed", extra={"verb": verb})
-        return _json_response(500, {"error": f"{type(error).__name__}: {error}"})
-    response = web.StreamResponse(headers={"Content-Type": "application/jsonl", "Cache-Control": "no-store"})
-    connected = await _try_to_write(response.prepare(request))
-    item: ControlProgress | ControlResult = first
-    while True:
-        if connected:
-            connected = await _try_to_write(response.write(_control_line(item)))
-        if isinstance(item, ControlResult):
-            break
-        try:
-            # To the end even when nobody listens any more: a switchover is not given up half-way with its terminal.
-            item = await anext(items)
-        except StopAsyncIteration:
-            item = ControlResult(ok=False, message=f"{verb} ended without a result")
-        except Exception as error:
-            _log.exception("a command failed", extra={"verb": verb})
-            item = ControlResult(ok=False, message=f"{type(error).__name__}: {error}")
-    if connected:
-        await _try_to_write(response.write_eof())
-    return response
-
-
-async def _try_to_write(writing: Awaitable[object]) -> bool:
-    try:
-        async with asyncio.timeout(CONTROL_BODY_TIMEOUT_S):
-            await writing
-    except (ConnectionError, TimeoutError):
-        return False
-    return True
-
-
-def _control_line(item: ControlProgress | ControlResult) -> bytes:
-    if isinstance(item, ControlProgress):
-        return to_json({"progress": item.progress}) + b"\n"
-    return to_json({"result": item}) + b"\n"
-
-
-def _refusal_of_caller(request: web.Request) -> str | None:
-    connection = request.transport.get_extra_info("socket") if request.transport is not None else None
-    if connection is None or connection.family != socket.AF_UNIX:
-        return "control is possible through the control socket only"
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _pid, uid, _gid = struct.unpack("3i", credentials)
-    if uid not in (0, os.geteuid()):
-        return f"the user with id {uid} may not control this instance"
-    return None
-
-
-def _json_response(status: int, body: object | None) -> web.Response:
-    headers = {"Cache-Control": "no-store"}
-    if body is None:
-        return web.Response(status=status, headers={**headers, "Allow": "GET, HEAD, OPTIONS"})
-    return web.Response(status=status, body=to_json(body) + b"\n", content_type="application/json", headers=headers)
-
-
-def _listen_on_tcp(configuration: Configuration) -> socket.socket:
-    host, port = configuration.listen_host, configuration.me.http_port
-    where = f"members, {configuration.instance.name}"
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except OSError as error:
-        raise ListenError(f"{where}: host {host!r} has no address: {error}; set it, or instance.listen_host") from error
-    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRINUSE:
-            reason = f"http_port {port} is in use on {host} by another program; stop it, or set another http_port"
-        elif error.errno == errno.EADDRNOTAVAIL:
-            reason = f"{host} is not an address of this machine; set host, or instance.listen_host"
-        else:
-            reason = f"http_port {port} on {host} cannot be used: {error.strerror}; set another http_port"
-        raise ListenError(f"{where}: {reason}") from error
-    return listener
-
-
-def _check_replaceable(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ListenError(f"instance.directory: {path} is in the way and no socket; remove it")
-
-
-@contextlib.contextmanager
-def _unix_socket(path: Path) -> Iterator[socket.socket]:
-    """Mode 0600 before anybody can connect, and put in the place of a dead predecessor's in one step."""
-    new = path.with_name(f"{path.name}.new")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            new.unlink()
-        listener.bind(os.fspath(new))
-        new.chmod(0o600)
-        listener.listen(BACKLOG)
-        listener.setblocking(False)
-        _check_replaceable(path)
-        new.rename(path)
-        own = path.stat()
-    except OSError as error:
-        listener.close()
-        raise ListenError(f"instance.directory: {path} cannot be listened on: {error.strerror or error}") from error
-    except ListenError:
-        listener.close()
-        raise
-    try:
-        yield listener
-    finally:
-        listener.close()
-        with contextlib.suppress(OSError):
-            if os.path.samestat(path.stat(), own):
-                path.unlink()

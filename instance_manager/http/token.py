@@ -1,4 +1,4 @@
-"""The token that instances share, by which a peer is known."""
+"""A token from a file: the one that instances share, by which a peer is known, or a user's for control."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ _READ_TIMEOUT_S = 1.0
 
 
 class TokenUnusable(Exception):
-    """The file of `secrets.peer_token` cannot be used; the text says why, without its content."""
+    """The token's file cannot be used; the text says why, without its content."""
 
 
 class PeerToken:
     """The content of the token's file; read again, at most once a second, when it was refused or did not match."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, key: str = "secrets.peer_token") -> None:
+        """`key`: of the configuration, for errors."""
         self._path = path
-        self._token = _read(path)
+        self._key = key
+        self._token = _read(path, key)
         self._threads = Threads("peer token")
         self._may_read_again_s = 0.0
 
@@ -44,17 +46,15 @@ class PeerToken:
             return
         self._may_read_again_s = loop.time() + _READ_AGAIN_AFTER_S
         with contextlib.suppress(TokenUnusable, TimeoutError, TooManyCalls):
-            self._token = await self._threads.call(lambda: _read(self._path), deadline_s=_READ_TIMEOUT_S)
+            self._token = await self._threads.call(lambda: _read(self._path, self._key), deadline_s=_READ_TIMEOUT_S)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, key: str) -> bytes:
     try:
         with path.open("rb") as file:
             token = file.read(4096).strip()
     except OSError as error:
-        raise TokenUnusable(f"secrets.peer_token: {path} cannot be read: {error.strerror}") from error
+        raise TokenUnusable(f"{key}: {path} cannot be read: {error.strerror}") from error
     if _TOKEN_PATTERN.fullmatch(token) is None:
-        raise TokenUnusable(
-            f"secrets.peer_token: {path} must hold 16 to 1024 printable ASCII characters without spaces"
-        )
+        raise TokenUnusable(f"{key}: {path} must hold 16 to 1024 printable ASCII characters without spaces")
     return token

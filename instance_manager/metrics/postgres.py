@@ -312,7 +312,11 @@ class PostgresMetrics:
         return read
 
     async def _keep(self, collector: str, database: str, read: Callable[[], Awaitable[list[Block]]]) -> None:
-        self._kept[collector, database] = await self._run(collector, database, read)
+        result = await self._run(collector, database, read)
+        for block in result.blocks:
+            # Shown again and again: one text is joined faster than its thousands of lines.
+            block.lines = ["".join(block.lines)] if block.lines else []
+        self._kept[collector, database] = result
 
     def _custom(self, custom: CustomQuery, database: str) -> Callable[[], Awaitable[list[Block]]]:
         async def read() -> list[Block]:

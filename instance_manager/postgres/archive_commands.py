@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from pathlib import Path
 from typing import Literal
 
+from instance_manager.core.types import Lsn
 from instance_manager.postgres.deadlines import Deadline, Pause
 from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
 
 ALLOWS = "archive-allows"
 Allowed = Literal["push", "fetch"]
+_SEGMENT = re.compile(r"[0-9A-F]{24}")
 _RESTORED = "RECOVERYXLOG"
 """Where Postgres has a segment put, before it takes it over under its own name."""
 
@@ -32,6 +35,31 @@ def allow(server: LocalServer, what: Allowed | None) -> None:
         path.unlink(missing_ok=True)
     else:
         write_atomically(path, f"{what}\n".encode(), mode=0o644, run_as=server.run_as)
+
+
+def ask_again(server: LocalServer, since: Lsn | None) -> int:
+    """Let Postgres archive, once it is promoted, what it holds of the log behind `since`; how many segments. Blocks on the disk.
+
+    A standby marks what it receives as archived, because its primary was to do that. So what a crashed primary had not
+    archived nobody would ask for, and the next checkpoint would remove it. Asked for again, it stays until it is archived;
+    what is in the archive already is found there. None: it is not known how far the archive is, so all that is here.
+    """
+    status = server.data_directory / "pg_wal" / "archive_status"
+    found = 0
+    for path in status.glob("*.done"):
+        if _SEGMENT.fullmatch(path.stem) is None:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if _end_of(server.data_directory / "pg_wal" / path.stem) > (since or 0):
+                path.rename(path.with_suffix(".ready"))
+                found += 1
+    return found
+
+
+def _end_of(segment: Path) -> int:
+    """Where a whole segment ends. FileNotFoundError: it was removed."""
+    size = segment.stat().st_size
+    return (int(segment.name[8:16], 16) << 32) + (int(segment.name[16:], 16) + 1) * size
 
 
 async def nothing_is_restored(server: LocalServer, postmaster: int, deadline: Deadline) -> None:

@@ -52,6 +52,9 @@ class RoleOptions:
     replication_password: str = field(repr=False)
     monitoring_password: str = field(repr=False)
     application_password: str = field(repr=False)
+    superuser_password: str | None = field(default=None, repr=False)
+    """None: the superuser has none, and one that somebody gave it is taken away."""
+    superuser: str = "postgres"
     application_owner: str = "app"
     application_database: str = "app"
 
@@ -99,8 +102,8 @@ async def create_roles(sql: Sql, options: RoleOptions, *, deadline_s: float = 30
     ValueError: names that are reserved, or no plain names.
     """
     for name in (options.application_owner, options.application_database):
-        if name in _RESERVED or name.startswith("pg_"):
-            raise ValueError(f"{name!r} is reserved")
+        if (problem := name_problem(name)) is not None:
+            raise ValueError(problem)
     owner = quote_identifier(options.application_owner)
     database = quote_identifier(options.application_database)
     done: list[str] = []
@@ -129,6 +132,16 @@ async def create_roles(sql: Sql, options: RoleOptions, *, deadline_s: float = 30
             await run(f"ALTER ROLE {role} {wanted}", f"attributes of {name}")
         if not verifies(password, row["rolpassword"] or ""):
             await run(f"ALTER ROLE {role} PASSWORD {verifier}", f"password of {name}")
+
+    row = await sql.fetchrow(
+        "select rolpassword from pg_catalog.pg_authid where rolname = $1", options.superuser, deadline_s=deadline_s
+    )
+    superuser, stored = quote_identifier(options.superuser), row["rolpassword"] if row is not None else None
+    if options.superuser_password is None and stored is not None:
+        await run(f"ALTER ROLE {superuser} PASSWORD NULL", f"no password for {options.superuser}")
+    elif options.superuser_password is not None and not verifies(options.superuser_password, stored or ""):
+        verifier = quote_literal(scram_verifier(options.superuser_password))
+        await run(f"ALTER ROLE {superuser} PASSWORD {verifier}", f"password of {options.superuser}")
 
     for function in _REWIND_FUNCTIONS:
         row = await sql.fetchrow(
@@ -172,6 +185,15 @@ async def create_roles(sql: Sql, options: RoleOptions, *, deadline_s: float = 30
         # 14's default. Our own sessions never look there; others in this database may.
         await run("REVOKE CREATE ON SCHEMA public FROM PUBLIC", "schema public of the database postgres")
     return tuple(done)
+
+
+def name_problem(name: str) -> str | None:
+    """Why nothing of an application may be called so; None: it may."""
+    try:
+        quote_identifier(name)
+    except ValueError as error:
+        return str(error)
+    return f"{name!r} is reserved" if name in _RESERVED or name.startswith("pg_") else None
 
 
 def scram_verifier(password: str, *, salt: bytes | None = None, iterations: int = SCRAM_ITERATIONS) -> str:

@@ -13,9 +13,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from instance_manager.postgres.configuration import render_conninfo
+from instance_manager.postgres.configuration import ClientTls, render_conninfo
 from instance_manager.postgres.control_data import read_control_data
 from instance_manager.postgres.directory import (
     CLONE_MARK,
@@ -29,8 +28,6 @@ from instance_manager.postgres.directory import (
 )
 from instance_manager.postgres.host_based_access import REPLICATION_ROLE
 from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError, LocalServer, run_program
-
-SslMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 
 _PROGRESS = re.compile(r"\s*(\d+)/(\d+) kB \(")
 _NEVER_S = 7 * 24 * 3600.0
@@ -49,7 +46,7 @@ class SourceServer:
     passfile: Path
     """Password file of libpq, readable by Postgres's user."""
     user: str = REPLICATION_ROLE
-    sslmode: SslMode = "prefer"
+    tls: ClientTls = ClientTls()
 
     def conninfo(self, *, application_name: str, database: str | None = None) -> str:
         """Connection string; the password stays in the passfile."""
@@ -59,7 +56,7 @@ class SourceServer:
             "user": self.user,
             "passfile": str(self.passfile),
             "application_name": application_name,
-            "sslmode": self.sslmode,
+            **self.tls.options(),
             "gssencmode": "disable",
             "connect_timeout": 10,
             "keepalives_idle": 5,

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 import re
+import ssl
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from instance_manager.core.types import MEMBER_ID_PATTERN, MemberId
 from instance_manager.postgres.control_data import HotStandbySettings
@@ -43,6 +45,7 @@ NOTHING_SYNCHRONOUS = ""
 """The empty list: no commit waits. Only while the record says q = 0."""
 
 ParameterValue = str | int | float | bool
+SslMode = Literal["disable", "prefer", "require", "verify-ca", "verify-full"]
 
 _NAME = re.compile(r"[a-z_][a-z0-9_]{0,62}(\.[a-z_][a-z0-9_]{0,62})?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -69,6 +72,38 @@ class TlsFiles:
     certificate: Path
     key: Path
     authority: Path | None = None
+    minimum_version: str = "TLSv1.2"
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTls:
+    """How a member connects to another member's Postgres. Without a root certificate nobody is verified."""
+
+    sslmode: SslMode = "prefer"
+    root_certificate: Path | None = None
+    certificate: Path | None = None
+    """To be shown, with `key`; readable by Postgres's user."""
+    key: Path | None = None
+
+    def options(self) -> dict[str, str]:
+        """Of a connection string."""
+        found = {"sslmode": str(self.sslmode)}
+        if self.root_certificate is not None:
+            found["sslrootcert"] = str(self.root_certificate)
+        if self.certificate is not None and self.key is not None:
+            found |= {"sslcert": str(self.certificate), "sslkey": str(self.key)}
+        return found
+
+    def for_asyncpg(self) -> ssl.SSLContext | SslMode:
+        """What asyncpg takes for `ssl`: it would look for the files in the home directory."""
+        if self.root_certificate is None:
+            return self.sslmode
+        context = ssl.create_default_context(cafile=str(self.root_certificate))
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.check_hostname = self.sslmode == "verify-full"
+        if self.certificate is not None and self.key is not None:
+            context.load_cert_chain(self.certificate, self.key)
+        return context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,7 +315,7 @@ def render_conninfo(options: Mapping[str, str | int]) -> str:
 
 
 def replication_conninfo(
-    *, host: str, port: int, user: str, passfile: Path, application_name: str, sslmode: str = "prefer"
+    *, host: str, port: int, user: str, passfile: Path, application_name: str, tls: ClientTls | None = None
 ) -> str:
     """primary_conninfo of a standby. The password is in `passfile` only. A dead peer is noticed within about 3 s."""
     return render_conninfo(
@@ -290,7 +325,7 @@ def replication_conninfo(
             "user": user,
             "passfile": str(passfile),
             "application_name": application_name,
-            "sslmode": sslmode,
+            **(tls or ClientTls()).options(),
             "gssencmode": "disable",
             "connect_timeout": 3,
             "keepalives_idle": 2,
@@ -340,6 +375,7 @@ def _fixed_values(settings: StaticSettings) -> dict[str, ParameterValue]:
     if settings.tls is not None:
         values["ssl_cert_file"] = str(settings.tls.certificate)
         values["ssl_key_file"] = str(settings.tls.key)
+        values["ssl_min_protocol_version"] = settings.tls.minimum_version
         if settings.tls.authority is not None:
             values["ssl_ca_file"] = str(settings.tls.authority)
     if settings.major >= 17:

@@ -69,6 +69,7 @@ FIXED: Final[dict[str, str]] = {
     "ssl_cert_file": _TLS,
     "ssl_key_file": _TLS,
     "ssl_ca_file": _TLS,
+    "ssl_min_protocol_version": _TLS,
 }
 """Set by the instance manager, or left at Postgres's default on purpose; refused from users."""
 

@@ -135,7 +135,7 @@ async def _require_ready(source: SourceServer, system_identifier: int, timeline:
                 user=source.user,
                 password=password,
                 database="postgres",
-                ssl=source.sslmode,
+                ssl=source.tls.for_asyncpg(),
                 timeout=deadline_s,
                 statement_cache_size=0,
                 server_settings={"search_path": "pg_catalog,pg_temp", "application_name": "instance-manager rewind"},

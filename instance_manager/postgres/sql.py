@@ -70,6 +70,10 @@ async def connect(
         "idle_in_transaction_session_timeout": "60s",
         # A backend that we abandoned notices while its statement still runs.
         "client_connection_check_interval": "1s",
+        # Verifiers of passwords are in some statements; whatever a user lets the server log, ours are not logged.
+        "log_statement": "none",
+        "log_min_duration_statement": "-1",
+        "log_min_error_statement": "panic",
     }
     if as_monitor:
         settings["jit"] = "off"

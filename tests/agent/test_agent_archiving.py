@@ -212,6 +212,19 @@ async def test_a_silent_archiver_is_trouble_and_one_that_hangs_is_started_again(
         assert desk.restarts == 2
 
 
+async def test_a_standby_remembers_how_far_its_primary_has_archived(tmp_path: Path) -> None:
+    """So that after a promotion only what is behind that is asked for again."""
+    async with Running(tmp_path, "a") as desk:
+        desk.made.knows("p", archive=ArchiveState(level="calm", position=Lsn(150)))
+        await desk.look()
+        holder = desk.made.record.holder
+        assert holder is not None
+        assert desk.made.context.archived_to == (holder.member_id, 150)
+        desk.made.knows("p", archive=ArchiveState(level="calm"))
+        await desk.look()
+        assert desk.made.context.archived_to == (holder.member_id, 150), "it has stopped since, and archives no more"
+
+
 async def test_the_lag_is_what_is_flushed_and_not_in_the_archive(tmp_path: Path) -> None:
     async with Running(tmp_path, "p") as desk:
         desk.permit(1008.0)

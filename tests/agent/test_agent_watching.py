@@ -91,6 +91,18 @@ def test_section_4_a_silent_standby_is_lost_since_it_was_last_heard_of() -> None
     assert health.streaming_for_s == 0
 
 
+def test_who_replies_each_second_is_heard_and_a_second_without_a_reply_is_noticed_before_it_counts() -> None:
+    at = Standbys()
+    at.streams(A, B, for_s=3)
+    at.freezes(A, for_s=0.5)
+    assert at.watch.all_are_heard
+    at.freezes(A, for_s=0.5)
+    assert not at.watch.all_are_heard
+    assert at.health(A).streaming
+    at.streams(A, for_s=0.5)
+    assert at.watch.all_are_heard, "who has gone is not waited for"
+
+
 def test_section_4_a_standby_without_a_walsender_is_lost_at_once() -> None:
     at = Standbys()
     at.streams(A, for_s=3)

@@ -48,8 +48,9 @@ def ask(path: Path, request: bytes) -> str:
 class ArchivingServer:
     """One instance: `server` and its archiver, whose store is given as the section `archive` of a configuration."""
 
-    def __init__(self, server: PostgresProcess, archive: dict[str, Any]) -> None:
+    def __init__(self, server: PostgresProcess, archive: dict[str, Any], segment_bytes: int = SEGMENT_BYTES) -> None:
         self.server = server
+        self.segment_bytes = segment_bytes
         self.archive = archive
         self.socket = server.root / "archive.sock"
         self.process: subprocess.Popen[bytes] | None = None
@@ -116,7 +117,7 @@ class ArchivingServer:
             cluster_uid="0123456789abcdef",
             permit_until_s=time.clock_gettime(time.CLOCK_BOOTTIME) + 600 if role == "primary" else 0.0,
             system_identifier=str(system_identifier),
-            wal_segment_bytes=SEGMENT_BYTES,
+            wal_segment_bytes=self.segment_bytes,
             chain=chain,
             **flags,
         )

@@ -27,7 +27,8 @@ PYTHON = Path(os.path.realpath(sys.executable))
 class Place:
     """The directories of one server, and a socket at which a listener never answers."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, program: Path) -> None:
+        self.program_of_client = program
         self.socket = root / "a.sock"
         self.server = LocalServer(
             data_directory=root / "data",
@@ -46,11 +47,13 @@ class Place:
         self.listener.listen()
 
     async def archive(self) -> tuple[int, str]:
-        command = commands.archive_command(PYTHON, self.client, self.socket, self.server.state_directory / ALLOWS)
+        command = commands.archive_command(
+            self.program_of_client, self.client, self.socket, self.server.state_directory / ALLOWS
+        )
         return await shell(command, A)
 
     async def restore(self, words: str | None = None, name: str = A) -> tuple[int, str]:
-        words = words or commands.client_words(PYTHON, self.client, self.socket)
+        words = words or commands.client_words(self.program_of_client, self.client, self.socket)
         return await shell(install_restore_command(self.server, words), name, cwd=self.server.data_directory)
 
     @property
@@ -64,10 +67,11 @@ class Place:
         return f"/bin/sh {shlex.quote(str(path))}".replace("%", "%%")
 
 
-@pytest.fixture
-def place() -> Iterator[Place]:
+@pytest.fixture(params=["perl", "python"])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Once for each language of the client: both must do the same."""
     with tempfile.TemporaryDirectory(prefix="im ar'$ %") as directory:
-        made = Place(Path(directory))
+        made = Place(Path(directory), commands.PERL if request.param == "perl" else PYTHON)
         yield made
         made.listener.close()
 

@@ -49,6 +49,31 @@ async def test_segments_that_were_streamed_but_archived_by_neither_are_brought(d
     assert (state.epoch, state.uploaded, state.gaps) == (2, 2, ())
 
 
+async def test_the_history_of_a_timeline_that_had_no_segment_of_its_own_is_brought(desk: Desk) -> None:
+    """Two failovers within one segment: the second primary had not archived its history when it was lost."""
+    chain = chain_of((2, 1, 0x800100), (3, 2, 0x800200))
+    second, third = history_content((1, 0x800100)), history_content((1, 0x800100), (2, 0x800200))
+    make_ready(desk.wal, "00000002.history", second)
+    (desk.wal / "archive_status/00000002.history.ready").rename(desk.wal / "archive_status/00000002.history.done")
+    make_ready(desk.wal, "00000003.history", third)
+    desk.command(desk.primary(epoch=3, chain=chain))
+    orders = desk.archiver.orders.current
+    assert orders is not None
+    await desk.archiver.backfill_once(orders, chain)
+    assert await desk.wal_in_store("00000002.history") == second
+    assert desk.archiver.status.backfill.gaps == ()
+
+
+async def test_an_accepted_history_that_is_nowhere_is_named_as_a_gap(desk: Desk) -> None:
+    chain = chain_of((2, 1, 0x800100), (3, 2, 0x800200))
+    make_ready(desk.wal, "00000003.history", history_content((1, 0x800100), (2, 0x800200)))
+    desk.command(desk.primary(epoch=3, chain=chain))
+    orders = desk.archiver.orders.current
+    assert orders is not None
+    await desk.archiver.backfill_once(orders, chain)
+    assert desk.archiver.status.backfill.gaps == ("00000002.history",)
+
+
 async def test_what_is_nowhere_is_named_as_a_gap(desk: Desk) -> None:
     await archived_by_the_old_primary(desk, FIVE)
     (desk.wal / SEVEN).write_bytes(segment_content(SEVEN))

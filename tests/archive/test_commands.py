@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from archive_harness import Desk, until
-from wal_builders import history_content, make_ready, segment_content
+from wal_builders import SYSTEM, history_content, make_ready, segment_content
 
 from instance_manager.archive import client, commands
 from instance_manager.archive.fetch import Mode
@@ -33,6 +33,12 @@ def place() -> Iterator[Path]:
     """A short path: a Unix socket's may have 107 bytes. With what a shell would take apart."""
     with tempfile.TemporaryDirectory(prefix="im ar'$ %") as directory:
         yield Path(directory)
+
+
+@pytest.fixture(params=["perl", "python"])
+def program(request: pytest.FixtureRequest) -> Path:
+    """What runs the client: each of the two must do the same."""
+    return commands.PERL if request.param == "perl" else PYTHON
 
 
 @pytest.fixture
@@ -55,26 +61,26 @@ async def shell(command: str, name: str, path: str = "pg_wal/RECOVERYXLOG", cwd:
 class Line:
     """The command lines over one socket."""
 
-    def __init__(self, desk: Desk, client_file: Path, path: Path) -> None:
-        self.desk, self.client_file, self.path = desk, client_file, path
+    def __init__(self, desk: Desk, program: Path, client_file: Path, path: Path) -> None:
+        self.desk, self.program, self.client_file, self.path = desk, program, client_file, path
 
     async def push(self, name: str) -> tuple[int, str]:
-        return await shell(commands.archive_command(PYTHON, self.client_file, self.path), name)
+        return await shell(commands.archive_command(self.program, self.client_file, self.path), name)
 
     async def fetch(self, name: str, mode: Mode = "recovery") -> tuple[int, str]:
-        command = commands.restore_command(PYTHON, self.client_file, self.path, mode)
+        command = commands.restore_command(self.program, self.client_file, self.path, mode)
         return await shell(command, name, cwd=self.desk.wal.parent)
 
 
 @pytest.fixture
-async def line(local_desk: Desk, client_file: Path, place: Path) -> AsyncIterator[Line]:
+async def line(local_desk: Desk, program: Path, client_file: Path, place: Path) -> AsyncIterator[Line]:
     """A running archiver behind its socket."""
     settings = local_desk.archiver._settings
     path = place / "a.sock"
     object.__setattr__(settings, "socket", path)
     task = asyncio.create_task(local_desk.archiver.run())
     await until(path.exists)
-    yield Line(local_desk, client_file, path)
+    yield Line(local_desk, program, client_file, path)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 
@@ -104,18 +110,19 @@ async def test_a_failure_is_told_in_postgres_log_and_is_1_for_archiving(line: Li
     assert told.startswith(f"archive: {A} is not what its name says: it begins at")
 
 
-async def test_a_failure_stops_recovery_and_rewind_but_not_a_standby(line: Line) -> None:
+async def test_a_failure_stops_recovery_and_rewind_but_not_a_standby(line: Line, tmp_path: Path) -> None:
+    (tmp_path / "archive").rename(tmp_path / "not mounted")
     codes = {}
     for mode in ("standby", "recovery", "rewind"):
         codes[mode], told = await line.fetch(A, mode)
-        assert "there is no archive at orders" in told
+        assert "is not there: mount it" in told
     assert codes == {"standby": 1, "recovery": 126, "rewind": 126}
 
 
 async def test_without_an_archiver_nothing_is_archived_and_nothing_is_absent(
-    local_desk: Desk, client_file: Path, place: Path
+    local_desk: Desk, program: Path, client_file: Path, place: Path
 ) -> None:
-    line = Line(local_desk, client_file, place / "nobody.sock")
+    line = Line(local_desk, program, client_file, place / "nobody.sock")
     code, told = await line.push(A)
     assert code == 1
     assert "no answer of the archiver" in told
@@ -123,7 +130,7 @@ async def test_without_an_archiver_nothing_is_archived_and_nothing_is_absent(
 
 
 async def test_an_archiver_that_ends_before_its_answer_is_a_failure(
-    local_desk: Desk, client_file: Path, place: Path
+    local_desk: Desk, program: Path, client_file: Path, place: Path
 ) -> None:
     path = place / "ends.sock"
     with socket.socket(socket.AF_UNIX) as listener:
@@ -144,7 +151,7 @@ async def test_an_archiver_that_ends_before_its_answer_is_a_failure(
 
         thread = threading.Thread(target=end_each)
         thread.start()
-        line = Line(local_desk, client_file, path)
+        line = Line(local_desk, program, client_file, path)
         codes = [(await line.push(A))[0], (await line.fetch(A))[0], (await line.fetch(A, "standby"))[0]]
         stop.set()
         thread.join()
@@ -152,10 +159,12 @@ async def test_an_archiver_that_ends_before_its_answer_is_a_failure(
 
 
 @pytest.mark.parametrize("broken", ["no interpreter", "no client", "broken client"])
-async def test_a_client_that_cannot_start_never_ends_a_recovery(local_desk: Desk, place: Path, broken: str) -> None:
+async def test_a_client_that_cannot_start_never_ends_a_recovery(
+    local_desk: Desk, program: Path, place: Path, broken: str
+) -> None:
     file = place / "client.py"
-    file.write_text("syntax error here")
-    python = place / "no-python" if broken == "no interpreter" else PYTHON
+    broken_client(file, "(", "(")
+    python = place / "no-python" if broken == "no interpreter" else program
     client_file = place / "missing.py" if broken == "no client" else file
     codes = []
     for mode in ("standby", "recovery", "rewind"):
@@ -167,20 +176,34 @@ async def test_a_client_that_cannot_start_never_ends_a_recovery(local_desk: Desk
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 async def test_a_client_that_is_killed_never_ends_a_recovery(
-    local_desk: Desk, place: Path, number: signal.Signals
+    local_desk: Desk, program: Path, place: Path, number: signal.Signals
 ) -> None:
     file = place / "client.py"
-    file.write_text(f"import os\nos.kill(os.getpid(), {int(number)})\n")
-    line = Line(local_desk, file, place / "a.sock")
+    broken_client(file, f"import os\nos.kill(os.getpid(), {int(number)})\n", f"kill {int(number)}, $$;\n")
+    line = Line(local_desk, program, file, place / "a.sock")
     assert (await line.push(A))[0] == 1
     assert [(await line.fetch(A, mode))[0] for mode in ("standby", "recovery", "rewind")] == [1, 126, 126]
 
 
-async def test_an_uncaught_error_of_the_client_is_not_its_exit_code_1(local_desk: Desk, place: Path) -> None:
-    """Python ends with 1 for any exception: to Postgres that would be "absent"."""
+async def test_an_uncaught_error_of_the_client_is_not_its_exit_code_1(
+    local_desk: Desk, program: Path, place: Path
+) -> None:
+    """Python ends with 1 for any exception, Perl with errno: to Postgres that would be "absent"."""
     file = place / "client.py"
-    file.write_text("raise RuntimeError\n")
-    assert (await Line(local_desk, file, place / "a.sock").fetch(A))[0] == 126
+    broken_client(file, "raise RuntimeError\n", "$! = 1; die;\n")
+    assert (await Line(local_desk, program, file, place / "a.sock").fetch(A))[0] == 126
+
+
+async def test_what_the_environment_says_to_an_interpreter_is_nothing_to_the_client(line: Line, tmp_path: Path) -> None:
+    (tmp_path / "strict.pm").write_text("exit 0; 1;\n")
+    line.desk.ready(A)
+    command = commands.archive_command(line.program, line.client_file, line.path.with_name("nobody"))
+    assert (await shell(f"PERL5LIB={tmp_path} PYTHONPATH={tmp_path} {command}", A))[0] == 1
+
+
+def broken_client(file: Path, python: str, perl: str) -> None:
+    file.write_text(python)
+    commands.quick(file).write_text(perl)
 
 
 async def test_an_impatient_client_does_not_end_the_upload(line: Line) -> None:
@@ -210,9 +233,16 @@ async def test_a_client_that_goes_ends_its_restore(line: Line, monkeypatch: pyte
     await asyncio.wait_for(ended.wait(), 5)
 
 
+async def test_whose_archive_it_is_shows_before_the_first_segment(line: Line) -> None:
+    status = line.desk.archiver.status
+    await until(lambda: status.archive == "ok")
+    line.desk.command(line.desk.primary(epoch=2, system=SYSTEM + 1))
+    await until(lambda: f"of the system {SYSTEM}" in status.archive)
+
+
 async def test_orders_and_status_over_the_socket(line: Line) -> None:
     orders = line.desk.primary(epoch=5)
-    assert (await ask(line.path, "orders\t" + to_json(orders).decode())).startswith('done {"conflicts":0')
+    assert (await ask(line.path, "orders\t" + to_json(orders).decode())).startswith('done {"level":"calm"')
     assert line.desk.archiver.orders.current == orders
     assert (await ask(line.path, "orders\t" + to_json(line.desk.primary(epoch=4)).decode())).startswith(
         "failed epoch 4"
@@ -279,8 +309,9 @@ def test_the_client_imports_next_to_nothing() -> None:
 
 
 def test_the_interpreter_is_one_that_postgres_may_run() -> None:
-    assert commands.interpreter(None) == PYTHON
+    assert commands.python_for(None) == PYTHON
+    assert commands.interpreter(None) == (commands.PERL if commands.PERL.exists() else PYTHON)
     if os.geteuid() == 0:
-        found = commands.interpreter(RunAs.of_user("postgres"))
+        found = commands.python_for(RunAs.of_user("postgres"))
         done = subprocess.run([found, "-I", "-S", "-c", "print(1)"], user="postgres", capture_output=True, check=True)
         assert done.stdout == b"1\n"

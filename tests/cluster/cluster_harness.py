@@ -27,13 +27,14 @@ def running_cluster(
     durability: Durability = "preferred",
     archive: ArchivePlan | None = None,
     recovery: RecoveryPlan | None = None,
+    parameters: tuple[tuple[str, str], ...] = (),
 ) -> Iterator[LocalCluster]:
     """Started, fully redundant, and ended with everything of it at the end of the block."""
     plan = loopback_plan(
         instances=instances,
         base_port=choose_base_port(2 * instances, None, spread=True),
         durability=durability,
-        parameters=FAST,
+        parameters=FAST + parameters,
         archive=archive,
         recovery=recovery,
     )

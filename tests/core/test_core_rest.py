@@ -63,7 +63,6 @@ ANYBODY: dict[str, Callable[[Observation], Observation]] = {
     "a voter is missing": lambda o: with_record(o, record(voters=ids("a"))),
     "a voter is nobody's": lambda o: with_record(o, record(voters=ids("a b c"))),
     "the Lease is damaged": lambda o: lease(o, damage="of another cluster"),
-    "a write's outcome is unknown": lambda o: lease(o, unknown_write=True),
     "the Lease was read long ago": lambda o: lease(o, read_age_s=4.5),
     "the Lease is not renewed": lambda o: lease(o, unchanged_for_s=5.5),
     "a later epoch was promised": lambda o: replace(o, volume=replace(o.volume, promised_epoch=Epoch(6))),
@@ -106,6 +105,7 @@ def test_no_standby_rests_while(what: str) -> None:
 
 
 PRIMARY: dict[str, Callable[[Observation], Observation]] = {
+    "a write's outcome is unknown": lambda o: lease(o, unknown_write=True),
     "its permit is getting old": lambda o: replace(o, permit_left_s=2.9),
     "the Lease is another life's": lambda o: replace(o, incarnation="p-life-2"),
     "its Postgres has ended": lambda o: postgres(o, running=False, answers=False, mode=None),
@@ -119,6 +119,10 @@ def test_no_primary_rests_while(what: str) -> None:
 
 def test_no_primary_rests_while_its_quorum_is_to_be_changed() -> None:
     assert not rests(observation("p"), settled=False)
+
+
+def test_a_standby_rests_although_it_never_wrote() -> None:
+    assert rests(lease(observation("a"), unknown_write=True))
 
 
 def test_what_a_quorum_is_to_be_is_not_a_standbys_business() -> None:

@@ -73,7 +73,11 @@ def test_the_headless_service_names_every_pod_also_one_that_is_not_ready(manifes
 
 def test_ports_are_those_that_the_instances_listen_on(manifests: Manifests) -> None:
     ports = {each["name"]: each["containerPort"] for each in manifests.container["ports"]}
-    assert ports == {"postgres": kubernetes_names.POSTGRES_PORT, "http": kubernetes_names.HTTP_PORT}
+    assert ports == {
+        "postgres": kubernetes_names.POSTGRES_PORT,
+        "http": kubernetes_names.HTTP_PORT,
+        "peers": kubernetes_names.PEER_PORT,
+    }
     for service in manifests.of_kind("Service"):
         for port in service["spec"]["ports"]:
             assert ports[port["targetPort"]] == port["port"]
@@ -93,7 +97,7 @@ def test_applications_reach_postgres_only_and_only_with_a_label(manifests: Manif
             (label,) = selector["matchLabels"]
             reachable.setdefault(label, set()).update(port["port"] for port in rule["ports"])
     assert reachable == {
-        CLUSTER_LABEL: {"postgres", "http"},
+        CLUSTER_LABEL: {"postgres", "http", "peers"},
         "instance-manager.dev/client": {"postgres"},
         "instance-manager.dev/monitoring": {"http"},
     }
@@ -165,7 +169,7 @@ def test_the_configuration_names_the_places_that_are_mounted(manifests: Manifest
         "--config",
         f"{manifests.mounts['configuration']}/{key}",
     ]
-    for name in configuration.secrets.__struct_fields__:
+    for name in configuration.secrets.files:
         assert getattr(configuration.secrets, name) == Path(manifests.mounts["secrets"]) / name
 
 

@@ -61,7 +61,7 @@ def test_no_password_is_shipped_and_pods_wait_for_the_users(manifests: Manifests
 
 def test_a_new_secret_has_every_key_and_no_two_values_alike(manifests: Manifests, tmp_path: Path) -> None:
     made = [yaml.safe_load(subprocess.check_output([MAKE_SECRET], timeout=30)) for _ in range(2)]
-    wanted = set(manifests.configuration(tmp_path).secrets.__struct_fields__)
+    wanted = set(manifests.configuration(tmp_path).secrets.files)
     for secret in made:
         assert secret["metadata"]["name"] == manifests.volume("secrets")["secret"]["secretName"]
         assert secret["stringData"].keys() == wanted

@@ -78,6 +78,7 @@ class FakeService:
     """`control` knows the verbs echo, slow, fails, endless; `answer_peer` knows echo, hang, refuse and break."""
 
     snapshot: Probes = field(default_factory=primary_probes)
+    scrapes_wait: asyncio.Event | None = None
     finished: list[str] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     say: asyncio.Event = field(default_factory=asyncio.Event)
@@ -89,6 +90,11 @@ class FakeService:
 
     def status(self) -> ClusterStatus:
         return STATUS
+
+    async def metrics(self) -> bytes:
+        if self.scrapes_wait is not None:
+            await self.scrapes_wait.wait()
+        return b"# HELP up 1.\n# TYPE up gauge\nup 1\n"
 
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         match call:

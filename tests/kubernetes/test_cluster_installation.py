@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from kubernetes_cluster import CLUSTER, DEPLOY, KubernetesCluster, relative
 from instance_manager.demo.processes import resident_bytes
 
 IDLE_S = 20.0
+CPU_WINDOWS = 5
+"""Their median counts: what happens beside the cluster on the machine is not its."""
 WRITES_PER_S_MAX = 0.5
 MANAGER_BYTES_MAX = 64 * 1024 * 1024
 MANAGER_CPU_MAX = 0.005
@@ -102,9 +105,15 @@ def test_the_manager_costs_little_beside_postgres(cluster: KubernetesCluster) ->
         found = cluster.processes(name)
         managers[name] = [process.pid for process in (found.supervisor, found.agent) if process is not None]
         assert len(managers[name]) == 2
-    before = {name: sum(map(cpu_s, pids)) for name, pids in managers.items()}
-    time.sleep(IDLE_S)
-    share = {name: (sum(map(cpu_s, pids)) - before[name]) / IDLE_S for name, pids in managers.items()}
+    shares: dict[str, list[float]] = {name: [] for name in managers}
+    for _ in range(CPU_WINDOWS):
+        before = {name: sum(map(cpu_s, pids)) for name, pids in managers.items()}
+        began_s = time.monotonic()
+        time.sleep(IDLE_S)
+        for name, pids in managers.items():
+            shares[name].append((sum(map(cpu_s, pids)) - before[name]) / (time.monotonic() - began_s))
+    print({name: [f"{100 * share:.2f} %" for share in found] for name, found in shares.items()})
+    share = {name: statistics.median(found) for name, found in shares.items()}
     resident = {name: sum(map(resident_bytes, pids)) for name, pids in managers.items()}
     print({name: f"{resident[name] / 2**20:.1f} MiB, {100 * share[name]:.2f} % of a core" for name in managers})
     assert max(resident.values()) <= MANAGER_BYTES_MAX

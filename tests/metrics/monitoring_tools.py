@@ -25,7 +25,7 @@ def tool(name: str) -> str:
 
 def promtool(*arguments: str, stdin: bytes = b"") -> tuple[int, str]:
     """Its exit code, and what it printed."""
-    done = subprocess.run([tool("promtool"), *arguments], input=stdin, capture_output=True, timeout=60, check=False)
+    done = subprocess.run([tool("promtool"), *arguments], input=stdin, capture_output=True, timeout=100, check=False)
     return done.returncode, (done.stdout + done.stderr).decode()
 
 

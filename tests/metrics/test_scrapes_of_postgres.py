@@ -90,7 +90,7 @@ async def test_no_more_than_two_connections_and_all_of_the_monitoring_role(clust
 
     async with collecting(primary, Options(SERVER, refresh_s=0)) as statistics:
         watching = asyncio.create_task(watch())
-        for _ in range(5):
+        for _ in range(2):
             await asyncio.gather(*(scrape(statistics) for _ in range(4)))
         watching.cancel()
     assert 1 <= most <= 2

@@ -22,9 +22,11 @@ from instance_manager.postgres.configuration import (
     NOTHING_SYNCHRONOUS,
     POSTGRESQL_CONF,
     REPLICATION_CONF,
+    ClientTls,
     ParameterValue,
     ReplicationSettings,
     StaticSettings,
+    TlsFiles,
     render_postgresql_conf,
     render_replication_conf,
     replication_conninfo,
@@ -94,7 +96,7 @@ class OwnServer:
         return self.server.data_directory
 
     def source(self, user: str = REPLICATION_ROLE) -> SourceServer:
-        return SourceServer("127.0.0.1", self.server.port, self.passfile, user=user, sslmode="disable")
+        return SourceServer("127.0.0.1", self.server.port, self.passfile, user=user, tls=ClientTls("disable"))
 
     def configure(
         self,
@@ -102,6 +104,8 @@ class OwnServer:
         replication: ReplicationSettings | None = None,
         access: Access = Access.OPEN,
         parameters: Mapping[str, ParameterValue] | None = None,
+        tls: TlsFiles | None = None,
+        settings: AccessSettings | None = None,
     ) -> None:
         static = StaticSettings(
             major=MAJOR,
@@ -111,9 +115,10 @@ class OwnServer:
             socket_directory=self.server.socket_directory,
             instances=3,
             parameters={"shared_buffers": "16MB", "max_connections": 20, **(parameters or {})},
+            tls=tls,
         )
         replication = replication or ReplicationSettings(synchronous_standby_names=NOTHING_SYNCHRONOUS)
-        hba = render_hba(AccessSettings(application_networks=("127.0.0.1/32",)), access)
+        hba = render_hba(settings or AccessSettings(application_networks=("127.0.0.1/32",)), access)
         for file, text in (
             (POSTGRESQL_CONF, render_postgresql_conf(static)),
             (REPLICATION_CONF, render_replication_conf(replication)),

@@ -254,6 +254,9 @@ class SimulatedPostgres:
     async def allow_archive(self, what: Allowed | None, *, deadline_s: float) -> None:
         """There is no archive in this world but a restore_command of somebody else's (P9)."""
 
+    async def ask_to_archive_again(self, since: Lsn | None, *, deadline_s: float) -> None:
+        """Nor anybody who would be asked."""
+
     async def nothing_is_restored(self, postmaster_pid: int, *, deadline_s: float) -> None:
         """Nor anything that could be on its way from it."""
 

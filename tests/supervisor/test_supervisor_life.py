@@ -95,7 +95,7 @@ def test_a_wrong_command_line_ends_with_its_code_before_anything_starts(argument
 
 def test_an_agent_that_can_never_be_executed_ends_the_supervisor() -> None:
     hasty = (
-        "import instance_manager.supervisor.supervisor as s, instance_manager.supervisor.__main__ as m, os;"
+        "import instance_manager.supervisor.backoff as s, instance_manager.supervisor.__main__ as m, os;"
         "s.FIRST_BACKOFF_S = s.LONGEST_BACKOFF_S = 0.01; os._exit(m.main())"
     )
     with Harness(start=False) as harness:
@@ -120,7 +120,7 @@ def test_a_second_supervisor_waits_for_the_lock_and_takes_over_when_it_is_free()
 
 def test_a_lock_that_stays_busy_ends_the_second_supervisor_with_a_clear_message() -> None:
     hasty = (
-        "import instance_manager.supervisor.supervisor as s, instance_manager.supervisor.__main__ as m, os;"
+        "import instance_manager.supervisor.backoff as s, instance_manager.supervisor.__main__ as m, os;"
         "s.LOCK_ATTEMPTS = 3; os._exit(m.main())"
     )
     with agent_and_harness() as (harness, agent):
@@ -202,7 +202,7 @@ def test_a_supervisor_whose_log_nobody_reads_goes_on() -> None:
         agent.do("tick")
         record = json.loads(until("a line", lambda: os.read(read_fd, 65536)))
         os.close(read_fd)
-        assert record["dropped_lines"] > 100
+        assert record["fields"]["dropped_lines"] > 100
 
 
 UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")

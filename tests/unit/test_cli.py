@@ -46,6 +46,9 @@ class Instance:
     def status(self) -> ClusterStatus:
         return HEALTHY
 
+    async def metrics(self) -> bytes:
+        raise NotImplementedError
+
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         raise NotImplementedError
 

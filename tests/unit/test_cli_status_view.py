@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from instance_manager.core.archive_state import ArchiveState
+from instance_manager.core.types import Lsn
 from instance_manager.status import ClusterStatus, DecisionLine, InstanceStatus
 from instance_manager.status_view import format_bytes, format_seconds, instance_table, render_status
 
@@ -182,3 +184,14 @@ def test_bytes_are_told_in_the_units_of_postgres(size: int, text: str) -> None:
 )
 def test_times_are_told_in_the_fitting_unit(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_how_far_the_archive_is_stands_among_the_first_lines() -> None:
+    known = ArchiveState(level="calm", position=Lsn(0x5000000), lag_bytes=8192, lag_s=0.8)
+    assert "archive: calm, complete to 0/5000000, behind 8 kB, 0.8 s" in render_status(replace(HEALTHY, archive=known))
+    waits = replace(known, level="behind", waiting=40, oldest_age_s=90.0)
+    assert "archive: behind, complete to 0/5000000, behind 8 kB, 0.8 s, 40 wait, the oldest for 90 s" in render_status(
+        replace(HEALTHY, archive=waits), 100
+    )
+    assert "archive: not known" in render_status(replace(HEALTHY, archive=ArchiveState(level="unknown")))
+    assert "archive:" not in render_status(HEALTHY)

@@ -21,7 +21,7 @@ from instance_manager.archive.backup.verify import verify_backup
 from instance_manager.archive.backup.view import size_text
 from instance_manager.archive.where import WRONG_USE, Where, add_where, carry_out
 from instance_manager.threads import monotonic_s
-from instance_manager.wall_clock import timestamp, utc_now
+from instance_manager.wall_clock import now_utc, timestamp
 
 DEADLINE_S = 60.0
 POLL_S = 1.0
@@ -85,7 +85,7 @@ async def _request(namespace: argparse.Namespace, where: Where) -> int:
     if name is not None and (not 0 < len(name) <= NAME_MAX or not name.isprintable() or name == "latest"):
         return complain(f"not a name for a backup: {name!r}", WRONG_USE)
     requests = Requests(where.store, where.layout)
-    request_id = manual_id(utc_now())
+    request_id = manual_id(now_utc())
     await requests.ask(request_id, Request(name, "command", timestamp()))
     if not namespace.wait:
         print(

@@ -41,7 +41,7 @@ from instance_manager.core.types import Lsn
 from instance_manager.ports import ObjectStore, ObjectStoreError
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
 from instance_manager.threads import monotonic_s
-from instance_manager.wall_clock import timestamp, utc_now
+from instance_manager.wall_clock import now_utc, timestamp
 
 log = logging.getLogger("instance_manager.archive.backup")
 
@@ -85,7 +85,7 @@ class BackupTender:
         switch_wal: Callable[[], Awaitable[None]],
         *,
         now_s: Callable[[], float] = monotonic_s,
-        now: Callable[[], datetime.datetime] = utc_now,
+        now: Callable[[], datetime.datetime] = now_utc,
     ) -> None:
         self._settings = settings
         self._server = server

@@ -1,0 +1,106 @@
+"""Control: a user's verbs, on listeners of their own. Whoever asks is judged before anything is read of the request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Protocol
+
+import msgspec
+from aiohttp import web
+
+from instance_manager.codec import to_json
+from instance_manager.http.answers import json_response
+from instance_manager.http.callers import Caller, LocalCallers, Refused
+from instance_manager.http.ports import ControlProgress, ControlResult, InstanceService, MalformedCall, UnknownCall
+
+BODY_BYTES_MAX = 64 * 1024
+CONTROL_REQUESTS_MAX = 8
+CONTROL_BODY_TIMEOUT_S = 5.0
+LOOKING = frozenset({"status", "lease"})
+"""Verbs that change nothing: not worth a line of the log for each."""
+
+_log = logging.getLogger(__name__)
+
+
+class Callers(Protocol):
+    async def judge(self, request: web.Request) -> Caller | Refused: ...
+
+
+def control_application(service: InstanceService, callers: Callers | None = None) -> web.Application:
+    """A user's verbs, for those whom `callers` lets: by default for a Unix socket only, and refused on anything else."""
+    application = web.Application(client_max_size=BODY_BYTES_MAX)
+    places = asyncio.Semaphore(CONTROL_REQUESTS_MAX)
+    judge = (callers or LocalCallers()).judge
+
+    async def control(request: web.Request) -> web.StreamResponse:
+        verb = request.match_info["verb"]
+        match await judge(request):
+            case Refused(status, reason):
+                _log.warning("control refused: %s", reason, extra={"verb": verb[:40], "from": request.remote})
+                return json_response(status, {"error": reason})
+            case Caller(name):
+                if verb not in LOOKING:
+                    _log.info("control: %s by %s", verb[:40], name, extra={"from": request.remote})
+        if places.locked():
+            return json_response(503, {"error": f"{CONTROL_REQUESTS_MAX} commands are at work already"})
+        async with places:
+            return await _run_verb(service, request)
+
+    application.router.add_post("/control/{verb}", control)
+    return application
+
+
+async def _run_verb(service: InstanceService, request: web.Request) -> web.StreamResponse:
+    verb = request.match_info["verb"]
+    try:
+        async with asyncio.timeout(CONTROL_BODY_TIMEOUT_S):
+            arguments = msgspec.json.decode(await request.read() or b"{}", type=dict[str, object])
+        items = service.control(verb, arguments)
+        first = await anext(items)
+    except UnknownCall as error:
+        return json_response(404, {"error": str(error) or f"no such command: {verb}"})
+    except (MalformedCall, msgspec.DecodeError) as error:
+        return json_response(400, {"error": str(error)})
+    except TimeoutError:
+        return json_response(408, {"error": "the request's body did not come in time"})
+    except web.HTTPException:
+        raise
+    except Exception as error:
+        _log.exception("a command failed", extra={"verb": verb})
+        return json_response(500, {"error": f"{type(error).__name__}: {error}"})
+    response = web.StreamResponse(headers={"Content-Type": "application/jsonl", "Cache-Control": "no-store"})
+    connected = await _try_to_write(response.prepare(request))
+    item: ControlProgress | ControlResult = first
+    while True:
+        if connected:
+            connected = await _try_to_write(response.write(_control_line(item)))
+        if isinstance(item, ControlResult):
+            break
+        try:
+            # To the end even when nobody listens any more: a switchover is not given up half-way with its terminal.
+            item = await anext(items)
+        except StopAsyncIteration:
+            item = ControlResult(ok=False, message=f"{verb} ended without a result")
+        except Exception as error:
+            _log.exception("a command failed", extra={"verb": verb})
+            item = ControlResult(ok=False, message=f"{type(error).__name__}: {error}")
+    if connected:
+        await _try_to_write(response.write_eof())
+    return response
+
+
+async def _try_to_write(writing: Awaitable[object]) -> bool:
+    try:
+        async with asyncio.timeout(CONTROL_BODY_TIMEOUT_S):
+            await writing
+    except (ConnectionError, TimeoutError):
+        return False
+    return True
+
+
+def _control_line(item: ControlProgress | ControlResult) -> bytes:
+    if isinstance(item, ControlProgress):
+        return to_json({"progress": item.progress}) + b"\n"
+    return to_json({"result": item}) + b"\n"

@@ -1,0 +1,68 @@
+"""What a promoted standby archives of the log before it, and what restore_command may still bring to a voter (P9)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import Cluster, wait_until
+
+from instance_manager.core.types import Lsn
+from instance_manager.postgres.archive_commands import StillRestoring, allow, ask_again, nothing_is_restored
+from instance_manager.postgres.deadlines import Deadline
+from instance_manager.postgres.promotion import install_restore_command
+
+MIB = 1 << 20
+
+
+def segments(directory: Path, *numbers: int) -> Path:
+    """Of a MiB each, marked as archived; their status."""
+    status = directory / "pg_wal" / "archive_status"
+    status.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        name = f"0000000100000000{number:08X}"
+        (directory / "pg_wal" / name).write_bytes(bytes(MIB))
+        (status / f"{name}.done").touch()
+    return status
+
+
+def ready(status: Path) -> list[int]:
+    return sorted(int(path.stem[16:], 16) for path in status.glob("*.ready"))
+
+
+@pytest.mark.parametrize(
+    ("since", "asked"), [(None, [5, 6, 7]), (6 * MIB, [6, 7]), (6 * MIB + 1, [6, 7]), (8 * MIB - 1, [7]), (8 * MIB, [])]
+)
+def test_segments_behind_what_the_last_primary_archived_are_asked_for_again(
+    cluster: Cluster, since: int | None, asked: list[int]
+) -> None:
+    server = cluster.add("x").server
+    status = segments(server.data_directory, 5, 6, 7)
+    (status / "00000002.history.done").touch()
+    (status / "000000010000000000000007.partial.done").touch()
+    (status / "000000010000000000000004.done").touch()
+    assert ask_again(server, None if since is None else Lsn(since)) == len(asked)
+    assert ready(status) == asked
+    assert len(list(status.glob("*.done"))) == 6 - len(asked)
+
+
+async def test_p9_a_restore_that_hangs_is_seen_until_it_has_ended(cluster: Cluster) -> None:
+    """The startup process of a standby waits in restore_command: a promise made now could be followed by more WAL."""
+    standby = cluster.add("x")
+    client = standby.state / "client.sh"
+    client.write_text("touch '" + str(standby.state / "begun") + '\'\nwhile [ -e "$5" ]; do sleep 0.05; done\nexit 1\n')
+    standby.set_dynamic(restore_command=install_restore_command(standby.server, f"/bin/sh {client}"))
+    standby.write("standby.signal", "")
+    allow(standby.server, "fetch")
+    await standby.start(wait=False)
+    process = standby.process
+    assert process is not None
+
+    async def begun() -> bool:
+        return (standby.state / "begun").exists()
+
+    await wait_until(begun, deadline_s=30, what="restore_command runs")
+    with pytest.raises(StillRestoring):
+        await nothing_is_restored(standby.server, process.pid, Deadline(0.3))
+    allow(standby.server, None)
+    await nothing_is_restored(standby.server, process.pid, Deadline(10))
