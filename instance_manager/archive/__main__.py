@@ -85,7 +85,7 @@ async def run(configuration: Configuration, archive: ArchiveSection) -> None:
     settings, store, sql = settings_of(configuration, archive, run_as), make_store(archive), FlushedBySql(server)
     archiver = Archiver(settings, store, sql)
     backups = BackupTender(
-        tender_settings(archive.backup, settings.instance),
+        tender_settings(archive.backup, settings.instance, instances=configuration.instances),
         server,
         store,
         archiver.layout,

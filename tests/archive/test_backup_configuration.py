@@ -46,7 +46,9 @@ def test_a_schedule_and_a_retention_mean_what_they_say() -> None:
         },
         BackupSection,
     )
-    settings = tender_settings(section, "orders-1")
+    settings = tender_settings(section, "orders-1", instances=3)
+    assert settings.primary_waits_s > 0
+    assert tender_settings(section, "orders-1", instances=1).primary_waits_s == 0
     assert settings.policy == Policy(window_s=172800, count=3)
     assert settings.take.codec.suffix == ".gz"
     schedule = schedule_of(section.schedule)

@@ -7,7 +7,7 @@ import datetime
 from instance_manager.archive.backup.requests import Schedule
 from instance_manager.archive.backup.retention import Policy
 from instance_manager.archive.backup.take import TakeSettings
-from instance_manager.archive.backup.tender import TenderSettings
+from instance_manager.archive.backup.tender import PRIMARY_WAITS_S, TenderSettings
 from instance_manager.archive.codecs import Codec
 from instance_manager.config_sections import BackupScheduleSection, BackupSection
 
@@ -29,7 +29,8 @@ def schedule_of(section: BackupScheduleSection | None) -> Schedule | None:
     )
 
 
-def tender_settings(section: BackupSection, instance: str) -> TenderSettings:
+def tender_settings(section: BackupSection, instance: str, *, instances: int) -> TenderSettings:
+    """`instances`: of the cluster; where there is no standby a primary waits for none."""
     return TenderSettings(
         instance=instance,
         take=TakeSettings(
@@ -40,4 +41,5 @@ def tender_settings(section: BackupSection, instance: str) -> TenderSettings:
         ),
         schedule=schedule_of(section.schedule),
         policy=policy_of(section),
+        primary_waits_s=PRIMARY_WAITS_S if instances > 1 else 0.0,
     )

@@ -46,6 +46,7 @@ from instance_manager.wall_clock import now_utc, timestamp
 log = logging.getLogger("instance_manager.archive.backup")
 
 SMALL_DEADLINE_S = 20.0
+PRIMARY_WAITS_S = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ class TenderSettings:
     beat_s: float = 10.0
     dead_after_s: float = 90.0
     """A claim whose beats stand still for so long is given up for dead."""
-    primary_waits_s: float = 20.0
+    primary_waits_s: float = PRIMARY_WAITS_S
     """So long a primary leaves a request to the standbys."""
 
 
