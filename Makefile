@@ -11,11 +11,11 @@ S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PR
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image kubernetes audit clean system monitoring-tools scrape-cost
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser probe-latency kubernetes audit clean system monitoring-tools scrape-cost
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image kubernetes audit clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser probe-latency kubernetes audit clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -45,6 +45,7 @@ lint: $(VENV)/.made-for-tests
 	$(VENV)/bin/lint-imports
 
 unit: system monitoring-tools $(VENV)/.made-for-tests
+	@tests/install-system.sh "$(PYTHON)" test
 	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation tests/benchmarks
 	# One after another: these measure time and memory, and run whole clusters.
 	$(RUN) pytest $(PYTEST_OPTIONS) --ignore=tests/cluster/test_cluster_recovery.py tests/supervisor tests/cluster
@@ -100,6 +101,15 @@ drill: $(VENV)/.made
 DRILL_CI_CASES := switchover kill-all stop-supervisor-and-agent cut-primary both-standbys disk-stall standby-destroyed random
 drill-ci: DRILL_OPTIONS := --quick --seconds 60 --keep .cache/drill $(DRILL_CI_CASES:%=--case %)
 drill-ci: drill
+
+# The status page in a real browser, Debian's chromium; with SCREENSHOTS=docs/images its pictures are made anew.
+test-browser: system $(VENV)/.made-for-tests
+	@tests/install-system.sh "$(PYTHON)" browser
+	$(RUN) pytest $(PYTEST_OPTIONS) tests/browser
+
+# How soon the probes answer at 200 requests a second, under load and with Postgres, disk and store away; needs root.
+probe-latency: system $(VENV)/.made-for-tests
+	$(SUDO) $(VENV)/bin/python tests/benchmarks/probe_latency.py
 
 # The container image: `make image PG_MAJOR=16 IMAGE=registry.example/postgres:16`; image/README.md has every variable.
 image:

@@ -19,6 +19,7 @@ from instance_manager import kubernetes_names
 from instance_manager.config_managed import ManagedSection, check_managed
 from instance_manager.config_sections import (
     ARCHIVE_NAME_PATTERN,
+    TAG_NAME_PATTERN,
     TIME_OF_DAY_PATTERN,
     ArchiveSection,
     BootstrapSection,
@@ -37,6 +38,10 @@ from instance_manager.core.timing import Timings
 from instance_manager.core.types import MEMBER_NAME_PATTERN, MemberName
 
 ROOM_ON_KUBERNETES = 9
+TAGS_OF_PATRONI_ONLY = frozenset(
+    ("clonefrom", "failover_priority", "nofailover", "nostream", "nosync", "replicatefrom", "sync_priority")
+)
+"""They decide something in Patroni and would decide nothing here."""
 
 
 class ConfigurationError(Exception):
@@ -292,6 +297,7 @@ def check(configuration: Configuration) -> tuple[str, ...]:
         found.append("members: every name must be there once")
     if configuration.instance.name not in names:
         found.append(f"instance.name: {configuration.instance.name!r} is not among members: {', '.join(names)}")
+    found += _check_tags(configuration.instance.tags)
     wanted = configuration.cluster.synchronous_standbys
     if wanted is not None and wanted >= configuration.instances:
         found.append(
@@ -323,6 +329,22 @@ def check(configuration: Configuration) -> tuple[str, ...]:
 
 def _postgres_has_tls(configuration: Configuration) -> bool:
     return configuration.tls is not None and configuration.tls.for_postgres is not None
+
+
+def _check_tags(tags: Mapping[str, object]) -> list[str]:
+    found = []
+    for name in tags:
+        if TAG_NAME_PATTERN.fullmatch(name) is None:
+            found.append(
+                f"instance.tags: {name!r} is no tag's name: letters, digits, _ and -, beginning with a letter, 63 at most"
+            )
+        elif name in TAGS_OF_PATRONI_ONLY:
+            found.append(
+                f"instance.tags.{name}: has no effect here; leave it out (instance.priority says who is preferred)"
+            )
+    if not isinstance(tags.get("noloadbalance", False), bool):
+        found.append("instance.tags.noloadbalance: is true or false")
+    return found
 
 
 def _check_archive(archive: ArchiveSection) -> list[str]:

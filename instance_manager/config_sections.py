@@ -11,6 +11,7 @@ import msgspec
 Durability = Literal["preferred", "required", "asynchronous"]
 ARCHIVE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 TIME_OF_DAY_PATTERN = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
+TAG_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
@@ -57,6 +58,8 @@ class InstanceSection(Section, frozen=True, kw_only=True):
     """Among equal logs the higher one is preferred as primary."""
     run_as: str = "postgres"
     """Operating system user of Postgres when the instance manager runs as root; ignored otherwise."""
+    tags: dict[str, str | bool | int | float] = {}
+    """Shown by the HTTP API, and matched by its `?tag_NAME=VALUE`; `noloadbalance: true` takes it from all reads."""
     termination_log: Path | None = None
     minimum_free_bytes: Annotated[int, msgspec.Meta(ge=0)] = 32 * 1024 * 1024
     """A primary with less free space on its volume hands over to a voter that has more; two segments of WAL."""

@@ -33,6 +33,8 @@ class InstanceStatus:
     replay_lag_bytes: int | None = None
     followed_epoch: int | None = None
     promised_epoch: int | None = None
+    receiving: bool = False
+    """A standby whose walreceiver streams."""
     voter: bool = False
     problem: str | None = None
     """What an operator should look at, in one sentence."""

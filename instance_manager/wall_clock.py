@@ -19,3 +19,8 @@ def now_utc() -> datetime:
     """Now, for what a certificate says of its own life, which is written and judged by the wall clock everywhere; for the schedule of
     backups, and the ids of requests, where a wrong clock costs a backup too many."""
     return datetime.now(UTC)  # noqa: TID251
+
+
+def unix_seconds() -> float:
+    """Now, for formats that tell a time so."""
+    return datetime.now(UTC).timestamp()  # noqa: TID251

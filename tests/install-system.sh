@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # What the project needs from the system: Postgres with its programs, and Python's venv; with `drill` as a second word also
 # the tools of its faults, without which it leaves cases out; with `benchmark` what it is compared with; with `monitoring` also
-# promtool, Prometheus and postgres_exporter, unpacked below .cache, because their packages would start servers. Installs only
-# what is missing.
+# promtool, Prometheus and postgres_exporter, unpacked below .cache, because their packages would start servers; with `test`
+# what else its tests run, with `browser` a chromium. Installs only what is missing.
 set -euo pipefail
 
 python=${1:-python3}
@@ -19,9 +19,11 @@ command -v "$python" >/dev/null || fail "$python is missing: install the package
 packages=()
 ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || packages+=(postgresql)
 "$python" -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
+PATH=$PATH:/usr/sbin:/sbin
+[ "${2:-}" != test ] || command -v haproxy >/dev/null || packages+=(haproxy)
+[ "${2:-}" != browser ] || command -v chromium >/dev/null || packages+=(chromium fonts-dejavu-core)
 optional=()
 if [ "${2:-}" = drill ]; then
-    PATH=$PATH:/usr/sbin:/sbin
     command -v ip >/dev/null || optional+=(iproute2)
     command -v mkfs.ext4 >/dev/null || optional+=(e2fsprogs)
     ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || optional+=(faketime)

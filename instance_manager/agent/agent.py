@@ -15,6 +15,7 @@ from dataclasses import replace
 from instance_manager.agent.archiving import Archiving
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.control import Control
+from instance_manager.agent.details import details_of
 from instance_manager.agent.elections import Elections
 from instance_manager.agent.extension import keep_extending
 from instance_manager.agent.giving_back import give_back, unopened_for_s
@@ -32,6 +33,7 @@ from instance_manager.core.lease import repair
 from instance_manager.core.rest import is_at_rest
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId, MemberName, member_name_of
+from instance_manager.http.details import Details
 from instance_manager.http.ports import ControlProgress, ControlResult
 from instance_manager.ports import CoordinationError, PeerUnreachable
 from instance_manager.postgres.server import LocalPostgresError
@@ -133,6 +135,9 @@ class Agent:
 
     def status(self) -> ClusterStatus:
         return self.reporting.status()
+
+    def details(self) -> Details:
+        return details_of(self.context, self.reporting.postgres_word())
 
     async def metrics(self) -> bytes:
         return await self.exposition() if self.exposition is not None else b""

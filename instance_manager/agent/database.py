@@ -212,6 +212,11 @@ class Database:
             for sender in self._seen.walsenders
         )
 
+    @property
+    def last_look(self) -> PostgresObservation | None:
+        """What the running server told last; None: it does not answer."""
+        return self._seen if self.answers else None
+
     def lag_bytes(self, position: WalEnd | None) -> int | None:
         """Behind the last position that the primary told: never more exact than its last renewal."""
         end = self._end()

@@ -51,7 +51,7 @@ class Reporting:
             terminating=c.link.terminating,
             fenced=record is not None and c.configuration.name in record.fenced,
             permit_left_s=round(permit_left_s, 1),
-            postgres=self._postgres_word(),
+            postgres=self.postgres_word(),
             disk_full=c.health.is_full,
             lag_bytes=c.database.lag_bytes(record.position if record is not None else None),
             replay_lag_bytes=c.database.replay_lag_bytes(),
@@ -88,7 +88,7 @@ class Reporting:
             c.yielding,
             c.link.terminating,
             record is not None and c.configuration.name in record.fenced,
-            self._postgres_word(),
+            self.postgres_word(),
             c.gate_open,
         )
 
@@ -108,7 +108,7 @@ class Reporting:
         if not alive:
             reasons.append(f"the agent's loop has not ticked for {stalled_s:.1f} s")
         if not primary and not (standby and (postgres.receiving or c.suspects is not None)):
-            reasons.append(f"role {c.role.value}, Postgres {self._postgres_word()}")
+            reasons.append(f"role {c.role.value}, Postgres {self.postgres_word()}")
         return Probes(
             taken_s=now_s,
             role=c.role.value,
@@ -214,6 +214,7 @@ class Reporting:
             replay_lag_bytes=state.replay_lag_bytes,
             followed_epoch=state.record_epoch,
             promised_epoch=state.promised_epoch,
+            receiving=state.receiving,
             voter=record is not None and state.member_id in record.voters,
             problem=state.problem or state.yielding,
             operation=state.operation,
@@ -239,7 +240,7 @@ class Reporting:
         permit = self._c.link.permit
         return permit.soft_s - self._c.clock.now_s() if permit is not None and self._c.holds_lease else 0.0
 
-    def _postgres_word(self) -> str:
+    def postgres_word(self) -> str:
         postgres = self._c.database
         if not postgres.running:
             return "stopped"

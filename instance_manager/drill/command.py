@@ -23,6 +23,7 @@ from instance_manager.demo.plan import DirectoryUnusable
 from instance_manager.demo.ports import PortsTaken
 from instance_manager.demo.prerequisites import missing_prerequisite
 from instance_manager.demo_locator import DemoLocatorError, read_running_demo
+from instance_manager.drill import haproxy
 from instance_manager.drill.cases import CASES, Case
 from instance_manager.drill.checker import MalformedHistory, judge
 from instance_manager.drill.disk import DiskFailed
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--archive", action="store_true", help="with a WAL archive; without, so that runs compare with those before"
     )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="copy history and logs of runs that went wrong there")
+    parser.add_argument("--haproxy", action="store_true", help="expect a HAProxy to follow each primary in one check")
     parser.add_argument("--judge", type=Path, metavar="FILE", help="run nothing; judge this recorded history again")
 
 
@@ -86,11 +88,14 @@ def run(namespace: argparse.Namespace) -> int:
         return 0
     if (missing := missing_prerequisite()) is not None:
         return _complain(missing, _WRONG_USE)
+    if namespace.haproxy and (missing := haproxy.why_unavailable()) is not None:
+        return _complain(missing, _WRONG_USE)
     options = Options(
         quick=namespace.quick,
         seed=namespace.seed if namespace.seed is not None else secrets.randbelow(2**31),
         random_seconds=namespace.seconds or (QUICK_RANDOM_S if namespace.quick else DEFAULT_RANDOM_S),
         keep=namespace.keep,
+        haproxy=namespace.haproxy,
     )
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)

@@ -16,6 +16,7 @@ from instance_manager.drill.checker import describe, judge
 from instance_manager.drill.disk import DiskFailed
 from instance_manager.drill.environment import ClientsFailed, Environment
 from instance_manager.drill.faults import CannotInject
+from instance_manager.drill.haproxy import ProxyUnavailable, watched_proxy
 from instance_manager.drill.history import HistoryWriter, Read, Seen, whole_read
 from instance_manager.drill.network import NetworkFailed
 from instance_manager.drill.report import CaseRun
@@ -26,7 +27,7 @@ _AFTER_S = 1.0
 _REDUNDANT_S = 180.0
 _STANDBYS_EQUAL_S = 20.0
 PGBENCH_SCALE = 5
-_EXPECTED = (NotInTime, CaseFailed, CannotInject, ClientsFailed, NetworkFailed, DiskFailed)
+_EXPECTED = (NotInTime, CaseFailed, CannotInject, ClientsFailed, NetworkFailed, DiskFailed, ProxyUnavailable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,8 @@ class Options:
     """Where the histories and logs of runs that went wrong are copied."""
     clients: int = 4
     interval_s: float = 0.01
+    haproxy: bool = False
+    """Run one in front of the cluster, and expect it to follow every new primary within one interval of its checks."""
 
 
 def run_case(case: Case, environment: Environment, options: Options, say: Callable[[str], None]) -> CaseRun:
@@ -79,6 +82,7 @@ def _run(case: Case, environment: Environment, options: Options, history: Path, 
     with contextlib.ExitStack() as stack:
         if case.pgbench:
             stack.enter_context(environment.pgbench(scale=PGBENCH_SCALE))
+        proxy = stack.enter_context(watched_proxy(environment)) if options.haproxy else None
         clients = stack.enter_context(
             environment.clients(history, count=options.clients, interval_s=options.interval_s)
         )
@@ -112,6 +116,8 @@ def _run(case: Case, environment: Environment, options: Options, history: Path, 
             tell(str(error))
         time.sleep(_AFTER_S)
         to_s = now_s()
+    if proxy is not None:
+        stage.broken += proxy.late_moves()
     stage.history.read_on()
     closing, standby_problems = _closing_read(stage)
     _record(closing, history)

@@ -11,11 +11,12 @@ import msgspec
 from aiohttp import web
 
 from instance_manager.codec import to_json
+from instance_manager.http import control_routes, openapi
 from instance_manager.http.answers import json_response
 from instance_manager.http.callers import Caller, LocalCallers, Refused
+from instance_manager.http.limits import Limits, limited_application
 from instance_manager.http.ports import ControlProgress, ControlResult, InstanceService, MalformedCall, UnknownCall
 
-BODY_BYTES_MAX = 64 * 1024
 CONTROL_REQUESTS_MAX = 8
 CONTROL_BODY_TIMEOUT_S = 5.0
 LOOKING = frozenset({"status", "lease"})
@@ -28,14 +29,17 @@ class Callers(Protocol):
     async def judge(self, request: web.Request) -> Caller | Refused: ...
 
 
-def control_application(service: InstanceService, callers: Callers | None = None) -> web.Application:
+def control_application(
+    service: InstanceService, limits: Limits | None = None, *, callers: Callers | None = None
+) -> web.Application:
     """A user's verbs, for those whom `callers` lets: by default for a Unix socket only, and refused on anything else."""
-    application = web.Application(client_max_size=BODY_BYTES_MAX)
+    application = limited_application(limits)
     places = asyncio.Semaphore(CONTROL_REQUESTS_MAX)
     judge = (callers or LocalCallers()).judge
 
     async def control(request: web.Request) -> web.StreamResponse:
-        verb = request.match_info["verb"]
+        is_patronis = request.path in control_routes.VERBS
+        verb = request.path[1:] if is_patronis else request.match_info["verb"]
         match await judge(request):
             case Refused(status, reason):
                 _log.warning("control refused: %s", reason, extra={"verb": verb[:40], "from": request.remote})
@@ -46,10 +50,21 @@ def control_application(service: InstanceService, callers: Callers | None = None
         if places.locked():
             return json_response(503, {"error": f"{CONTROL_REQUESTS_MAX} commands are at work already"})
         async with places:
-            return await _run_verb(service, request)
+            return await (_run_patronis_verb if is_patronis else _run_verb)(service, request)
 
-    application.router.add_post("/control/{verb}", control)
+    routes = control_routes.routes(control)
+    for route in (*routes, openapi.route("Instance manager: control", routes)):
+        route.add_to(application.router)
     return application
+
+
+async def _run_patronis_verb(service: InstanceService, request: web.Request) -> web.StreamResponse:
+    try:
+        async with asyncio.timeout(CONTROL_BODY_TIMEOUT_S):
+            body = await request.read()
+    except TimeoutError:
+        return json_response(408, {"error": "the request's body did not come in time"})
+    return await control_routes.answer(service, request, body)
 
 
 async def _run_verb(service: InstanceService, request: web.Request) -> web.StreamResponse:

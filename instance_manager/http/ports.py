@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from instance_manager.http.details import Details
 from instance_manager.status import ClusterStatus, Probes
 
 DEADLINE_HEADER = "Deadline-Seconds"
@@ -47,6 +48,10 @@ class InstanceService(Protocol):
 
     def status(self) -> ClusterStatus:
         """All that is known, at once: no Postgres, no disk."""
+        ...
+
+    def details(self) -> Details:
+        """What tools that know Patroni ask for beyond that, at once: no Postgres, no disk."""
         ...
 
     async def metrics(self) -> bytes:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from instance_manager.status import Probes
 
 SNAPSHOT_AGE_MAX_S = 8.0
@@ -28,8 +30,29 @@ _UNIT_BYTES = {
 """As Postgres reads its own settings: MB is 1024 * 1024."""
 
 
-class MalformedSize(Exception):
+class MalformedQuery(Exception):
+    """A parameter cannot be read; the text says what can."""
+
+
+class MalformedSize(MalformedQuery):
     """A query's size cannot be read; the text says what can."""
+
+
+class ProbeBody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a probe tells besides its code."""
+
+    ok: bool
+    role: str
+    timeline: int | None
+    reasons: tuple[str, ...] = ()
+    """Why not."""
+
+
+class LagBody(ProbeBody, frozen=True, kw_only=True, omit_defaults=True):
+    lag_bytes: int | None
+    """Behind the last position that the primary told."""
+    replay_lag_bytes: int | None
+    """Received and not replayed yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +60,7 @@ class ProbeAnswer:
     """200 or 503, and a small JSON body that says why."""
 
     ok: bool
-    body: dict[str, object]
+    body: ProbeBody
 
 
 def parse_size_bytes(text: str) -> int:
@@ -63,61 +86,62 @@ def startupz(probes: Probes, query: Mapping[str, str], age_s: float) -> ProbeAns
     return _answer(probes, [] if probes.started else _why(probes, "Postgres has not started"))
 
 
-def primary(probes: Probes, query: Mapping[str, str], age_s: float) -> ProbeAnswer:
-    """Takes writes."""
+def why_no_primary(probes: Probes, age_s: float) -> list[str]:
+    """Empty: it takes writes."""
     refusals = _stale(age_s)
     if probes.role != "primary":
         refusals.append(f"the role is {probes.role}")
     elif not probes.accepts_writes:
         refusals += _why(probes, "takes no writes")
-    return _answer(probes, refusals)
+    return refusals
 
 
-def replica(probes: Probes, query: Mapping[str, str], age_s: float) -> ProbeAnswer:
-    """A standby for reads, with `lag` no further behind than that."""
+def why_no_replica(probes: Probes, query: Mapping[str, str], age_s: float) -> list[str]:
+    """Empty: a standby for reads, with `lag` no further behind than that."""
     maximum = parse_size_bytes(query["lag"]) if "lag" in query else None
     refusals = _stale(age_s)
     if probes.role != "standby":
         refusals.append(f"the role is {probes.role}")
     elif not (probes.ready and probes.accepts_reads):
         refusals += _why(probes, "takes no reads")
-    return _answer(probes, [*refusals, *_too_far(probes, maximum)])
+    return [*refusals, *too_far(probes, maximum)]
 
 
-def read_only(probes: Probes, query: Mapping[str, str], age_s: float) -> ProbeAnswer:
-    """Takes reads, whatever its role; `lag` as for a replica."""
+def why_not_readable(probes: Probes, query: Mapping[str, str], age_s: float) -> list[str]:
+    """Empty: takes reads, whatever its role; `lag` as for a replica."""
     maximum = parse_size_bytes(query["lag"]) if "lag" in query else None
     refusals = _stale(age_s)
     if not probes.accepts_reads:
         refusals += _why(probes, "takes no reads")
-    return _answer(probes, [*refusals, *_too_far(probes, maximum)])
+    return [*refusals, *too_far(probes, maximum)]
 
 
 def lag(probes: Probes, query: Mapping[str, str], age_s: float) -> ProbeAnswer:
     """How far behind, for people; 503 only beyond `max`."""
     maximum = parse_size_bytes(query["max"]) if "max" in query else None
-    refusals = [*(_stale(age_s) if maximum is not None else ()), *_too_far(probes, maximum)]
-    answer = _answer(probes, refusals)
-    body = {**answer.body, "lag_bytes": probes.lag_bytes, "replay_lag_bytes": probes.replay_lag_bytes}
-    return ProbeAnswer(answer.ok, body)
+    refusals = [*(_stale(age_s) if maximum is not None else ()), *too_far(probes, maximum)]
+    body = LagBody(
+        ok=not refusals,
+        role=probes.role,
+        timeline=probes.timeline,
+        reasons=tuple(refusals),
+        lag_bytes=probes.lag_bytes,
+        replay_lag_bytes=probes.replay_lag_bytes,
+    )
+    return ProbeAnswer(body.ok, body)
 
 
 ROUTES: Mapping[str, Callable[[Probes, Mapping[str, str], float], ProbeAnswer]] = {
     "/livez": livez,
     "/readyz": readyz,
     "/startupz": startupz,
-    "/primary": primary,
-    "/replica": replica,
-    "/read-only": read_only,
     "/lag": lag,
 }
 
 
 def _answer(probes: Probes, refusals: list[str]) -> ProbeAnswer:
-    body: dict[str, object] = {"ok": not refusals, "role": probes.role, "timeline": probes.timeline}
-    if refusals:
-        body["reasons"] = refusals
-    return ProbeAnswer(not refusals, body)
+    ok = not refusals
+    return ProbeAnswer(ok, ProbeBody(ok=ok, role=probes.role, timeline=probes.timeline, reasons=tuple(refusals)))
 
 
 def _why(probes: Probes, otherwise: str) -> list[str]:
@@ -130,8 +154,8 @@ def _stale(age_s: float) -> list[str]:
     return [f"the last look at this instance is {age_s:.0f} s old"]
 
 
-def _too_far(probes: Probes, maximum_bytes: int | None) -> list[str]:
-    """What a reader sees is what was replayed."""
+def too_far(probes: Probes, maximum_bytes: int | None) -> list[str]:
+    """Empty: no further than that. What a reader sees is what was replayed."""
     if maximum_bytes is None or probes.role == "primary":
         return []
     behind = probes.replay_lag_bytes if probes.replay_lag_bytes is not None else probes.lag_bytes

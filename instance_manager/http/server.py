@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
 from instance_manager.certificate_sets import Certificates
-from instance_manager.codec import to_plain
 from instance_manager.config import Configuration
-from instance_manager.http import probes, telling
-from instance_manager.http.answers import json_response
+from instance_manager.http import openapi, telling
+from instance_manager.http.answers import ErrorBody, json_response
 from instance_manager.http.callers import NetworkCallers, certificate_of, is_member
-from instance_manager.http.control import BODY_BYTES_MAX, control_application
+from instance_manager.http.control import control_application
+from instance_manager.http.lag_history import LagHistory
+from instance_manager.http.limits import BODY_BYTES_MAX, LimitedRunner, Limits, limited_application
 from instance_manager.http.listening import BACKLOG, ListenError, TlsListener, listen_on_tcp, unix_socket
 from instance_manager.http.ports import (
     DEADLINE_HEADER,
@@ -29,13 +30,12 @@ from instance_manager.http.ports import (
     MalformedCall,
     UnknownCall,
 )
+from instance_manager.http.routes import Reply, Route, read_routes
 from instance_manager.http.token import PeerToken
-from instance_manager.status import Probes
 
 PEER_REQUESTS_MAX = 64
 SCRAPES_MAX = 4
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-KEEPALIVE_S = 60.0
 SHUTDOWN_S = 0.3
 PEER_DEADLINE_DEFAULT_S = 5.0
 PEER_DEADLINE_MAX_S = 120.0
@@ -64,6 +64,9 @@ class Listeners:
             await self.control.renew(certificates.control_server)
 
 
+_Site = tuple[web.Application, Limits, Callable[[web.AppRunner], Awaitable[None]]]
+
+
 @contextlib.asynccontextmanager
 async def serve(
     service: InstanceService, configuration: Configuration, certificates: Certificates | None = None
@@ -77,7 +80,6 @@ async def serve(
     tls = configuration.tls
     peers_by_tls = certificates is not None and certificates.peers_server is not None
     plain_peers = not peers_by_tls or tls is None or not tls.required
-    applications: list[tuple[web.Application, Callable[[web.AppRunner], Awaitable[None]]]] = []
     listeners = Listeners(certificates)
     async with contextlib.AsyncExitStack() as stack:
         tcp_socket = listen_on_tcp(
@@ -96,9 +98,10 @@ async def serve(
         async def locally(runner: web.AppRunner) -> None:
             await web.SockSite(runner, control_socket, backlog=BACKLOG).start()
 
-        applications = [
-            (public_application(service, token if plain_peers else None), plainly),
-            (control_application(service), locally),
+        public_limits, control_limits = Limits(), Limits()
+        sites: list[_Site] = [
+            (public_application(service, token if plain_peers else None, public_limits), public_limits, plainly),
+            (control_application(service, control_limits), control_limits, locally),
         ]
         if peers_by_tls:
             peer_socket = listen_on_tcp(
@@ -114,7 +117,8 @@ async def serve(
                 listeners.peers = TlsListener(runner, peer_socket)
                 stack.callback(listeners.peers.close)
 
-            applications.append((peer_application(service, token, configuration), peers))
+            peer_limits = Limits()
+            sites.append((peer_application(service, token, configuration, peer_limits), peer_limits, peers))
         if configuration.control is not None:
             host, port = configuration.control.address
             control_tcp_socket = listen_on_tcp(
@@ -126,11 +130,10 @@ async def serve(
                 listeners.control = TlsListener(runner, control_tcp_socket)
                 stack.callback(listeners.control.close)
 
-            applications.append((control_application(service, NetworkCallers(configuration.control)), control))
-        for application, listen in applications:
-            runner = web.AppRunner(
-                application, access_log=None, keepalive_timeout=KEEPALIVE_S, shutdown_timeout=SHUTDOWN_S
-            )
+            network_limits, callers = Limits(), NetworkCallers(configuration.control)
+            sites.append((control_application(service, network_limits, callers=callers), network_limits, control))
+        for application, limits, listen in sites:
+            runner = LimitedRunner(application, limits, shutdown_timeout=SHUTDOWN_S)
             await runner.setup()
             stack.push_async_callback(runner.cleanup)
             await listen(runner)
@@ -138,33 +141,32 @@ async def serve(
         yield listeners
 
 
-def public_application(service: InstanceService, token: PeerToken | None) -> web.Application:
+def public_application(
+    service: InstanceService, token: PeerToken | None, limits: Limits | None = None, lags: LagHistory | None = None
+) -> web.Application:
     """Probes, status and peer calls; nothing here changes what a user decides. Without `token` no peer calls: they are by TLS."""
-    application = web.Application(client_max_size=BODY_BYTES_MAX)
-    for path, probe in probes.ROUTES.items():
-        handler = _probe_handler(service, probe)
-        for method in ("GET", "HEAD", "OPTIONS"):
-            application.router.add_route(method, path, handler)
+    application = limited_application(limits)
+    lags = lags or LagHistory()
+    routes = (*read_routes(service, lags), _metrics_route(service), _peer_route(service, token))
+    for route in (*routes, openapi.route("Instance manager: reading", routes)):
+        route.add_to(application.router)
 
-    async def status(request: web.Request) -> web.Response:
-        if request.method == "OPTIONS":
-            return json_response(200, None)
-        return json_response(200, to_plain(service.status()))
+    async def keep_lags(_: web.Application) -> AsyncIterator[None]:
+        keeping = asyncio.create_task(lags.keep(service.status))
+        yield
+        keeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await keeping
 
-    for method in ("GET", "HEAD", "OPTIONS"):
-        application.router.add_route(method, "/status", status)
-    metrics = _metrics_handler(service)
-    for method in ("GET", "HEAD", "OPTIONS"):
-        application.router.add_route(method, "/metrics", metrics)
-    application.router.add_post(
-        "/peer/{call}", _peer_handler(service, token) if token is not None else _peers_elsewhere
-    )
+    application.cleanup_ctx.append(keep_lags)
     return application
 
 
-def peer_application(service: InstanceService, token: PeerToken, configuration: Configuration) -> web.Application:
+def peer_application(
+    service: InstanceService, token: PeerToken, configuration: Configuration, limits: Limits | None = None
+) -> web.Application:
     """Peer calls only, for a listener that has demanded a certificate of the authority: it must be a member's, too."""
-    application = web.Application(client_max_size=BODY_BYTES_MAX)
+    application = limited_application(limits)
     answer = _peer_handler(service, token)
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -182,19 +184,35 @@ async def _peers_elsewhere(_: web.Request) -> web.Response:
     return json_response(403, {"error": "peers are asked at peer_port, with TLS"})
 
 
-def _probe_handler(
-    service: InstanceService, probe: Callable[[Probes, dict[str, str], float], probes.ProbeAnswer]
-) -> Callable[[web.Request], Awaitable[web.Response]]:
-    async def handle(request: web.Request) -> web.Response:
-        snapshot = service.probes()
-        age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - snapshot.taken_s
-        try:
-            answer = probe(snapshot, dict(request.query), age_s)
-        except probes.MalformedSize as error:
-            return json_response(400, {"error": str(error)})
-        return json_response(200 if answer.ok else 503, None if request.method == "OPTIONS" else answer.body)
+def _peer_route(service: InstanceService, token: PeerToken | None) -> Route:
+    return Route(
+        path="/peer/{call}",
+        handler=_peer_handler(service, token) if token is not None else _peers_elsewhere,
+        summary="A call between the instances of a cluster.",
+        methods=("POST",),
+        needs="the token of secrets.peer_token",
+        replies={
+            200: Reply("the answer to this call", Any),
+            401: Reply("the token is missing or another", ErrorBody),
+            403: Reply("peers are asked at peer_port, with TLS", ErrorBody),
+            404: Reply("no such call", ErrorBody),
+            413: Reply(f"more than {BODY_BYTES_MAX} bytes", ErrorBody),
+            503: Reply("too many calls at once", ErrorBody),
+            504: Reply("no answer in time", ErrorBody),
+        },
+    )
 
-    return handle
+
+def _metrics_route(service: InstanceService) -> Route:
+    return Route(
+        path="/metrics",
+        handler=_metrics_handler(service),
+        summary="One scrape for Prometheus.",
+        replies={
+            200: Reply("Prometheus's text format", str, ("text/plain",)),
+            503: Reply("too many scrapes at once", ErrorBody),
+        },
+    )
 
 
 def _metrics_handler(service: InstanceService) -> Callable[[web.Request], Awaitable[web.Response]]:

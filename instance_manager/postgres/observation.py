@@ -67,6 +67,9 @@ class Walsender:
     """Raw: with the pid, the identity of the process."""
     slot: str | None
     """The slot it streams through."""
+    user: str | None = None
+    client_address: str | None = None
+    """None: over the Unix socket."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +117,8 @@ class PostgresObservation:
     checkpointer_pid: int | None
     hot_standby: HotStandbySettings
     checksum_failures: int
+    replayed_timestamp: str | None = None
+    """When the last transaction that a standby replayed was committed, by the primary's wall clock: for people."""
 
     @property
     def is_receiving(self) -> bool:
@@ -142,6 +147,7 @@ SELECT json_build_object(
   'flush', CASE WHEN NOT r.recovery THEN pg_current_wal_flush_lsn()::text END,
   'receive', CASE WHEN r.recovery THEN pg_last_wal_receive_lsn()::text END,
   'replay', CASE WHEN r.recovery THEN pg_last_wal_replay_lsn()::text END,
+  'replayed', CASE WHEN r.recovery THEN pg_last_xact_replay_timestamp()::text END,
   'pause', CASE WHEN r.recovery THEN pg_get_wal_replay_pause_state() END,
   'processes', (SELECT json_object_agg(backend_type, json_build_array(pid, wait_event_type, wait_event))
      FROM pg_stat_activity WHERE backend_type IN ('startup', 'checkpointer')),
@@ -151,7 +157,7 @@ SELECT json_build_object(
      FROM pg_stat_get_wal_receiver() WHERE pid IS NOT NULL),
   'walsenders', (SELECT json_agg(json_build_array(w.pid, w.application_name, w.state, w.sync_priority, w.sync_state,
        w.sent_lsn::text, w.write_lsn::text, w.flush_lsn::text, w.replay_lsn::text, w.reply_time::text,
-       w.backend_start::text, s.slot_name) ORDER BY w.backend_start, w.pid)
+       w.backend_start::text, s.slot_name, w.usename, host(w.client_addr)) ORDER BY w.backend_start, w.pid)
      FROM pg_stat_replication w LEFT JOIN pg_get_replication_slots() s ON s.active_pid = w.pid),
   'slots', (SELECT json_agg(json_build_array(slot_name, slot_type = 'physical', temporary, active_pid, wal_status,
        restart_lsn::text, safe_wal_size) ORDER BY slot_name) FROM pg_get_replication_slots()),
@@ -204,6 +210,7 @@ def _parse(seen: dict[str, Any]) -> PostgresObservation:
         checkpointer_pid=None if checkpointer is None else checkpointer[0],
         hot_standby=HotStandbySettings(**{name: int(value) for name, value in seen["settings"].items()}),
         checksum_failures=int(seen["checksums"]),
+        replayed_timestamp=seen["replayed"],
     )
 
 
@@ -236,6 +243,8 @@ def _walsender(seen: list[Any]) -> Walsender:
         reply_time=seen[9],
         backend_start=seen[10],
         slot=seen[11],
+        user=seen[12],
+        client_address=seen[13],
     )
 
 

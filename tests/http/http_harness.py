@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from instance_manager.config import Configuration
 from instance_manager.config_sections import (
@@ -21,6 +22,7 @@ from instance_manager.config_sections import (
     MemberSection,
     SecretsSection,
 )
+from instance_manager.http.details import Details, HistoryLine, MemberAddress, ReplicationLine, ServerDetails
 from instance_manager.http.ports import ControlProgress, ControlResult, MalformedCall, UnknownCall
 from instance_manager.status import ClusterStatus, Probes
 
@@ -48,6 +50,59 @@ STATUS = ClusterStatus(
     instances=(),
     decisions=(),
 )
+
+
+DETAILS = Details(
+    name="demo-1",
+    cluster="demo",
+    role="primary",
+    postgres="running",
+    has_data=True,
+    receiving=False,
+    voter=False,
+    holds_every_commit=False,
+    has_primary=True,
+    paused=False,
+    timeline=2,
+    system_identifier="7300000000000000001",
+    record_age_s=0.5,
+    server=ServerDetails(
+        version_number=150018,
+        started="2026-11-21 10:00:00.123456+00",
+        flushed_lsn=0x3000060,
+        received_lsn=None,
+        replayed_lsn=None,
+        replayed_timestamp=None,
+        replay_paused=False,
+        pending_restart=(),
+        replication=(
+            ReplicationLine(
+                user="replicator",
+                application_name="demo_2_01234567",
+                client_address="10.0.0.2",
+                state="streaming",
+                sync_state="quorum",
+                sync_priority=1,
+            ),
+        ),
+    ),
+    addresses={
+        "demo-1": MemberAddress(host="10.0.0.1", postgres_port=5432, http_port=8008),
+        "demo-2": MemberAddress(host="fd00::2", postgres_port=5433, http_port=8009),
+    },
+    history=(HistoryLine(timeline=1, lsn=0x3000000, epoch=3),),
+    tags={},
+    maximum_lag_bytes=16 << 20,
+    settings={"ttl": 10.0},
+)
+
+
+def standby_details(**changes: Any) -> Details:
+    """Of a streaming standby of `demo-1` that votes, as one of several."""
+    assert DETAILS.server is not None
+    server = replace(DETAILS.server, flushed_lsn=None, received_lsn=0x3000060, replayed_lsn=0x3000000, replication=())
+    usual = {"name": "demo-2", "role": "standby", "receiving": True, "voter": True, "server": server}
+    return replace(DETAILS, **{**usual, **changes})
 
 
 def now_s() -> float:
@@ -79,6 +134,10 @@ class FakeService:
 
     snapshot: Probes = field(default_factory=primary_probes)
     scrapes_wait: asyncio.Event | None = None
+    told: ClusterStatus = STATUS
+    about: Details = DETAILS
+    asked: list[tuple[str, dict[str, object]]] = field(default_factory=list)
+    """The verbs that were carried out, with their arguments."""
     finished: list[str] = field(default_factory=list)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     say: asyncio.Event = field(default_factory=asyncio.Event)
@@ -89,7 +148,10 @@ class FakeService:
         return self.snapshot
 
     def status(self) -> ClusterStatus:
-        return STATUS
+        return self.told
+
+    def details(self) -> Details:
+        return self.about
 
     async def metrics(self) -> bytes:
         if self.scrapes_wait is not None:
@@ -134,7 +196,11 @@ class FakeService:
             self.listeners -= 1
 
     async def control(self, verb: str, arguments: dict[str, object]) -> AsyncIterator[ControlProgress | ControlResult]:
+        self.asked.append((verb, arguments))
         match verb:
+            case "switchover" | "failover" | "restart" | "reload" | "reinit" | "fence" | "unfence" | "pause" | "resume":
+                yield ControlProgress(progress="one")
+                yield ControlResult(ok=arguments.get("name") != "broken", message=f"{verb} ended")
             case "echo":
                 yield ControlResult(ok=True, message=str(arguments), status=STATUS)
             case "slow":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from simulated_cluster import SimulatedCluster
@@ -13,6 +14,7 @@ from test_mended_defects import another_serves, primary_of, record_of, until, wh
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.database import Database
 from instance_manager.core.decide import Observation
+from instance_manager.core.record import Release, StoredRecord
 
 SETTLES_WITHIN_S = 20.0
 REST_S = 30.0
@@ -82,24 +84,27 @@ def test_at_rest_each_look_at_postgres_is_judged_at_once(
         assert any(by is database and begun_s < at_s < begun_s + 0.1 for by, at_s in observed)
 
 
-def test_a_release_is_compared_with_a_look_that_is_younger(
-    cluster: SimulatedCluster, looks: list[tuple[Database, float]]
+def test_whoever_sees_a_release_looks_at_postgres_at_once(
+    cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster.verb("switchover", {})
-    until(cluster, lambda: record_of(cluster).release is not None, 2.0, look_s=0.001)
-    release = record_of(cluster).release
-    assert release is not None
-    target = next(each for each in cluster.instances.values() if cluster.member_at(each) == release.target)
-    assert target.agent is not None
-    context = target.agent.context
-    until(cluster, lambda: context.record.release is not None, 1.0, look_s=0.001)
-    known_s = cluster.world.now_s
-    until(
-        cluster,
-        lambda: any(by is context.database and begun_s >= known_s - 0.001 for by, begun_s in looks),
-        0.02,
-        look_s=0.001,
+    """It may take the Lease only if its log ends where the release says, and the end is as old as the last look."""
+    standby, record = standbys_of(cluster)[0], record_of(cluster)
+    assert standby.agent is not None
+    assert record.holder is not None
+    assert record.position is not None
+    context = standby.agent.context
+    stamp = Release(
+        releaser=record.holder.member_id, epoch=record.epoch, end=record.position, target=cluster.member_at(standby)
     )
+    released = StoredRecord(replace(record, holder=None, release=stamp), "released")
+    asked: list[bool] = []
+    monkeypatch.setattr(context.database, "look_soon", lambda: asked.append(True))
+    standby.agent.observe()
+    assert not asked
+    monkeypatch.setattr(context.keeper, "_stored", released)
+    standby.agent.observe()
+    standby.agent.observe()
+    assert asked == [True]
 
 
 def test_at_rest_peers_are_heard_each_second_and_ask_for_nothing(cluster: SimulatedCluster) -> None:

@@ -27,6 +27,7 @@ from instance_manager.core.record import Holder, initial_record
 from instance_manager.core.types import MemberId
 from instance_manager.demo_locator import RunningDemo, write_running_demo
 from instance_manager.http import server
+from instance_manager.http.details import Details
 from instance_manager.http.ports import ControlProgress, ControlResult, MalformedCall, UnknownCall
 from instance_manager.status import ClusterStatus, Probes
 
@@ -45,6 +46,9 @@ class Instance:
 
     def status(self) -> ClusterStatus:
         return HEALTHY
+
+    def details(self) -> Details:
+        raise NotImplementedError
 
     async def metrics(self) -> bytes:
         raise NotImplementedError

@@ -123,3 +123,24 @@ def test_a_commit_is_on_a_majority_by_default(tmp_path: Path, members: int, dura
     content = with_value("cluster.durability", durability)
     content["members"] = content["members"][:members]
     assert load_configuration(written(tmp_path, content)).wanted_synchronous_standbys == wanted
+
+
+def test_tags_are_kept_as_they_are_written(tmp_path: Path) -> None:
+    tags = {"zone": "a", "ssd": True, "weight": 3, "noloadbalance": False}
+    assert load_configuration(written(tmp_path, with_value("instance.tags", tags))).instance.tags == tags
+
+
+@pytest.mark.parametrize(
+    ("tags", "problem"),
+    [
+        ({"nofailover": True}, "instance.tags.nofailover: has no effect here"),
+        ({"clonefrom": True}, "instance.tags.clonefrom: has no effect here"),
+        ({"a b": 1}, "'a b' is no tag's name"),
+        ({"noloadbalance": "yes"}, "noloadbalance: is true or false"),
+    ],
+)
+def test_a_tag_that_would_promise_what_nobody_does_is_refused(
+    tmp_path: Path, tags: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        load_configuration(written(tmp_path, with_value("instance.tags", tags)))

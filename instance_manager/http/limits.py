@@ -1,0 +1,210 @@
+"""What one listener may cost: connections, the time that a request takes to arrive, requests a second, bytes.
+
+aiohttp bounds the size of a head and of a body. It does not bound how many connections there are, and a client that
+sends a head byte by byte holds one for long. The agent answers its peers on the same loop, so neither may starve it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import Any, cast
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from instance_manager.http.answers import ErrorBody, Handler, errors_in_json, json_response, without_server_version
+
+BODY_BYTES_MAX = 64 * 1024
+HEAD_LINE_BYTES_MAX = 4096
+HEAD_LINES_MAX = 64
+HEAD_WITHIN_S = 10.0
+"""From the connection, or from the first moment of a kept one's silence being over, to a complete head."""
+KEEPALIVE_S = 60.0
+CONNECTIONS_MAX = 512
+REQUESTS_PER_S = 500
+BURST = 1000
+ADDRESSES_MAX = 1024
+PEER_PREFIX = "/peer/"
+
+
+class Limits:
+    """Of one listener."""
+
+    def __init__(
+        self,
+        *,
+        connections_max: int = CONNECTIONS_MAX,
+        head_within_s: float = HEAD_WITHIN_S,
+        keepalive_s: float = KEEPALIVE_S,
+        requests_per_s: float = REQUESTS_PER_S,
+        burst: float = BURST,
+    ) -> None:
+        self._connections_max = connections_max
+        self._head_within_s = head_within_s
+        self.keepalive_s = keepalive_s
+        self._requests_per_s = requests_per_s
+        self._burst = burst
+        self._guards: dict[asyncio.Protocol, _Guard] = {}
+        """By aiohttp's own protocol, as a request knows it."""
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    @property
+    def connections(self) -> int:
+        return len(self._guards)
+
+    def guarded(self, make: Callable[[], asyncio.Protocol]) -> Callable[[], asyncio.Protocol]:
+        """The same protocols, each behind a guard."""
+        return lambda: _Guard(make(), self)
+
+    @web.middleware
+    async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """To be the application's first: the head has arrived, and is counted."""
+        guard = self._guards.get(cast("asyncio.Protocol", request.protocol))
+        if guard is not None:
+            guard.begin_work()
+        try:
+            # A peer is known by its token and has places of its own: no flood from its address may silence it.
+            if not request.path.startswith(PEER_PREFIX) and not self._takes_from_bucket(request.remote or ""):
+                response = json_response(429, ErrorBody(f"more than {self._requests_per_s:g} requests a second"))
+                response.headers["Retry-After"] = "1"
+                return response
+            return await handler(request)
+        finally:
+            if guard is not None:
+                guard.begin_wait(self.keepalive_s + self._head_within_s)
+
+    def _takes_from_bucket(self, address: str) -> bool:
+        now_s = time.monotonic()
+        left, at_s = self._buckets.pop(address, (self._burst, now_s))
+        left = min(self._burst, left + (now_s - at_s) * self._requests_per_s)
+        takes = left >= 1
+        self._buckets[address] = (left - 1 if takes else left, now_s)
+        while len(self._buckets) > ADDRESSES_MAX:
+            self._buckets.popitem(last=False)
+        return takes
+
+    def admit(self, guard: _Guard) -> None:
+        self._guards[guard.inner] = guard
+        guard.begin_wait(self._head_within_s)
+        if len(self._guards) > self._connections_max:
+            self._victim().abort()
+
+    def forget(self, guard: _Guard) -> None:
+        self._guards.pop(guard.inner, None)
+
+    def _victim(self) -> _Guard:
+        """Who has waited longest, of the address that holds the most connections; one at work only if all are."""
+        waiting = [guard for guard in self._guards.values() if guard.waits] or list(self._guards.values())
+        held = Counter(guard.address for guard in waiting)
+        greediest = held.most_common(1)[0][0]
+        return min((guard for guard in waiting if guard.address == greediest), key=lambda guard: guard.since_s)
+
+
+class _Guard(asyncio.Protocol):
+    """Hands everything on, and ends the connection of a client that lets it wait too long."""
+
+    def __init__(self, inner: asyncio.Protocol, limits: Limits) -> None:
+        self.inner = inner
+        self.address = ""
+        self.waits = True
+        self.since_s = 0.0
+        self._limits = limits
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        peer = transport.get_extra_info("peername")
+        self.address = str(peer[0]) if isinstance(peer, tuple) else ""
+        self.inner.connection_made(transport)
+        self._limits.admit(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_timer()
+        self._limits.forget(self)
+        self.inner.connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        self.inner.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self.inner.eof_received()
+
+    def pause_writing(self) -> None:
+        self.inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self.inner.resume_writing()
+
+    def begin_work(self) -> None:
+        """A request has arrived; who answers it has deadlines of its own."""
+        self._cancel_timer()
+        self.waits = False
+        self.since_s = time.monotonic()
+
+    def begin_wait(self, at_most_s: float) -> None:
+        """For the next head, while the answer is on its way to a client that may not read it."""
+        self._cancel_timer()
+        self.waits = True
+        self.since_s = time.monotonic()
+        if self._transport is not None and not self._transport.is_closing():
+            self._timer = asyncio.get_running_loop().call_later(at_most_s, self.abort)
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def limited_application(limits: Limits | None) -> web.Application:
+    """An empty application with what all listeners have in common; `limits` as its runner's."""
+    application = web.Application(
+        client_max_size=BODY_BYTES_MAX,
+        middlewares=[*((limits.middleware,) if limits is not None else ()), errors_in_json],
+    )
+    application.on_response_prepare.append(without_server_version)
+    return application
+
+
+class _NotOurError(logging.Filter):
+    """aiohttp logs a traceback for each request that is no HTTP: whoever reaches the port could fill the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError)
+
+
+_log = logging.getLogger(__name__)
+_log.addFilter(_NotOurError())
+
+
+class LimitedRunner(web.AppRunner):
+    """An application within limits; serve it by a `web.SockSite` as any other."""
+
+    def __init__(self, application: web.Application, limits: Limits, **settings: Any) -> None:
+        super().__init__(
+            application,
+            access_log=None,
+            logger=_log,
+            auto_decompress=False,
+            keepalive_timeout=limits.keepalive_s,
+            max_line_size=HEAD_LINE_BYTES_MAX,
+            max_field_size=HEAD_LINE_BYTES_MAX,
+            max_headers=HEAD_LINES_MAX,
+            **settings,
+        )
+        self._limits = limits
+
+    @property
+    def server(self) -> web.Server | None:
+        """What a site asks for each connection's protocol."""
+        made = super().server
+        return None if made is None else cast("web.Server", self._limits.guarded(made))
