@@ -21,6 +21,7 @@ from instance_manager import certificates
 from instance_manager.certificate_sets import Certificates
 from instance_manager.config import Configuration
 from instance_manager.config_security import TlsSection
+from instance_manager.http import control_routes
 from instance_manager.http.control_client import CommandRefused, InstanceNotReachable, Network, send_command
 from instance_manager.http.peers import PeerClient, PeerTls
 from instance_manager.http.ports import ControlResult
@@ -149,22 +150,29 @@ def shown_by(identity: str, authorities: Authorities) -> tuple[Path | None, str 
     }[identity]
 
 
+NEEDS_ARGUMENTS = {"/switchover": 400, "/failover": 412}
+"""Patroni's names that an empty body does not satisfy."""
+
+
 @pytest.mark.parametrize("identity", IDENTITIES)
 async def test_who_may_control_over_the_network_and_who_may_not(
     served: Served, authorities: Authorities, identity: str
 ) -> None:
-    """Each verb; one that the fake service does not know is a 404 for those who may."""
+    """Each verb, by both names; one that the fake service does not know is a 404 for those who may."""
     certificate, token = shown_by(identity, authorities)
     context = authorities.client(certificate)
-    for verb in [*VERBS, "echo"]:
-        url = f"{served.control_url}/control/{verb}"
+    known = {name.lstrip("/") for name in control_routes.VERBS} - {"reinitialize"} | {"reinit", "echo"}
+    for path in (*(f"/control/{verb}" for verb in (*VERBS, "log-level", "echo")), *control_routes.VERBS):
+        url = f"{served.control_url}{path}"
         if identity == "without TLS":
             url = url.replace("https", "http")
         status, text = await post(url, context, token=token)
         wanted = IDENTITIES[identity]
-        if wanted == 200 and verb != "echo":
+        if wanted == 200 and path.startswith("/control/") and path.removeprefix("/control/") not in known:
             wanted = 404
-        assert status == wanted or (wanted == 0 and status == 400), (verb, text)
+        if wanted == 200 and path in NEEDS_ARGUMENTS:
+            wanted = NEEDS_ARGUMENTS[path]
+        assert status == wanted or (wanted == 0 and status == 400), (path, text)
 
 
 async def test_a_refused_caller_reaches_no_verb(served: Served, authorities: Authorities) -> None:
