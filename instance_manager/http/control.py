@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from instance_manager.http.ports import ControlProgress, ControlResult, Instance
 
 CONTROL_REQUESTS_MAX = 8
 CONTROL_BODY_TIMEOUT_S = 5.0
+REFUSALS_TOLD_MAX = 20
+"""Lines of the log in a minute: anybody who reaches the port can cause one."""
 LOOKING = frozenset({"status", "lease"})
 """Verbs that change nothing: not worth a line of the log for each."""
 
@@ -36,13 +39,14 @@ def control_application(
     application = limited_application(limits)
     places = asyncio.Semaphore(CONTROL_REQUESTS_MAX)
     judge = (callers or LocalCallers()).judge
+    refusals = _Refusals()
 
     async def control(request: web.Request) -> web.StreamResponse:
         is_patronis = request.path in control_routes.VERBS
         verb = request.path[1:] if is_patronis else request.match_info["verb"]
         match await judge(request):
             case Refused(status, reason):
-                _log.warning("control refused: %s", reason, extra={"verb": verb[:40], "from": request.remote})
+                refusals.tell(reason, verb, request.remote)
                 return json_response(status, {"error": reason})
             case Caller(name):
                 if verb not in LOOKING:
@@ -56,6 +60,27 @@ def control_application(
     for route in (*routes, openapi.route("Instance manager: control", routes)):
         route.add_to(application.router)
     return application
+
+
+class _Refusals:
+    """Tells of callers that were refused, of so many in a minute."""
+
+    def __init__(self) -> None:
+        self._since_s = float("-inf")
+        self._told = 0
+        self._untold = 0
+
+    def tell(self, reason: str, verb: str, address: str | None) -> None:
+        now_s = time.monotonic()
+        if now_s - self._since_s >= 60:
+            self._since_s, self._told = now_s, 0
+        if self._told >= REFUSALS_TOLD_MAX:
+            self._untold += 1
+            return
+        self._told += 1
+        fields = {"verb": verb[:40], "from": address, **({"untold_before": self._untold} if self._untold else {})}
+        self._untold = 0
+        _log.warning("control refused: %s", reason, extra=fields)
 
 
 async def _run_patronis_verb(service: InstanceService, request: web.Request) -> web.StreamResponse:

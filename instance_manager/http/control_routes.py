@@ -91,9 +91,13 @@ VERBS: Mapping[str, _Verb] = {
 
 def routes(handler: Handler) -> tuple[Route, ...]:
     """All of control: the verbs as the commands use them, and by Patroni's names."""
-    needs = "the control socket, as root or as the user of the instance manager"
+    needs = (
+        "the control socket, as root or as the user of the instance manager; over the network (`control.listen`) an allowed "
+        "certificate or the control token"
+    )
     refused = {
         400: Reply("malformed", str, (TEXT,)),
+        401: Reply("over the network: no proof of who asks, or another token", ErrorBody),
         403: Reply("this caller may not control the instance", ErrorBody),
         408: Reply("the body did not come in time", ErrorBody),
         413: Reply("the body is too long", ErrorBody),
@@ -109,6 +113,7 @@ def routes(handler: Handler) -> tuple[Route, ...]:
             200: Reply("lines of JSON", str, ("application/jsonl",)),
             400: Reply("malformed", ErrorBody),
             404: Reply("no such verb", ErrorBody),
+            500: Reply("it failed unexpectedly before its first line", ErrorBody),
             503: Reply("too many commands at work", ErrorBody),
         },
     )

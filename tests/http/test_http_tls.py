@@ -23,6 +23,7 @@ from instance_manager.certificate_sets import Certificates
 from instance_manager.config import Configuration
 from instance_manager.config_security import TlsSection
 from instance_manager.http import control_routes
+from instance_manager.http.control import REFUSALS_TOLD_MAX
 from instance_manager.http.control_client import CommandRefused, InstanceNotReachable, Network, send_command
 from instance_manager.http.listening import HANDSHAKE_TIMEOUT_S, HANDSHAKES_MAX
 from instance_manager.http.peers import PeerClient, PeerTls
@@ -183,6 +184,18 @@ async def test_a_refused_caller_reaches_no_verb(served: Served, authorities: Aut
     assert served.service.finished == []
     await post(f"{served.control_url}/control/slow", authorities.client(authorities.ours / "control/alice"))
     assert served.service.finished == ["slow"]
+
+
+async def test_refused_callers_cannot_fill_the_log(
+    served: Served, authorities: Authorities, caplog: pytest.LogCaptureFixture
+) -> None:
+    connector = aiohttp.TCPConnector(ssl=authorities.client(None))
+    async with aiohttp.ClientSession(connector=connector) as session:
+        for _ in range(REFUSALS_TOLD_MAX + 20):
+            async with session.post(f"{served.control_url}/control/pause") as response:
+                assert response.status == 401
+    told = [record for record in caplog.records if "control refused" in record.getMessage()]
+    assert len(told) == REFUSALS_TOLD_MAX
 
 
 async def test_control_over_the_network_is_logged_with_who_it_was(
