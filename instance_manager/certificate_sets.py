@@ -136,6 +136,16 @@ class Certificates:
             replaced.append(each.use)
         return tuple(replaced)
 
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with the files as they are now, a sentence each; nothing is copied, and nothing taken over."""
+        found = []
+        for each in self._sets.values():
+            try:
+                _prove(each, each.source, self._sets["postgres"].source if each.server is not None else None)
+            except CertificateUnusable as error:
+                found.append(f"tls.{each.use}: {error}")
+        return tuple(found)
+
     def remarks(self, now_s: float) -> tuple[str, ...]:
         """What somebody should look at, a sentence each. `now_s`: seconds since 1970."""
         found = []
@@ -165,15 +175,7 @@ class Certificates:
         try:
             for name in FILES:
                 _copy(each.source / name, new / name, self._own)
-            facts = examine(new, server=new if each.mutual else each.server)
-            if each.common_name is not None and facts.common_name != each.common_name:
-                raise CertificateUnusable(
-                    f"{each.source}: the common name is {facts.common_name!r}, and must be {each.common_name!r}"
-                )
-            if each.host is not None and not any(covers(name, each.host) for name in facts.names):
-                raise CertificateUnusable(
-                    f"{each.source}: its names do not cover {each.host}, by which the other members know this one"
-                )
+            facts = _prove(each, new, each.server)
             _make_directory(each.copy, self._own)
             for name in FILES:
                 (new / name).replace(each.copy / name)
@@ -201,6 +203,19 @@ class Certificates:
             self.peers_client = client_context(each.copy, minimum_version=version)
         elif each.use == "control":
             self.control_server = server_context(each.copy, clients="optional", minimum_version=version)
+
+
+def _prove(each: _Set, directory: Path, server: Path | None) -> CertificateFacts:
+    facts = examine(directory, server=directory if each.mutual else server)
+    if each.common_name is not None and facts.common_name != each.common_name:
+        raise CertificateUnusable(
+            f"{each.source}: the common name is {facts.common_name!r}, and must be {each.common_name!r}"
+        )
+    if each.host is not None and not any(covers(name, each.host) for name in facts.names):
+        raise CertificateUnusable(
+            f"{each.source}: its names do not cover {each.host}, by which the other members know this one"
+        )
+    return facts
 
 
 def _alarm(facts: CertificateFacts, now_s: float) -> str | None:

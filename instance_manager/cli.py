@@ -372,6 +372,8 @@ def _network(namespace: argparse.Namespace) -> Network:
             token = namespace.token_file.read_text(encoding="ascii").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise CommandFailed(f"--token-file: {namespace.token_file} cannot be read: {error}", 2) from error
+        if not token.isprintable() or not token:
+            raise CommandFailed(f"--token-file: {namespace.token_file} must hold one token, on one line", 2)
     network = Network(
         host=host,
         port=port,

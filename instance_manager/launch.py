@@ -9,6 +9,7 @@ import stat
 import sys
 from pathlib import Path
 
+from instance_manager.certificate_sets import Certificates
 from instance_manager.config import Configuration
 from instance_manager.config_sections import ArchiveSection
 from instance_manager.metrics.custom import QueriesUnusable, load_queries
@@ -67,6 +68,13 @@ def surroundings_problems(configuration: Configuration) -> tuple[str, ...]:
             found.append(f"{key}: {path} is empty")
         if mode & (stat.S_IRWXO | stat.S_IWGRP):
             found.append(f"{key}: {path} is open to other users; chmod 600 it")
+    if configuration.tls is not None:
+        found += Certificates(
+            configuration.tls,
+            configuration.control,
+            configuration.certificates_directory,
+            host=configuration.me.host,
+        ).problems()
     if configuration.archive is not None:
         found += _archive_problems(configuration.archive)
     for path in configuration.metrics.queries:

@@ -159,6 +159,15 @@ def test_a_member_needs_a_certificate_of_its_own_host(root: Path, tmp_path: Path
     assert any("do not cover 127.0.0.1" in remark for remark in sets.remarks(0.0))
 
 
+def test_files_are_judged_without_taking_them_over(root: Path, tmp_path: Path) -> None:
+    sets = sets_of(root, tmp_path, replication=root / "ours/replication")
+    assert sets.problems() == ()
+    shutil.copytree(root / "theirs/replication", root / "ours/replication", dirs_exist_ok=True)
+    [problem] = sets.problems()
+    assert problem.startswith("tls.replication: ")
+    assert not (tmp_path / "tls").exists()
+
+
 def test_an_agent_that_restarts_over_a_bad_one_goes_on_with_the_copy(root: Path, tmp_path: Path) -> None:
     sets_of(root, tmp_path).load()
     (root / "ours/members/pg-0/tls.crt").write_text("garbage")

@@ -105,6 +105,16 @@ def test_a_command_over_the_network_says_what_it_lacks(
     assert told in capsys.readouterr().err
 
 
+def test_a_file_with_more_than_a_token_is_refused_without_showing_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("a-token-of-a-user\nanother-of-somebody")
+    assert main(["status", "--host", "h:1", "--ca", "/ca", "--token-file", str(tmp_path / "token")]) == 2
+    told = capsys.readouterr().err
+    assert "must hold one token" in told
+    assert "a-token" not in told
+
+
 def test_the_view_tells_lives_of_certificates_and_what_is_kept(status: ClusterStatus) -> None:
     shown = render_status(
         replace(

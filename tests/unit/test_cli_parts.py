@@ -20,6 +20,7 @@ from test_config import GOOD, with_value
 from instance_manager import demo_locator, launch, logs, wall_clock
 from instance_manager.config import Configuration, load_configuration
 from instance_manager.config_sections import ArchiveSection, S3Section
+from instance_manager.config_security import TlsSection
 from instance_manager.coordination.describe import describe
 from instance_manager.core.record import Holder, Release, StoredRecord, SwitchoverRequest, initial_record
 from instance_manager.core.types import (
@@ -275,6 +276,15 @@ def test_the_archiver_is_started_beside_the_agent_only_where_an_archive_is_confi
     argv = launch.supervisor_argv(archiving, path)
     assert " ".join(argv).endswith(
         f"-I -m instance_manager.agent --config {path} --- {argv[0]} -I -m instance_manager.archive --config {path}"
+    )
+
+
+def test_certificates_that_an_instance_would_not_start_with_are_told(short: Path) -> None:
+    configuration, _ = configuration_in(short)
+    tls = TlsSection(directory=short / "certificates")
+    assert launch.surroundings_problems(msgspec.structs.replace(configuration, tls=tls)) == (
+        f"tls.postgres: {short / 'certificates/tls.crt'} cannot be read: No such file or directory",
+        f"tls.peers: {short / 'certificates/tls.crt'} cannot be read: No such file or directory",
     )
 
 
