@@ -35,6 +35,8 @@ from instance_manager.http.token import PeerToken
 
 PEER_REQUESTS_MAX = 64
 SCRAPES_MAX = 4
+SCRAPE_TAKEN_WITHIN_S = 10.0
+"""A place is held until the answer is taken: of a large server it is megabytes."""
 NETWORK_CONTROL_CONNECTIONS_MAX = 64
 """Each costs 300 KiB, and TLS without a certificate is open to anybody who reaches the port."""
 METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -228,7 +230,17 @@ def _metrics_handler(service: InstanceService) -> Callable[[web.Request], Awaita
             return json_response(503, {"error": f"{SCRAPES_MAX} scrapes are at work already"})
         async with places:
             body = await service.metrics()
-        return web.Response(body=body, headers={"Content-Type": METRICS_CONTENT_TYPE, "Cache-Control": "no-store"})
+            response = web.Response(
+                body=body, headers={"Content-Type": METRICS_CONTENT_TYPE, "Cache-Control": "no-store"}
+            )
+            try:
+                async with asyncio.timeout(SCRAPE_TAKEN_WITHIN_S):
+                    await response.prepare(request)
+                    await response.write_eof()
+            except (ConnectionError, TimeoutError):
+                if request.transport is not None:
+                    request.transport.abort()
+        return response
 
     return handle
 

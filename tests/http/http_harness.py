@@ -134,6 +134,7 @@ class FakeService:
 
     snapshot: Probes = field(default_factory=primary_probes)
     scrapes_wait: asyncio.Event | None = None
+    scrape: bytes = b"# HELP up 1.\n# TYPE up gauge\nup 1\n"
     told: ClusterStatus = STATUS
     about: Details = DETAILS
     asked: list[tuple[str, dict[str, object]]] = field(default_factory=list)
@@ -156,7 +157,7 @@ class FakeService:
     async def metrics(self) -> bytes:
         if self.scrapes_wait is not None:
             await self.scrapes_wait.wait()
-        return b"# HELP up 1.\n# TYPE up gauge\nup 1\n"
+        return self.scrape
 
     async def answer_peer(self, call: str, body: bytes) -> bytes:
         match call:
