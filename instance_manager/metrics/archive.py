@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from instance_manager.core.archive_state import ARCHIVE_LEVELS
 from instance_manager.metrics.exposition import Block, Family, gauge, gauges
 
 P = "instance_manager_archive_"
@@ -27,11 +28,6 @@ _GAUGES = {
     ("backlog", "ready"): ("ready_files", "Files that wait to be archived."),
     ("backlog", "oldest_age_s"): ("oldest_ready_age_seconds", "How long the oldest of them has waited."),
     ("stream", "durable_lsn"): ("durable_lsn_bytes", "Everything before this position is in the archive."),
-    # Shown as soon as the archiver tells them.
-    ("backlog", "ready_bytes"): ("ready_bytes", "Bytes that wait to be archived."),
-    ("backlog", "seconds_until_full"): ("seconds_until_full", "Until the volume is full at the present rate."),
-    ("stream", "lag_s"): ("stream_lag_seconds", "How far the streamed end is behind the log."),
-    ("push", "contiguous_lsn"): ("contiguous_lsn_bytes", "End of the archive without a gap."),
 }
 
 
@@ -67,7 +63,7 @@ def archive_blocks(status: bytes | None) -> list[Block]:
             f"{P}level",
             "1 for how far archiving is behind.",
             "level",
-            {each: each == level for each in ("calm", "behind", "critical")},
+            {each: each == level for each in ARCHIVE_LEVELS},
         )
     )
     return blocks

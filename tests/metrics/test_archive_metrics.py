@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
+import pytest
 from metrics_servers import Scrape
 
+from instance_manager.archive.backlog import Level
 from instance_manager.archive.counters import ArchiverStatus, BackfillState, Backlog, PushCounters
 from instance_manager.codec import to_json
 from instance_manager.metrics.archive import _COUNTERS, archive_blocks
@@ -26,6 +30,12 @@ def test_what_the_archiver_tells_is_served() -> None:
     assert seen.value("instance_manager_archive_level", level="behind") == 1
     assert seen.value("instance_manager_archive_level", level="calm") == 0
     assert seen.value("instance_manager_archive_gap_segments") == 1
+
+
+@pytest.mark.parametrize("level", get_args(Level))
+def test_each_level_of_the_archiver_is_told(level: Level) -> None:
+    seen = Scrape(archive_blocks(to_json(ArchiverStatus(backlog=Backlog(level=level)))))
+    assert seen.value("instance_manager_archive_level", level=level) == 1
 
 
 def test_every_counter_is_one_that_the_archiver_tells() -> None:

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
-from instance_manager.config import ConfigurationError, load_configuration
+from instance_manager.config import Configuration, ConfigurationError, _decode_path, load_configuration
 
 GOOD: dict[str, Any] = {
     "cluster": {"name": "demo", "uid": "0123456789abcdef"},
@@ -44,6 +45,16 @@ def written(directory: Path, content: object) -> Path:
     path = directory / "demo-1.yaml"
     path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     return path
+
+
+def test_the_documented_file_has_only_keys_that_are_known() -> None:
+    text = (Path(__file__).parents[2] / "docs/configuration.md").read_text(encoding="utf-8")
+    examples = [yaml.safe_load(each.split("```")[0]) for each in text.split("```yaml\n")[1:]]
+    whole = [each for each in examples if "members" in each]
+    assert len(whole) == 1
+    # What excludes each other is there together: only types and names are looked at.
+    assert set(whole[0]) == {each.name for each in msgspec.structs.fields(Configuration)}
+    msgspec.convert(whole[0], Configuration, dec_hook=_decode_path)
 
 
 def test_a_minimal_file_gets_the_defaults_of_the_design(tmp_path: Path) -> None:
