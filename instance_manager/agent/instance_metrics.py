@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Protocol
 
 from instance_manager import __version__
@@ -18,6 +18,7 @@ from instance_manager.metrics.archive import archive_blocks
 from instance_manager.metrics.custom import load_all
 from instance_manager.metrics.exposition import Block, Counter, Family, gauge, gauges, render
 from instance_manager.metrics.postgres import Options
+from instance_manager.status import CertificateStatus
 
 ROLES = tuple(role.value for role in Role)
 ARCHIVE_BUDGET_S = 0.3
@@ -41,6 +42,25 @@ def statistics_options(configuration: Configuration) -> Options:
         refresh_s=section.refresh_s,
         custom=load_all(section.queries),
     )
+
+
+def certificate_blocks(certificates: Iterable[CertificateStatus]) -> list[Block]:
+    """One series for each use; nothing without TLS."""
+    told = tuple(certificates)
+    return [
+        gauges(
+            f"{P}certificate_days_left",
+            "Until the certificate that is used ends, in days.",
+            "use",
+            {each.use: each.days_left for each in told},
+        ),
+        gauges(
+            f"{P}certificate_files_usable",
+            "0: what is in the certificate's directory is not used, and an older one is.",
+            "use",
+            {each.use: each.problem is None for each in told},
+        ),
+    ]
 
 
 class InstanceMetrics:
@@ -91,6 +111,7 @@ class InstanceMetrics:
             *self._cluster(),
             *self._replication(),
             *self._local(),
+            *certificate_blocks(c.certificates()),
             *c.measures.blocks(),
             *process.own_process(),
         ]
