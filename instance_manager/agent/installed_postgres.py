@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable, Collection
 
 import asyncpg
@@ -38,7 +39,7 @@ from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
 from instance_manager.postgres.wal_dump import end_of_stopped_directory
-from instance_manager.threads import Threads
+from instance_manager.threads import Attempt, Threads
 
 log = logging.getLogger("instance_manager.agent.installed_postgres")
 
@@ -65,6 +66,7 @@ class InstalledPostgres:
         self._sql = sql.LocalSql(server, statements_kept=STATEMENTS_KEPT)
         self._archives = configuration.archive is not None
         self._threads = Threads("what the archive's commands may do")
+        self._word = threading.Lock()
         self.major = version.major
         self.running = SqlServer(server, reload)
 
@@ -127,8 +129,20 @@ class InstalledPostgres:
     # The archive's commands.
 
     async def allow_archive(self, what: Allowed | None, *, deadline_s: float) -> None:
-        if self._archives:
-            await self._threads.call(lambda: archive_commands.allow(self._server, what), deadline_s=deadline_s)
+        """One word after another, in the order in which they are waited for: what was given up comes before the next, or never."""
+        if not self._archives:
+            return
+        attempt = Attempt()
+
+        def write() -> None:
+            with self._word:
+                attempt.begin()
+                archive_commands.allow(self._server, what)
+
+        try:
+            await self._threads.call(write, deadline_s=deadline_s)
+        finally:
+            attempt.give_up()
 
     async def ask_to_archive_again(self, since: Lsn | None, *, deadline_s: float) -> None:
         if self._archives:
