@@ -98,7 +98,13 @@ class InstalledPostgres:
         )
 
     async def create_roles(self) -> tuple[str, ...]:
-        return await bootstrap.create_roles(self._sql, self._files.role_options())
+        """In a session of its own: a user's open transaction may hold a role, and no look at the server waits for that."""
+        options = await asyncio.to_thread(self._files.role_options)
+        try:
+            async with sql.session(self._server) as session:
+                return await bootstrap.create_roles(session, options)
+        except asyncpg.PostgresError as error:
+            raise SqlFailed(str(error)) from error
 
     def write_passfile(self) -> None:
         """Of replication, with the secret as it is now. Blocks on the disk."""
