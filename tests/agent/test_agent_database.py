@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections import deque
 from collections.abc import Collection
@@ -31,8 +32,11 @@ class Wire:
         self.sent: list[dict[str, Any]] = []
         self._told: deque[bytes] = deque()
         self._arrived = asyncio.Event()
+        self.full = False
 
     def send(self, datagram: bytes) -> None:
+        if self.full:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         self.sent.append(json.loads(datagram))
 
     async def receive(self) -> bytes:
@@ -187,4 +191,13 @@ async def test_a_start_that_is_answered_in_time_leaves_nothing_open(server: Serv
     server.wire.tells(type="reply", id=server.wire.sent[-1]["id"], ok=True, error=None)
     server.wire.tells(type="postgres_started", pid=8, mode="standby")
     await starting
+    assert not server.link.may_start_yet
+
+
+async def test_a_start_that_could_not_be_sent_happens_never(server: Server) -> None:
+    """Else nothing would be started, cloned or resumed here for as long as this agent lives."""
+    server.link.postgres = None
+    server.wire.full = True
+    with pytest.raises(SupervisorError, match="cannot reach the supervisor"):
+        await server.link.start("standby", None, ["postgres"], {})
     assert not server.link.may_start_yet
