@@ -120,6 +120,8 @@ class Database:
         self._checkpoint: asyncio.Task[None] | None = None
         self._allowing = Allowing(postgres, may_fetch=lambda: self._following is not None)
         self._promoting = False
+        self._may_push = True
+        """Not from the moment that archiving is cut off for a stop."""
         self._asked_s = clock.now_s()
         """When this server was last told to follow somebody else than before."""
         self._report = postgres.inspect_at_start()
@@ -265,9 +267,10 @@ class Database:
                 self._answers = False
                 if SHUTTING_DOWN in str(error) and self._stopping_since_s is None:
                     self._stopping_since_s = self._clock.now_s()
-        # Looked at anew: it may have been promoted meanwhile, and then it archives.
-        if not self._promoting and self._link.postgres is not None and self._link.postgres.mode == "standby":
-            await self._allowing.allow(self._standby_may())
+        # Looked at anew: it may have been promoted meanwhile, and then it archives. What a slow disk did not take is tried again.
+        if not self._promoting and self._link.postgres is not None:
+            standby = self._link.postgres.mode == "standby"
+            await self._allowing.allow(self._standby_may() if standby else self._primary_may())
         if before != (self._answers, self._seen.is_receiving if self._seen else None):
             self._on_change()
 
@@ -275,6 +278,9 @@ class Database:
         """A standby asks the archive only where its primary did not help for a while: an election never stands behind it."""
         asked_for_s = self._clock.now_s() - self._asked_s
         return "fetch" if min(asked_for_s, self.not_receiving_for_s()) > ASK_ARCHIVE_AFTER_S else None
+
+    def _primary_may(self) -> Allowed | None:
+        return "push" if self._may_push else None
 
     def _take(self, seen: PostgresObservation) -> None:
         self._seen, self._answers = seen, True
@@ -332,6 +338,7 @@ class Database:
         """Only for the holder of the Lease with a permit; clients are kept out (P8)."""
         await self._postgres.write_files(opening, Access.CLOSED, standby=False)
         await self._postgres.set_standby_signal(False)
+        self._may_push = True
         await self._allowing.allow("push")
         self._starts_with = None
         await self._start("read_write", epoch)
@@ -356,22 +363,30 @@ class Database:
         if not self.running:
             return True
         self._postgres.forget()
-        if archive_for_s <= 0:
-            await self._allowing.allow(None)
-        cut_off = asyncio.create_task(self._end_archiving(archive_for_s))
+        cut_off, asked = None, False
         try:
+            if archive_for_s <= 0:
+                await self._end_archiving()
+            else:
+                cut_off = asyncio.create_task(self._end_archiving(archive_for_s))
             with contextlib.suppress(SupervisorSilent):
                 # It waits there and is carried out: whoever asked goes on to see the end of it, or to kill.
                 await self._link.signal("INT")
+            asked = True
             stopped = await self._link.wait_stopped(deadline_s)
         finally:
-            cut_off.cancel()
+            # Who was cut off before it asked leaves a server that goes on, and archives.
+            self._may_push = self._may_push or not asked
+            if cut_off is not None:
+                cut_off.cancel()
         if stopped:
             self._forget()
         return stopped
 
-    async def _end_archiving(self, after_s: float) -> None:
-        await self._clock.sleep(after_s)
+    async def _end_archiving(self, after_s: float = 0.0) -> None:
+        if after_s > 0:
+            await self._clock.sleep(after_s)
+        self._may_push = False
         await self._allowing.allow(None)
 
     async def kill(self) -> None:
@@ -449,7 +464,7 @@ class Database:
         """
         await self._postgres.write_access(Access.CLOSED)
         await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
-        self._promoting = True
+        self._promoting = self._may_push = True
         try:
             # Before: the new timeline's history waits to be archived from the first moment.
             await self._allowing.allow("push")

@@ -59,6 +59,9 @@ class Slots:
         self.takes_s: deque[float] = deque()
         """One call after another; then each is answered at once."""
         self.running = SimpleNamespace(settings_file=None)
+        self.allowed: list[object] = []
+        """What the archive's commands were allowed, in order."""
+        self.disk_is_slow = False
 
     def inspect_at_start(self) -> None:
         return None
@@ -67,7 +70,9 @@ class Slots:
         return None
 
     async def allow_archive(self, what: object, *, deadline_s: float) -> None:
-        return None
+        if self.disk_is_slow:
+            raise TimeoutError
+        self.allowed.append(what)
 
     async def observe(self, *, deadline_s: float) -> Any:
         return SimpleNamespace(walreceiver=None, is_receiving=False, in_recovery=True)
@@ -201,3 +206,35 @@ async def test_a_start_that_could_not_be_sent_happens_never(server: Server) -> N
     with pytest.raises(SupervisorError, match="cannot reach the supervisor"):
         await server.link.start("standby", None, ["postgres"], {})
     assert not server.link.may_start_yet
+
+
+async def test_a_primary_whose_disk_was_slow_when_it_began_archives_as_soon_as_it_can(server: Server) -> None:
+    """Else its archive_command would be refused, and its log pile up, until it is started again."""
+    server.link.postgres = PostgresProcess(7, "read_write")
+    server.slots.disk_is_slow = True
+    await server.database._look()
+    server.slots.disk_is_slow = False
+    await server.database._look()
+    await server.database._look()
+    assert server.slots.allowed == ["push"]
+
+
+async def test_a_primary_that_is_to_stop_archives_no_more_whoever_looks_at_it(server: Server) -> None:
+    server.link.postgres = PostgresProcess(7, "read_write")
+    await server.database._look()
+    stopping = asyncio.create_task(server.database.stop(deadline_s=2.0))
+    await settle()
+    await server.database._look()
+    assert server.slots.allowed == ["push", None]
+    assert await stopping is False
+    await server.database._look()
+    assert server.slots.allowed == ["push", None]
+
+
+async def test_a_stop_that_could_not_be_asked_for_leaves_a_primary_that_archives(server: Server) -> None:
+    server.link.postgres = PostgresProcess(7, "read_write")
+    server.wire.full = True
+    with pytest.raises(SupervisorError):
+        await server.database.stop(deadline_s=2.0)
+    await server.database._look()
+    assert server.slots.allowed == [None, "push"]

@@ -12,7 +12,9 @@ from instance_manager.agent.installed_postgres import SqlFailed
 from instance_manager.postgres.sql import session
 
 
-async def test_roles_that_a_user_holds_up_keep_nobody_from_looking_and_are_an_ordinary_failure(cluster: Cluster) -> None:
+async def test_roles_that_a_user_holds_up_keep_nobody_from_looking_and_are_an_ordinary_failure(
+    cluster: Cluster,
+) -> None:
     """While the look does not come back, a serving primary counts as not ready, and its quorum stands still."""
     one = cluster.add("x")
     (one.root / "secret").write_text("a password of these tests")
