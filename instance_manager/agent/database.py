@@ -410,6 +410,8 @@ class Database:
         if self._following is None or self._following[0] != upstream.holder:
             self._asked_s = self._clock.now_s()
         self._following = (upstream.holder, upstream.epoch)
+        # A winner that gave the Lease back has slots that nobody will stream through.
+        self._slots_of_pid = None
         self.look_soon()
 
     async def adopt(self, upstream: Upstream, *, promised: bool) -> None:

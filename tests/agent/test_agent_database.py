@@ -18,9 +18,10 @@ from agent_instance import configuration
 
 from instance_manager.agent.beat import Beat
 from instance_manager.agent.database import SLOTS_INTERVAL_S, Database
-from instance_manager.agent.postgres_port import LocalPostgres
+from instance_manager.agent.postgres_port import LocalPostgres, Upstream
 from instance_manager.agent.supervisor_link import PostgresProcess, SupervisorError, SupervisorLink, SupervisorSilent
-from instance_manager.core.types import MemberId
+from instance_manager.core.types import Epoch, MemberId
+from instance_manager.postgres import voting
 
 MEMBERS = frozenset({A, B})
 
@@ -65,6 +66,9 @@ class Slots:
 
     def inspect_at_start(self) -> None:
         return None
+
+    def primary_settings(self, upstream: Upstream) -> str:
+        return f"host={upstream.host}"
 
     def forget(self) -> None:
         return None
@@ -136,6 +140,23 @@ async def test_slots_are_looked_at_again_after_a_while(server: Server) -> None:
     await server.clock.sleep(SLOTS_INTERVAL_S)
     await server.database.prepare_slots(MEMBERS)
     assert server.slots.asked == [MEMBERS, MEMBERS]
+
+
+async def test_r13_a_winner_that_gave_the_lease_back_and_follows_has_no_slots(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It made them for its promotion, in the life of the server that goes on as a standby."""
+
+    async def follow(*_: object, **__: object) -> None:
+        return None
+
+    monkeypatch.setattr(voting, "follow", follow)
+    await server.database.prepare_slots(MEMBERS)
+    await server.database.follow(Upstream(holder=B, epoch=Epoch(7), host="b", port=5432, member_id=A))
+    await server.clock.sleep(SLOTS_INTERVAL_S)
+    await server.database._look()
+    await server.database._look()
+    assert server.slots.asked == [MEMBERS, frozenset()]
 
 
 async def test_a_stop_that_the_supervisor_answers_late_is_carried_through(server: Server) -> None:
