@@ -13,6 +13,7 @@ import pytest
 
 from instance_manager.agent.context import Context
 from instance_manager.agent.secret_files import SecretFiles, keep_certificates, supervised
+from instance_manager.agent.supervisor_link import SupervisorSilent
 from instance_manager.certificate_sets import Certificates
 from instance_manager.core.roles import Role
 from instance_manager.postgres.server import LocalPostgresError
@@ -130,7 +131,7 @@ async def keep(instance: Instance, sets: Sets, failing: int = 0) -> None:
         nonlocal left
         if left:
             left -= 1
-            raise LocalPostgresError("not now")
+            raise SupervisorSilent("no answer to signal within 5 s")
         instance.done.append("reload")
 
     await run(lambda: keep_certificates(cast(Context, instance.context), cast(Certificates, sets), renew, reload))
@@ -142,7 +143,8 @@ async def test_each_use_of_a_new_certificate_is_served_anew_once(instance: Insta
     assert instance.context.remarks["certificates"] == ("tls.peers: ends soon",)
 
 
-async def test_a_reload_that_failed_is_owed(instance: Instance) -> None:
+async def test_a_reload_that_the_supervisor_did_not_answer_is_owed(instance: Instance) -> None:
+    """Else Postgres serves the old certificate to its end, and the members refuse it then."""
     await keep(instance, Sets((), ("postgres",)), failing=1)
     assert instance.done == ["reload", "note certificates"]
 
