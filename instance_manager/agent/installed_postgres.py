@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 from collections.abc import Awaitable, Callable, Collection
 
 import asyncpg
@@ -39,7 +38,7 @@ from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
 from instance_manager.postgres.wal_dump import end_of_stopped_directory
-from instance_manager.threads import Attempt, Threads
+from instance_manager.threads import InOrder, Threads
 
 log = logging.getLogger("instance_manager.agent.installed_postgres")
 
@@ -66,7 +65,7 @@ class InstalledPostgres:
         self._sql = sql.LocalSql(server, statements_kept=STATEMENTS_KEPT)
         self._archives = configuration.archive is not None
         self._threads = Threads("what the archive's commands may do")
-        self._word = threading.Lock()
+        self._words = InOrder()
         self.major = version.major
         self.running = SqlServer(server, reload)
 
@@ -135,20 +134,9 @@ class InstalledPostgres:
     # The archive's commands.
 
     async def allow_archive(self, what: Allowed | None, *, deadline_s: float) -> None:
-        """One word after another, in the order in which they are waited for: what was given up comes before the next, or never."""
-        if not self._archives:
-            return
-        attempt = Attempt()
-
-        def write() -> None:
-            with self._word:
-                attempt.begin()
-                archive_commands.allow(self._server, what)
-
-        try:
-            await self._threads.call(write, deadline_s=deadline_s)
-        finally:
-            attempt.give_up()
+        if self._archives:
+            with self._words.one(lambda: archive_commands.allow(self._server, what)) as write:
+                await self._threads.call(write, deadline_s=deadline_s)
 
     async def ask_to_archive_again(self, since: Lsn | None, *, deadline_s: float) -> None:
         if self._archives:
