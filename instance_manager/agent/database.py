@@ -109,6 +109,8 @@ class Database:
         self._received_s = clock.now_s()
         self._proven: WalEnd | None = None
         """The end of the last complete record, since nothing more can be received (`stop_following`)."""
+        self._gate = asyncio.Lock()
+        """A reload that finds the gate open and writes it anew does not open one that was closed meanwhile (P8)."""
         self._slots = asyncio.Lock()
         """Slots are dropped and made one after another, whoever asks."""
         self._slots_for: frozenset[MemberId] = frozenset()
@@ -330,13 +332,15 @@ class Database:
             await self._postgres.forget_dead_ends(chain)
         await self._allowing.allow(None, server_runs=False)
         await self._postgres.set_standby_signal(True)
-        await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
+        async with self._gate:
+            await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
         self._starts_with = (upstream.holder, upstream.epoch) if upstream is not None else None
         await self._start("standby", None)
 
     async def start_primary(self, epoch: Epoch, opening: SynchronousSet) -> None:
         """Only for the holder of the Lease with a permit; clients are kept out (P8)."""
-        await self._postgres.write_files(opening, Access.CLOSED, standby=False)
+        async with self._gate:
+            await self._postgres.write_files(opening, Access.CLOSED, standby=False)
         await self._postgres.set_standby_signal(False)
         self._may_push = True
         await self._allowing.allow("push")
@@ -464,7 +468,8 @@ class Database:
 
         `archived_to`: what the primary before told of its archive; None: nothing is known.
         """
-        await self._postgres.write_access(Access.CLOSED)
+        async with self._gate:
+            await self._postgres.write_access(Access.CLOSED)
         await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
         self._promoting = self._may_push = True
         try:
@@ -509,7 +514,8 @@ class Database:
         return parse_set(names) if names is not None else None
 
     async def open_gate(self) -> None:
-        await self._postgres.write_access(Access.OPEN)
+        async with self._gate:
+            await self._postgres.write_access(Access.OPEN)
         await self._reload()
 
     async def gate_is_open(self) -> bool:
@@ -613,7 +619,8 @@ class Database:
         await self._refresh_report()
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> None:
-        await self._postgres.write_files(NOBODY, Access.CLOSED, standby=False)
+        async with self._gate:
+            await self._postgres.write_files(NOBODY, Access.CLOSED, standby=False)
         try:
             log.info("pg_rewind from %s:%s: %s", host, port, await self._postgres.rewind(host, port, timeline))
         finally:
@@ -625,10 +632,11 @@ class Database:
 
     async def reload_configuration(self, configuration: Configuration) -> tuple[str, ...]:
         """Take over changed parameters and access rules; returns the names that need a restart."""
-        is_open = await self.gate_is_open()
-        names = await self._postgres.replace_static(configuration)
-        if is_open:
-            await self._postgres.write_access(Access.OPEN)
+        async with self._gate:
+            is_open = await self.gate_is_open()
+            names = await self._postgres.replace_static(configuration)
+            if is_open:
+                await self._postgres.write_access(Access.OPEN)
         if self.running:
             await self._reload()
         return names

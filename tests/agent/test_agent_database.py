@@ -20,8 +20,11 @@ from instance_manager.agent.beat import Beat
 from instance_manager.agent.database import SLOTS_INTERVAL_S, Database
 from instance_manager.agent.postgres_port import LocalPostgres, Upstream
 from instance_manager.agent.supervisor_link import PostgresProcess, SupervisorError, SupervisorLink, SupervisorSilent
+from instance_manager.core.quorum import NOBODY
 from instance_manager.core.types import Epoch, MemberId
 from instance_manager.postgres import voting
+from instance_manager.postgres.host_based_access import Access
+from instance_manager.postgres.server import LocalPostgresError
 
 MEMBERS = frozenset({A, B})
 
@@ -63,6 +66,24 @@ class Slots:
         self.allowed: list[object] = []
         """What the archive's commands were allowed, in order."""
         self.disk_is_slow = False
+        self.access = Access.OPEN
+        self.replacing = asyncio.Event()
+
+    async def write_files(self, synchronous: object, access: Access, *, standby: bool, upstream: object = None) -> None:
+        self.access = access
+
+    async def write_access(self, access: Access) -> None:
+        self.access = access
+
+    async def lets_clients_in(self) -> bool:
+        return self.access is Access.OPEN
+
+    async def replace_static(self, _: object) -> tuple[str, ...]:
+        await self.replacing.wait()
+        return ()
+
+    async def set_standby_signal(self, _: bool) -> None:
+        raise LocalPostgresError("as far as this goes here")
 
     def inspect_at_start(self) -> None:
         return None
@@ -259,3 +280,17 @@ async def test_a_stop_that_could_not_be_asked_for_leaves_a_primary_that_archives
         await server.database.stop(deadline_s=2.0)
     await server.database._look()
     assert server.slots.allowed == [None, "push"]
+
+
+async def test_p8_a_reload_of_the_configuration_does_not_open_the_gate_of_a_primary_that_starts_meanwhile(
+    server: Server, tmp_path: Path
+) -> None:
+    """The standby's was open when the reload looked; who starts as primary keeps clients out until its quorum caught up."""
+    server.link.postgres = None
+    reloading = asyncio.create_task(server.database.reload_configuration(configuration(tmp_path, "a")))
+    await settle()
+    starting = asyncio.create_task(server.database.start_primary(Epoch(7), NOBODY))
+    await settle()
+    server.slots.replacing.set()
+    await asyncio.gather(reloading, starting, return_exceptions=True)
+    assert server.slots.access is Access.CLOSED
