@@ -166,14 +166,16 @@ class InstalledPostgres:
         await self._files.write(synchronous, access, standby=standby, upstream=upstream)
 
     async def write_access(self, access: Access) -> None:
-        await asyncio.to_thread(self._files.write_access, access)
+        with self._files.writes.one(lambda: self._files.write_access(access)) as write:
+            await asyncio.to_thread(write)
 
     async def lets_clients_in(self) -> bool:
         return await asyncio.to_thread(self._files.lets_clients_in)
 
     async def set_standby_signal(self, standby: bool) -> None:
         change = directory.create_standby_signal if standby else directory.remove_standby_signal
-        await asyncio.to_thread(change, self._server)
+        with self._files.writes.one(lambda: change(self._server)) as write:
+            await asyncio.to_thread(write)
 
     async def prepare_start(self) -> StartCommand:
         await asyncio.to_thread(_prepare_start, self._server)
