@@ -11,11 +11,11 @@ S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PR
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors benchmark-archive drill drill-ci image test-image test-browser probe-latency kubernetes audit clean system monitoring-tools scrape-cost
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser probe-latency kubernetes audit clean system monitoring-tools scrape-cost
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors benchmark-archive drill drill-ci image test-image test-browser probe-latency kubernetes audit clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser probe-latency kubernetes audit clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -48,7 +48,7 @@ unit: system monitoring-tools $(VENV)/.made-for-tests
 	@tests/install-system.sh "$(PYTHON)" test
 	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation tests/benchmarks
 	# One after another: these measure time and memory, and run whole clusters.
-	$(RUN) pytest $(PYTEST_OPTIONS) tests/supervisor tests/cluster
+	$(RUN) pytest $(PYTEST_OPTIONS) --ignore=tests/cluster/test_cluster_recovery.py tests/supervisor tests/cluster
 
 # What a scrape of 50 databases and 1,000 tables costs.
 scrape-cost: system $(VENV)/.made-for-tests
@@ -74,10 +74,18 @@ broken-rules: $(VENV)/.made-for-tests
 	$(VENV)/bin/python tests/simulation/check_broken_rules.py
 
 test: lint unit exhaustive
-	$(MAKE) simulate SEEDS=1200
+	$(MAKE) simulate SEEDS=1200 MINUTES=3
 
 test-majors: system $(VENV)/.made-for-tests
 	tests/majors.sh $(MAJORS)
+
+# A second cluster from the archive of a first one.
+test-recovery: system $(VENV)/.made-for-tests
+	$(RUN) pytest $(PYTEST_OPTIONS) tests/cluster/test_cluster_recovery.py
+
+# Base backups in every compression, theirs restored by us and ours by them.
+test-barman: system $(VENV)/.made-for-tests
+	BARMAN_EVERY=1 $(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/archive/test_backup_with_barman.py tests/archive/test_with_barman.py
 
 # Archiving and replay beside pgBackRest and barman-cloud (docs/benchmarks.md); the first time WAL is made, 2 GB in /tmp.
 benchmark-archive: system $(VENV)/.made-for-tests

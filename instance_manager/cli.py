@@ -28,6 +28,10 @@ _DELEGATED = {
     "demo": ("instance_manager.demo.command", "start a real three-instance cluster on this machine"),
     "certificates": ("instance_manager.certificates_command", "make an authority and certificates where there is none"),
     "drill": ("instance_manager.drill.command", "inject faults into a cluster and measure what its clients see"),
+    "backup": ("instance_manager.archive.backup.command", "take a base backup; verify, delete, keep and expire them"),
+    "backups": ("instance_manager.archive.backup.list_command", "which backups there are, and what can be recovered"),
+    "restore": ("instance_manager.archive.recovery.command", "recover one machine from an archive, to any moment"),
+    "archive": ("instance_manager.archive.command", "does WAL get to the archive and back; is it whole"),
 }
 
 

@@ -20,13 +20,16 @@ from instance_manager.config_managed import ManagedSection, check_managed
 from instance_manager.config_sections import (
     ARCHIVE_NAME_PATTERN,
     TAG_NAME_PATTERN,
+    TIME_OF_DAY_PATTERN,
     ArchiveSection,
+    BootstrapSection,
     ClusterSection,
     CoordinationSection,
     InstanceSection,
     MemberSection,
     MetricsSection,
     PostgresSection,
+    RecoverySection,
     SecretsSection,
     Section,
 )
@@ -55,6 +58,7 @@ class Configuration(Section, frozen=True, kw_only=True):
     secrets: SecretsSection
     postgres: PostgresSection = PostgresSection()
     archive: ArchiveSection | None = None
+    bootstrap: BootstrapSection = BootstrapSection()
     tls: TlsSection | None = None
     control: ControlSection | None = None
     managed: ManagedSection = ManagedSection()
@@ -301,6 +305,8 @@ def check(configuration: Configuration) -> tuple[str, ...]:
         )
     if configuration.archive is not None:
         found += _check_archive(configuration.archive)
+    if configuration.bootstrap.recovery is not None:
+        found += _check_recovery(configuration, configuration.bootstrap.recovery)
     found += check_security(configuration.tls, configuration.control, configuration.members)
     if configuration.secrets.superuser_password is not None and not _postgres_has_tls(configuration):
         found.append("secrets.superuser_password: the superuser logs in over TLS only; set tls.postgres")
@@ -357,11 +363,37 @@ def _check_archive(archive: ArchiveSection) -> list[str]:
             f"archive.level: {archive.level} is no level of {archive.codec}"
             + (f" ({levels[0]} to {levels[1]})" if levels else "")
         )
+    schedule = archive.backup.schedule
+    if schedule is not None and (
+        not schedule.at or not all(TIME_OF_DAY_PATTERN.fullmatch(each) for each in schedule.at)
+    ):
+        found.append("archive.backup.schedule.at: times of day in UTC, like ['03:00']")
     s3 = archive.s3
     if s3 is not None and s3.kms_key_id is not None and s3.server_side_encryption != "aws:kms":
         found.append("archive.s3.kms_key_id: needs server_side_encryption: aws:kms")
     if s3 is not None and s3.prefix and any(not ARCHIVE_NAME_PATTERN.fullmatch(part) for part in s3.prefix.split("/")):
         found.append(
             "archive.s3.prefix: names of letters, digits, '.', '_' and '-' with one / between them, none at the ends"
+        )
+    return found
+
+
+def _check_recovery(configuration: Configuration, recovery: RecoverySection) -> list[str]:
+    source, target, own = recovery.archive, recovery.target, configuration.archive
+    found = [f"bootstrap.recovery.{problem}" for problem in _check_archive(source)]
+    if source.server_name is None:
+        found.append(
+            "bootstrap.recovery.archive.server_name: is missing; it is the name of the cluster that the archive is of"
+        )
+    given = [each for each in (target.time, target.lsn, target.xid, target.name) if each is not None]
+    if len(given) + target.immediate > 1:
+        found.append("bootstrap.recovery.target: give at most one of time, lsn, xid, name and immediate")
+    if own is not None and (
+        (own.directory, own.s3, own.server_name or configuration.cluster.name)
+        == (source.directory, source.s3, source.server_name)
+    ):
+        found.append(
+            f"archive.server_name: {source.server_name!r} is the source's archive, which the new cluster must not write to; give "
+            "another name"
         )
     return found

@@ -10,6 +10,7 @@ import msgspec
 
 Durability = Literal["preferred", "required", "asynchronous"]
 ARCHIVE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+TIME_OF_DAY_PATTERN = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
 TAG_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
@@ -148,6 +149,38 @@ class S3Section(Section, frozen=True):
     """`emulated`, for a store that ignores `If-None-Match`: look before each write. Not safe against two writers at once."""
 
 
+class RetentionSection(Section, frozen=True):
+    """What is kept: what either of both keeps. Without both nothing expires."""
+
+    window_days: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    """Every moment of so many days before the newest good backup can be recovered."""
+    count: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """So many of the newest good backups stay."""
+
+
+class BackupScheduleSection(Section, frozen=True):
+    at: tuple[str, ...]
+    """Times of day in UTC, `03:00`."""
+    weekdays: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = ()
+    """By default every day."""
+
+
+class BackupSection(Section, frozen=True):
+    """Base backups."""
+
+    schedule: BackupScheduleSection | None = None
+    """For clusters without the controller; None: only by `instance-manager backup`."""
+    retention: RetentionSection = RetentionSection()
+    """Applied after each backup."""
+    codec: Literal["lz4", "gzip", "none"] = "lz4"
+    """What barman-cloud-restore can read: it has no zstd for base backups."""
+    parallel: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+    rate_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=1 << 20)] | None = None
+    """Of what is read from the data directory."""
+    verify_checksums: bool = True
+    """Look at the checksum of every page, where the cluster has them."""
+
+
 class ArchiveSection(Section, frozen=True):
     directory: Path | None = None
     """A file system that survives the loss of this instance's volume; this or `s3`."""
@@ -161,3 +194,42 @@ class ArchiveSection(Section, frozen=True):
     stream_interval_s: Annotated[float, msgspec.Meta(ge=0)] = 1.0
     """How much the loss of every volume at once may cost, besides the upload; 0: only finished segments are archived."""
     prefetch_bytes: Annotated[int, msgspec.Meta(ge=0)] = 128 * 1024 * 1024
+    backup: BackupSection = BackupSection()
+
+
+class RecoveryTargetSection(Section, frozen=True):
+    """At most one of the first five; none: all that the archive holds."""
+
+    time: str | None = None
+    """With its zone: `2025-11-28 21:05:00+00`."""
+    lsn: str | None = None
+    xid: str | None = None
+    name: str | None = None
+    """Of pg_create_restore_point."""
+    immediate: bool = False
+    """As soon as the backup is consistent."""
+    timeline: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """By default the newest of the archive."""
+    exclusive: bool = False
+    """Just before the target, not with it."""
+
+
+class RecoverySection(Section, frozen=True, kw_only=True):
+    """Where a new cluster comes from, instead of initdb. The source is only read."""
+
+    archive: ArchiveSection
+    """Of the source, with its `server_name`."""
+    target: RecoveryTargetSection = RecoveryTargetSection()
+    backup: str | None = None
+    """Id or name; by default the newest before the target."""
+    accept_end: bool = False
+    """Open also where the archive ends before the target."""
+    outage_patience_s: Annotated[float, msgspec.Meta(ge=0)] = 3600.0
+    tablespaces: dict[str, Path] = {}
+    """New places by name."""
+
+
+class BootstrapSection(Section, frozen=True):
+    """How a cluster begins that has no data yet; of no meaning for one that has."""
+
+    recovery: RecoverySection | None = None

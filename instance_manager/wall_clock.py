@@ -16,7 +16,8 @@ def local_time() -> str:
 
 
 def now_utc() -> datetime:
-    """Now, for what a certificate says of its own life: it is written and judged by the wall clock, everywhere."""
+    """Now, for what a certificate says of its own life, which is written and judged by the wall clock everywhere; for the schedule of
+    backups, and the ids of requests, where a wrong clock costs a backup too many."""
     return datetime.now(UTC)  # noqa: TID251
 
 

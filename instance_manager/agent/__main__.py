@@ -80,7 +80,7 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
         made: list[InstalledPostgres] = []
 
         def make_postgres(reload: Callable[[], Awaitable[None]]) -> InstalledPostgres:
-            made.append(InstalledPostgres(configuration, server, version, reload))
+            made.append(InstalledPostgres(configuration, server, version, reload, configuration_file))
             return made[-1]
 
         agent = assemble(

@@ -6,10 +6,12 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Collection
+from pathlib import Path
 
 import asyncpg
 
 from instance_manager.agent.postgres_port import StartCommand, Upstream
+from instance_manager.agent.recovering import recover
 from instance_manager.agent.server_files import ServerFiles
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import SynchronousSet
@@ -59,8 +61,10 @@ class InstalledPostgres:
         server: LocalServer,
         version: ServerVersion,
         reload: Callable[[], Awaitable[None]],
+        configuration_file: Path | None = None,
     ) -> None:
         self._server = server
+        self._recovers_by = configuration_file if configuration.bootstrap.recovery is not None else None
         self._files = ServerFiles(configuration, server, version)
         self._sql = sql.LocalSql(server, statements_kept=STATEMENTS_KEPT)
         self._archives = configuration.archive is not None
@@ -198,7 +202,10 @@ class InstalledPostgres:
     # Stopped directories.
 
     async def initialise(self) -> None:
-        await bootstrap.initialise(self._server, major=self.major)
+        if self._recovers_by is not None:
+            await recover(self._server, self._recovers_by)
+        else:
+            await bootstrap.initialise(self._server, major=self.major)
 
     async def end_of_stopped(self, control: ControlData, chain: TimelineChain) -> WalEnd:
         return await end_of_stopped_directory(

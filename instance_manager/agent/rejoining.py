@@ -59,7 +59,7 @@ class Rejoining:
         """initdb, and the record that makes it the one cluster for ever (never initialised again by itself)."""
         c = self._c
         c.take_role(Role.INITIALISING, "this instance created the Lease")
-        c.operation = "initdb"
+        c.operation = "initdb" if c.configuration.bootstrap.recovery is None else "recovering from an archive"
         record = c.record
         await c.volume.save(
             lambda state: replace(state.saw_record(record), initialising=True, cluster_uid=record.cluster_uid)

@@ -15,45 +15,21 @@ from pathlib import Path
 import asyncpg
 
 from instance_manager.archive.archiver import Archiver, ArchiverSettings
+from instance_manager.archive.backup.configured import tender_settings
+from instance_manager.archive.backup.tender import BackupTender
 from instance_manager.archive.fetch import FetchSettings
-from instance_manager.archive.stores.directory import DirectoryStore
-from instance_manager.archive.stores.s3 import S3Settings, S3Store
 from instance_manager.archive.streaming import FLUSHED_QUERY, Flushed
+from instance_manager.archive.where import make_store
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
 from instance_manager.config_sections import ArchiveSection
 from instance_manager.core.types import Timeline, parse_lsn
 from instance_manager.logs import logging_to
-from instance_manager.ports import ObjectStore
 from instance_manager.postgres.server import LocalServer, RunAs
 from instance_manager.postgres.sql import LocalSql, SqlUnavailable
 
 log = logging.getLogger("instance_manager.archive")
 
 POSTGRES_DEADLINE_S = 5.0
-
-
-def make_store(archive: ArchiveSection) -> ObjectStore:
-    """The store that the configuration names; nothing is asked of it yet."""
-    if archive.directory is not None:
-        return DirectoryStore(archive.directory)
-    s3 = archive.s3
-    if s3 is None:
-        raise ConfigurationError("archive: give either directory or s3")
-    return S3Store(
-        S3Settings(
-            bucket=s3.bucket,
-            prefix=s3.prefix,
-            endpoint=s3.endpoint,
-            region=s3.region,
-            path_style=s3.path_style,
-            credentials_file=s3.credentials_file,
-            profile=s3.profile,
-            ca_file=s3.ca_file,
-            encryption=s3.server_side_encryption,
-            kms_key_id=s3.kms_key_id,
-            emulate_conditional_writes=s3.conditional_writes == "emulated",
-        )
-    )
 
 
 def settings_of(configuration: Configuration, archive: ArchiveSection, run_as: RunAs | None) -> ArchiverSettings:
@@ -86,6 +62,13 @@ class FlushedBySql:
             raise SqlUnavailable(str(error), error.sqlstate) from error
         return None if row is None else Flushed(Timeline(int(row["timeline"], 16)), parse_lsn(row["lsn"]))
 
+    async def switch_wal(self) -> None:
+        """Finish the segment. LocalPostgresError: not done; a standby refuses."""
+        try:
+            await self._sql.fetchval("SELECT pg_switch_wal()::text", deadline_s=POSTGRES_DEADLINE_S)
+        except asyncpg.PostgresError as error:
+            raise SqlUnavailable(str(error), error.sqlstate) from error
+
 
 async def run(configuration: Configuration, archive: ArchiveSection) -> None:
     """Until SIGTERM or SIGINT."""
@@ -99,8 +82,24 @@ async def run(configuration: Configuration, archive: ArchiveSection) -> None:
         bin_directory=configuration.postgres.bin_directory or Path("/"),
         run_as=run_as,
     )
-    archiver = Archiver(settings_of(configuration, archive, run_as), make_store(archive), FlushedBySql(server))
-    task = asyncio.create_task(archiver.run())
+    settings, store, sql = settings_of(configuration, archive, run_as), make_store(archive), FlushedBySql(server)
+    archiver = Archiver(settings, store, sql)
+    backups = BackupTender(
+        tender_settings(archive.backup, settings.instance, instances=configuration.instances),
+        server,
+        store,
+        archiver.layout,
+        archiver.orders,
+        sql.switch_wal,
+    )
+    archiver.status.backup = backups.status
+
+    async def both() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(archiver.run(), name="archiver")
+            tasks.create_task(backups.run(), name="backups")
+
+    task = asyncio.create_task(both())
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)

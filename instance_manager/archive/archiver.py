@@ -71,7 +71,7 @@ class Archiver:
         self._store = store
         self.status = ArchiverStatus()
         self.orders = OrderBook(now_s)
-        layout = self._layout = Layout(settings.server_name, Codec(settings.codec, settings.level))
+        layout = self._layout = self.layout = Layout(settings.server_name, Codec(settings.codec, settings.level))
         gate = self._gate = ArchiveGate(store, layout, settings.codec, self.status)
         self._uploader = Uploader(store, layout, self.orders, settings.instance, settings.patience, self.status.push)
         self.pusher = Pusher(

@@ -88,6 +88,28 @@ class BackfillState:
 
 
 @dataclass(slots=True)
+class BackupProgress:
+    """Of the base backup that this process takes right now."""
+
+    backup_id: str = ""
+    phase: str = ""
+    read_bytes: int = 0
+    estimated_bytes: int = 0
+
+
+@dataclass(slots=True)
+class BackupState:
+    """Base backups that this process has taken."""
+
+    running: BackupProgress | None = None
+    last_backup: str = ""
+    """Its id; empty: none since the start of this process."""
+    last_error: str = ""
+    damaged_pages: int = 0
+    """Of the last one."""
+
+
+@dataclass(slots=True)
 class ArchiverStatus:
     """All of it."""
 
@@ -100,6 +122,7 @@ class ArchiverStatus:
     fetch: FetchCounters = field(default_factory=FetchCounters)
     backlog: Backlog = field(default_factory=Backlog)
     backfill: BackfillState = field(default_factory=BackfillState)
+    backup: BackupState = field(default_factory=BackupState)
 
 
 def look_at_outcome(task: asyncio.Task[object]) -> None:

@@ -23,6 +23,8 @@ from instance_manager.demo.plan import (
     ArchivePlan,
     DirectoryUnusable,
     Layout,
+    RecoveryPlan,
+    archive_server_name,
     loopback_plan,
     ports_needed,
 )
@@ -56,6 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="archive to this bucket, with credentials from the environment; default: a directory beside the data",
     )
     archive.add_argument("--no-archive", action="store_true", help="no WAL archive")
+    recovery = parser.add_argument_group("a cluster from the archive of another one")
+    recovery.add_argument(
+        "--recover-from", metavar="DIR/SERVER", help="or ENDPOINT/BUCKET/SERVER; that archive is only read"
+    )
+    recovery.add_argument("--target-time", metavar="TIME", help="with its zone; by default all that is there")
+    recovery.add_argument(
+        "--accept-end",
+        action="store_true",
+        help="also where the archive ends before the target: nothing was committed since",
+    )
     parser.add_argument("--no-view", action="store_true", help="no live view, only what changes")
     parser.add_argument("--yes", action="store_true", help="do not ask anything (nothing is asked at present)")
 
@@ -66,6 +78,8 @@ def run(namespace: argparse.Namespace) -> int:
         return _complain(f"--instances must be between 1 and {_INSTANCES_MAX}")
     if (missing := missing_prerequisite()) is not None:
         return _complain(missing)
+    if (namespace.target_time is not None or namespace.accept_end) and namespace.recover_from is None:
+        return _complain("--target-time and --accept-end are for --recover-from")
     if namespace.s3 is not None and (problem := _s3_problem(namespace.s3)) is not None:
         return _complain(problem)
     stop = threading.Event()
@@ -112,6 +126,7 @@ def _cluster(namespace: argparse.Namespace) -> LocalCluster:
         durability=namespace.durability or "preferred",
         tls=namespace.tls,
         archive=_archive_plan(namespace),
+        recovery=_recovery_plan(namespace),
     )
     return LocalCluster.create(plan) if namespace.data is None else LocalCluster.create_in(namespace.data, plan)
 
@@ -135,6 +150,20 @@ def _archive_plan(namespace: argparse.Namespace) -> ArchivePlan | None:
     return ArchivePlan(endpoint=endpoint, bucket=bucket)
 
 
+def _recovery_plan(namespace: argparse.Namespace) -> RecoveryPlan | None:
+    """DirectoryUnusable: there is no such archive."""
+    if namespace.recover_from is None:
+        return None
+    place, _, server_name = namespace.recover_from.rstrip("/").rpartition("/")
+    end = {"server_name": server_name, "target_time": namespace.target_time, "accept_end": namespace.accept_end}
+    if re.match("https?://", place):
+        endpoint, _, bucket = place.rpartition("/")
+        return RecoveryPlan(endpoint=endpoint, bucket=bucket, **end)
+    if not (Path(place) / server_name / "wals").is_dir():
+        raise DirectoryUnusable(f"--recover-from {namespace.recover_from}: there is no archive")
+    return RecoveryPlan(directory=str(Path(place).absolute()), **end)
+
+
 def _check_unchanged(cluster: LocalCluster, namespace: argparse.Namespace) -> None:
     """DirectoryUnusable: what is asked for is not what is there; nothing is silently ignored."""
     plan = cluster.plan
@@ -148,6 +177,8 @@ def _check_unchanged(cluster: LocalCluster, namespace: argparse.Namespace) -> No
             raise DirectoryUnusable(
                 f"{cluster.layout.directory} was made with {option} {present}; leave it out, or use another directory"
             )
+    if namespace.recover_from is not None:
+        raise DirectoryUnusable(f"{cluster.layout.directory} holds a cluster already; recover into another directory")
     if (namespace.s3 is not None or namespace.no_archive) and _archive_plan(namespace) != plan.archive:
         raise DirectoryUnusable(
             f"{cluster.layout.directory} was made with another archive; leave --s3 and --no-archive out, or use another directory"
@@ -249,9 +280,21 @@ def _lines(cluster: LocalCluster) -> str:
         f'psql "{text}"\n'
         f'pgbench -i -s 10 "{text}" && pgbench -c 4 -T 600 -P 5 "{text}"\n'
         "instance-manager status | switchover | drill --yes    (in another terminal)\n"
+        f"{_recovery_line(cluster)}"
         f"{_line_of_control(cluster)}"
         f"logs: {cluster.layout.directory / 'logs'}    {_archive_told(cluster)}    Ctrl-C stops everything"
     )
+
+
+def _recovery_line(cluster: LocalCluster) -> str:
+    """How to get the state of ten seconds ago into a second cluster."""
+    archive = cluster.plan.archive
+    if archive is None:
+        return ""
+    place = f"{archive.endpoint}/{archive.bucket}" if archive.endpoint else str(cluster.layout.archive)
+    ago = "\"$(date -u -d '10 seconds ago' '+%F %T+00')\""
+    source = f"{place}/{archive_server_name(cluster.plan)}"
+    return f"instance-manager demo --recover-from {source} --target-time {ago} --accept-end\n"
 
 
 def _archive_told(cluster: LocalCluster) -> str:

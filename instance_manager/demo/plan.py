@@ -53,6 +53,18 @@ class ArchivePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecoveryPlan:
+    """The archive of another cluster, from which this one begins."""
+
+    directory: str | None = None
+    endpoint: str | None = None
+    bucket: str = ""
+    server_name: str
+    target_time: str | None = None
+    accept_end: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterPlan:
     name: str
     uid: str
@@ -66,6 +78,7 @@ class ClusterPlan:
     managed: str = ""
     """The section `managed` of every instance, as YAML; for tests."""
     archive: ArchivePlan | None = None
+    recovery: RecoveryPlan | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -85,6 +98,7 @@ def loopback_plan(
     tls: bool = False,
     managed: str = "",
     archive: ArchivePlan | None = None,
+    recovery: RecoveryPlan | None = None,
 ) -> ClusterPlan:
     """Members demo-1, demo-2, ... on 127.0.0.1: Postgres from `base_port` on, HTTP on the ports after those; see `ports_needed`."""
     members = tuple(
@@ -109,6 +123,7 @@ def loopback_plan(
         tls=tls,
         managed=managed,
         archive=archive,
+        recovery=recovery,
     )
 
 
@@ -276,7 +291,11 @@ def configuration_text(layout: Layout, plan: ClusterPlan, me: MemberPlan) -> str
     if plan.managed:
         content["managed"] = yaml.safe_load(plan.managed)
     if plan.archive is not None:
-        content["archive"] = _archive_section(layout, plan, plan.archive)
+        # A moment of every day lies behind: the first backup is taken at once.
+        backup = {"schedule": {"at": ["03:00"]}, "retention": {"count": 7}}
+        content["archive"] = {**_archive_section(layout, plan, plan.archive), "backup": backup}
+    if plan.recovery is not None:
+        content["bootstrap"] = {"recovery": _recovery_section(plan.recovery)}
     return yaml.safe_dump(content, sort_keys=False)
 
 
@@ -286,8 +305,25 @@ def _archive_section(layout: Layout, plan: ClusterPlan, archive: ArchivePlan) ->
     return {
         "s3": {"endpoint": archive.endpoint, "bucket": archive.bucket, "path_style": True},
         # The bucket outlives the cluster, and each cluster has an archive of its own.
-        "server_name": f"{plan.name}-{plan.uid[:8]}",
+        "server_name": archive_server_name(plan),
     }
+
+
+def archive_server_name(plan: ClusterPlan) -> str:
+    """The archive's name in its store."""
+    return plan.name if plan.archive is None or plan.archive.endpoint is None else f"{plan.name}-{plan.uid[:8]}"
+
+
+def _recovery_section(recovery: RecoveryPlan) -> dict[str, object]:
+    s3 = {"endpoint": recovery.endpoint, "bucket": recovery.bucket, "path_style": True}
+    where: dict[str, object] = {"directory": recovery.directory} if recovery.endpoint is None else {"s3": s3}
+    section: dict[str, object] = {
+        "archive": {**where, "server_name": recovery.server_name},
+        "accept_end": recovery.accept_end,
+    }
+    if recovery.target_time is not None:
+        section["target"] = {"time": recovery.target_time}
+    return section
 
 
 def _member_content(member: MemberPlan) -> dict[str, object]:

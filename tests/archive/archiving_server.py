@@ -132,7 +132,11 @@ class ArchivingServer:
         return {
             "cluster": {"name": "orders", "uid": "0123456789abcdef"},
             "instance": {"name": "orders-1", "directory": str(root)},
-            "members": [{"name": "orders-1", "host": "127.0.0.1", "postgres_port": self.server.port, "http_port": 1}],
+            "members": [
+                {"name": "orders-1", "host": "127.0.0.1", "postgres_port": self.server.port, "http_port": 1},
+                # Nobody is asked anything of it here: where there are standbys, a primary leaves backups to them.
+                {"name": "orders-2", "host": "127.0.0.1", "postgres_port": 2, "http_port": 3},
+            ],
             "coordination": {"local": {"directory": str(root / "store"), "locks_directory": str(root / "locks")}},
             "secrets": {
                 key: str(root / "secret")

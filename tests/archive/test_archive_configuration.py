@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from instance_manager.archive.__main__ import make_store, settings_of
+from instance_manager.archive.__main__ import settings_of
 from instance_manager.archive.stores.directory import DirectoryStore
 from instance_manager.archive.stores.s3 import S3Store
+from instance_manager.archive.where import make_store
 from instance_manager.config import ConfigurationError, load_configuration
 
 REPOSITORY = Path(__file__).parent.parent.parent

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from instance_manager.config_sections import Durability
 from instance_manager.demo.cluster import LocalCluster
-from instance_manager.demo.plan import APPLICATION, ArchivePlan, loopback_plan
+from instance_manager.demo.plan import APPLICATION, ArchivePlan, RecoveryPlan, loopback_plan
 from instance_manager.demo.ports import choose_base_port
 
 START_DEADLINE_S = 60.0
@@ -26,6 +26,7 @@ def running_cluster(
     instances: int = 3,
     durability: Durability = "preferred",
     archive: ArchivePlan | None = None,
+    recovery: RecoveryPlan | None = None,
     parameters: tuple[tuple[str, str], ...] = (),
 ) -> Iterator[LocalCluster]:
     """Started, fully redundant, and ended with everything of it at the end of the block."""
@@ -35,6 +36,7 @@ def running_cluster(
         durability=durability,
         parameters=FAST + parameters,
         archive=archive,
+        recovery=recovery,
     )
     with LocalCluster.create(plan) as cluster:
         cluster.start_all()

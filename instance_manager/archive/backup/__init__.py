@@ -1,0 +1,1 @@
+"""Base backups: taking, listing, checking, keeping and removing them. docs/archive.md tells the rules."""

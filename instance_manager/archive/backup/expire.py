@@ -1,0 +1,90 @@
+"""Carries out what retention decided: backups first, each by its safe order, and the log that nobody needs then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from instance_manager.archive.backup.catalogue import Listed, list_backups
+from instance_manager.archive.backup.names import BackupNames
+from instance_manager.archive.backup.removal import BackupKept, delete_backup
+from instance_manager.archive.backup.retention import Expiry, Policy, WalNeeded, expiry, wal_needed
+from instance_manager.archive.layout import Layout
+from instance_manager.archive.wal_names import SegmentSize, wal_kind
+from instance_manager.ports import ObjectStore
+
+log = logging.getLogger("instance_manager.archive.backup")
+
+DEADLINE_S = 60.0
+NAMES_KEPT_MAX = 100_000
+"""Of WAL objects that one run deletes; the next goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Doomed:
+    """What a run would delete, for people to see before."""
+
+    expiry: Expiry
+    backups: tuple[str, ...]
+    wal_objects: tuple[str, ...]
+    wal_bytes: int
+
+
+async def foresee(store: ObjectStore, layout: Layout, policy: Policy) -> Doomed:
+    """Nothing is deleted. RetentionRefused; ObjectStoreError."""
+    listed = await list_backups(store, layout, deadline_s=DEADLINE_S)
+    decided = expiry(listed, policy)
+    size = _segment_size(listed)
+    names: list[str] = []
+    size_bytes = 0
+    if decided.wal is not None and size is not None:
+        names, size_bytes = await _unneeded(store, layout, size, decided.wal)
+    return Doomed(decided, tuple(each.backup_id for each in decided.backups), tuple(names), size_bytes)
+
+
+async def expire(
+    store: ObjectStore, layout: Layout, policy: Policy, *, tell: Callable[[str], None] = lambda _: None
+) -> Doomed:
+    """Delete it. RetentionRefused: nothing was; ObjectStoreError: go on with another run, nothing is half."""
+    doomed = await foresee(store, layout, policy)
+    for backup_id in doomed.backups:
+        try:
+            await delete_backup(store, BackupNames(layout, backup_id), deadline_s=DEADLINE_S)
+        except BackupKept as error:
+            tell(str(error))
+            continue
+        tell(f"backup {backup_id} is deleted")
+    # Looked at anew: another may have been kept or begun meanwhile, and the log must be there for it.
+    listed = await list_backups(store, layout, deadline_s=DEADLINE_S)
+    needed, size = wal_needed(listed), _segment_size(listed)
+    if needed is None or size is None:
+        return doomed
+    names, size_bytes = await _unneeded(store, layout, size, needed)
+    for name in names:
+        # From the oldest on: what is left never has a gap but at its beginning.
+        await store.delete(name, deadline_s=DEADLINE_S)
+    if names:
+        tell(f"{len(names)} WAL objects ({size_bytes >> 20} MiB) are deleted, the last {names[-1].rpartition('/')[2]}")
+    return Doomed(doomed.expiry, doomed.backups, tuple(names), size_bytes)
+
+
+def _segment_size(listed: tuple[Listed, ...]) -> SegmentSize | None:
+    sizes = {each.info.segment_bytes for each in listed if each.info is not None}
+    return SegmentSize(sizes.pop()) if len(sizes) == 1 else None
+
+
+async def _unneeded(store: ObjectStore, layout: Layout, size: SegmentSize, needed: WalNeeded) -> tuple[list[str], int]:
+    """Segments, partial ones and labels below the need, by number; histories stay for ever."""
+    found = []
+    async for entry in store.entries(layout.wals, deadline_s=DEADLINE_S):
+        name = layout.wal_of(entry.name)
+        if name is None or wal_kind(name) == "history":
+            continue
+        number = size.parse(name).number
+        if not needed.holds(number):
+            found.append((number, entry.name, entry.size_bytes))
+            if len(found) >= NAMES_KEPT_MAX:
+                break
+    found.sort()
+    return [name for _, name, _ in found], sum(size_bytes for _, _, size_bytes in found)

@@ -1,0 +1,121 @@
+"""What may be deleted: a pure function of what is in the archive.
+
+No clock decides: the window is counted back from the newest good backup, so where backups are no longer taken nothing expires,
+and a clock that is wrong by years on the deciding machine costs nothing.
+
+- Good is what can be restored and has no damaged page. Only such a backup lets an older one go.
+- `window_s`: kept are all good backups that ended within it, and the newest from before it: from that one its begin is reached.
+- `count`: the newest so many good ones are kept. With both, what either keeps.
+- A keep holds for ever: `full` with all of the log from its begin on, `standalone` with the log that makes it consistent.
+- WAL goes only below the begin of the oldest backup that stays, and never while none does. Positions never fall in the history
+  of a system, so what a backup needs begins at its own begin, on whatever timeline.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from instance_manager.archive.backup.catalogue import Listed
+from instance_manager.archive.backup.info import BackupInfo
+
+STANDALONE = "standalone"
+
+
+class RetentionRefused(Exception):
+    """What is in the archive contradicts itself: nothing is deleted before somebody has looked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """None: that rule keeps nothing. With neither nothing ever expires."""
+
+    window_s: float | None = None
+    count: int | None = None
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.window_s is None and self.count is None
+
+
+@dataclass(frozen=True, slots=True)
+class WalNeeded:
+    """Segments that must stay, by number, whatever their timeline."""
+
+    from_number: int
+    ranges: tuple[tuple[int, int], ...]
+    """Of standalone backups below that: first and last."""
+
+    def holds(self, number: int) -> bool:
+        return number >= self.from_number or any(first <= number <= last for first, last in self.ranges)
+
+
+@dataclass(frozen=True, slots=True)
+class Expiry:
+    """What goes, oldest first, and what of the log stays then."""
+
+    backups: tuple[Listed, ...]
+    wal: WalNeeded | None
+    """None: all of it stays."""
+
+
+def expiry(listed: Sequence[Listed], policy: Policy) -> Expiry:
+    """RetentionRefused: times and positions are in a different order."""
+    good = [(each, each.info) for each in listed if each.state == "done" and each.info is not None]
+    good.sort(key=lambda pair: (pair[1].begin_lsn, pair[0].backup_id))
+    _require_order([info for _, info in good])
+    staying = {each.backup_id for each, _ in good} if policy.keeps_all else _wanted(good, policy)
+    # A kept one stays for itself: it holds no other.
+    oldest = next((info for each, info in good if each.backup_id in staying and each.keep is None), None)
+    going = []
+    for each in listed:
+        if each.backup_id in staying or each.keep is not None or not each.is_restorable or each.info is None:
+            continue
+        # A damaged one expires with what is older than everything that stays, as a good one would.
+        if oldest is not None and each.info.begin_lsn < oldest.begin_lsn:
+            going.append(each)
+    return Expiry(tuple(going), wal_needed([each for each in listed if each not in going]))
+
+
+def wal_needed(staying: Sequence[Listed]) -> WalNeeded | None:
+    """By every backup that there is then, the unfinished ones included. None: nothing is known that would end the need."""
+    begins, ranges = [], []
+    for each in staying:
+        if each.info is None:
+            # From where on such a one needs the log nobody knows: it may be one that is being taken right now.
+            if each.state in ("unreadable", "incomplete"):
+                return None
+            continue
+        if each.keep == STANDALONE and each.is_restorable:
+            ranges.append((each.info.begin_segment.number, each.info.end_segment.number))
+        elif each.is_restorable or each.state == "started":
+            begins.append(each.info.begin_segment.number)
+    good = any(each.state == "done" and each.keep != STANDALONE for each in staying)
+    return WalNeeded(min(begins), tuple(sorted(ranges))) if begins and good else None
+
+
+def _wanted(good: list[tuple[Listed, BackupInfo]], policy: Policy) -> set[str]:
+    # A kept one is there anyway, and does not stand in for one of the policy.
+    counted = [(each, info) for each, info in good if each.keep is None]
+    wanted = {each.backup_id for each, _ in good if each.keep is not None}
+    if policy.count is not None:
+        wanted |= {each.backup_id for each, _ in counted[-policy.count :]}
+    if policy.window_s is not None and counted:
+        newest_end = counted[-1][1].end_time
+        for each, info in reversed(counted):
+            wanted.add(each.backup_id)
+            if newest_end is None or info.end_time is None:
+                continue
+            if (newest_end - info.end_time).total_seconds() >= policy.window_s:
+                break
+    return wanted
+
+
+def _require_order(infos: list[BackupInfo]) -> None:
+    for before, after in itertools.pairwise(infos):
+        if before.end_time is not None and after.end_time is not None and after.end_time < before.begin_time:
+            raise RetentionRefused(
+                f"backup {after.backup_id} is behind {before.backup_id} in the log, but its time is before it: a clock was wrong, or "
+                "two systems are mixed. Nothing is deleted; delete by hand what is wrong, or keep it"
+            )

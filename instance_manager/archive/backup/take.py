@@ -1,0 +1,443 @@
+"""One online base backup: begun and ended over SQL, read from the data directory, streamed to the store.
+
+`backup.info` is created last, when all that it promises is durable: every tar, their hashes, and the WAL up to the position
+that makes it consistent. What fails before is deleted again; what is killed before leaves tars without a backup.info, which no
+tool lists as a backup, and which `tend` removes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import asyncpg
+
+from instance_manager.archive.backup.data_files import PG_CONTROL, TarPlan, data_files, planned, tablespace_files
+from instance_manager.archive.backup.info import DONE, BackupInfo, Tablespace, render_info
+from instance_manager.archive.backup.manifest import Manifest, TarEntry, tar_entry, write_members
+from instance_manager.archive.backup.names import BackupNames
+from instance_manager.archive.backup.removal import remove_unlisted
+from instance_manager.archive.backup.tar_stream import DamagedBlock, Flow, MemoryFile, TarContent
+from instance_manager.archive.backup.wal_range import missing_in, named, segments_of
+from instance_manager.archive.codecs import Codec
+from instance_manager.archive.content import MemoryContent
+from instance_manager.archive.counters import BackupProgress
+from instance_manager.archive.layout import Layout
+from instance_manager.archive.stores.patience import Patience
+from instance_manager.codec import to_json
+from instance_manager.core.types import Lsn, Timeline, parse_lsn
+from instance_manager.ports import Content, ObjectExists, ObjectStore, ObjectStoreError
+from instance_manager.postgres.server import LocalPostgresError, LocalServer
+from instance_manager.postgres.sql import Session, session
+
+log = logging.getLogger("instance_manager.archive.backup")
+
+SMALL_DEADLINE_S = 30.0
+_START_LINE = re.compile(r"START WAL LOCATION: ([0-9A-F]+/[0-9A-F]+) \(file [0-9A-F]{24}\)")
+_TIMELINE_LINE = re.compile(r"START TIMELINE: (\d+)")
+_FACTS = """
+    SELECT current_setting('server_version_num')::int AS version, current_setting('data_checksums') AS checksums,
+           (SELECT bytes_per_wal_segment FROM pg_control_init()) AS segment_bytes,
+           (SELECT system_identifier::text FROM pg_control_system()) AS system,
+           pg_is_in_recovery() AS is_standby, clock_timestamp() AS now,
+           (SELECT sum(pg_tablespace_size(oid)) FROM pg_tablespace)::bigint AS estimated_bytes
+"""
+_TABLESPACES = """
+    SELECT spcname AS name, oid::bigint AS oid, pg_tablespace_location(oid) AS location FROM pg_tablespace
+    WHERE pg_tablespace_location(oid) LIKE '/%' ORDER BY oid
+"""
+
+
+class BackupFailed(Exception):
+    """There is no backup, and nothing of it is left, unless the text says so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeSettings:
+    """How a backup is taken."""
+
+    codec: Codec = Codec("lz4")
+    parallel: int = 2
+    split_bytes: int = 1 << 30
+    rate_limit_bytes_per_s: int | None = None
+    verify_checksums: bool = True
+    start_deadline_s: float = 1800.0
+    """For the checkpoint that begins it, though asked to be fast."""
+    stall_s: float = 300.0
+    """Without a byte read for so long it is given up."""
+    wal_deadline_s: float = 600.0
+    """For the log up to its end to come into the archive."""
+    wal_poll_s: float = 1.0
+    patience: Patience = Patience(total_s=7 * 86400.0, attempt_s=86400.0, attempts_max=4)
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A backup that is whole."""
+
+    info: BackupInfo
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    version: int
+    has_checksums: bool
+    segment_bytes: int
+    system_identifier: str
+    is_standby: bool
+    now: datetime.datetime
+    estimated_bytes: int
+
+
+@dataclass(slots=True)
+class _Copied:
+    """Collected by the workers."""
+
+    tars: list[TarEntry] = field(default_factory=list)
+    damaged: list[DamagedBlock] = field(default_factory=list)
+    damaged_count: int = 0
+    checked_pages: int = 0
+
+
+async def take_backup(
+    server: LocalServer,
+    store: ObjectStore,
+    layout: Layout,
+    settings: TakeSettings,
+    *,
+    instance: str,
+    name: str | None = None,
+    on_begun: Callable[[str], Awaitable[None]] | None = None,
+    want_wal: Callable[[Lsn], Awaitable[None]] | None = None,
+    progress: BackupProgress | None = None,
+) -> Taken:
+    """BackupFailed: there is none. Cancelled, it cleans up first.
+
+    `on_begun` is told the id before anything of it is in the store; what it raises ends the backup. `want_wal`: called on a standby with the
+    position that the primary must archive.
+    """
+    shown = progress or BackupProgress()
+    try:
+        async with session(server, statement_timeout_s=settings.start_deadline_s) as sql:
+            # It idles while files are read, for hours perhaps.
+            await sql.execute("SET idle_session_timeout = 0")
+            facts = await _facts(sql)
+            names = await _begin(store, layout, facts.now)
+            shown.backup_id, shown.estimated_bytes = names.backup_id, facts.estimated_bytes
+            backup = _Backup(server.data_directory, store, names, settings, instance, name, facts, shown)
+            try:
+                if on_begun is not None:
+                    await on_begun(names.backup_id)
+                return await backup.run(sql, want_wal)
+            except BaseException:
+                await _clean_up(store, names)
+                raise
+    except (LocalPostgresError, asyncpg.PostgresError) as error:
+        raise BackupFailed(f"Postgres: {error}") from error
+    except (ObjectStoreError, OSError) as error:
+        raise BackupFailed(str(error)) from error
+
+
+async def _facts(sql: Session) -> _Facts:
+    row = await sql.fetchrow(_FACTS, deadline_s=60)
+    if row is None:
+        raise BackupFailed("the server says nothing of itself")
+    return _Facts(
+        row["version"],
+        row["checksums"] == "on",
+        row["segment_bytes"],
+        row["system"],
+        row["is_standby"],
+        row["now"],
+        row["estimated_bytes"] or 0,
+    )
+
+
+async def _begin(store: ObjectStore, layout: Layout, now: datetime.datetime) -> BackupNames:
+    """An id that nobody else has: barman's are of a second."""
+    for later_s in range(60):
+        time = now.astimezone(datetime.UTC) + datetime.timedelta(seconds=later_s)
+        names = BackupNames(layout, time.strftime("%Y%m%dT%H%M%S"))
+        async for _ in store.entries(names.folder, deadline_s=SMALL_DEADLINE_S):
+            break
+        else:
+            try:
+                content = MemoryContent.of(to_json({"begun_at": now.isoformat()}))
+                await store.create(names.begun, content, deadline_s=SMALL_DEADLINE_S)
+            except ObjectExists:
+                continue
+            return names
+    raise BackupFailed("no free id within a minute: is somebody taking backups without end?")
+
+
+async def _clean_up(store: ObjectStore, names: BackupNames) -> None:
+    try:
+        await asyncio.shield(remove_unlisted(store, names, deadline_s=SMALL_DEADLINE_S))
+    except ObjectStoreError as error:
+        log.warning("what was stored of backup %s is left there, unlisted: %s", names.backup_id, error)
+
+
+class _Backup:
+    """Its state between start and stop."""
+
+    def __init__(
+        self,
+        data_directory: Path,
+        store: ObjectStore,
+        names: BackupNames,
+        settings: TakeSettings,
+        instance: str,
+        name: str | None,
+        facts: _Facts,
+        progress: BackupProgress,
+    ) -> None:
+        self._data_directory = data_directory
+        self._store = store
+        self._names = names
+        self._settings = settings
+        self._instance = instance
+        self._name = name
+        self._facts = facts
+        self._progress = progress
+        self._flow = Flow(settings.rate_limit_bytes_per_s)
+        self._copied = _Copied()
+        self._checksums_before: Lsn | None = None
+
+    async def run(self, sql: Session, want_wal: Callable[[Lsn], Awaitable[None]] | None) -> Taken:
+        facts = self._facts
+        self._progress.phase = "checkpoint"
+        begun_lsn = await self._start(sql)
+        begun_at = await sql.fetchval("SELECT clock_timestamp()")
+        if self._settings.verify_checksums and facts.has_checksums:
+            self._checksums_before = begun_lsn
+        tablespaces = tuple(Tablespace(*row) for row in await sql.fetch(_TABLESPACES))
+        self._progress.phase = "copy"
+        last = await self._copy(self._plans(tablespaces))
+        # On a standby its minimum recovery point is where the backup ends: read after every file, before the stop.
+        control = await asyncio.to_thread((self._data_directory / PG_CONTROL).read_bytes)
+        end_lsn, label, spaces = await self._stop(sql)
+        ended_at = await sql.fetchval("SELECT clock_timestamp()")
+        timeline, begin_lsn = _from_label(label)
+        if facts.is_standby:
+            await self._require_same_timeline(sql, timeline)
+        await self._upload(
+            f"data_{last + 1:04d}",
+            TarContent(
+                [MemoryFile(PG_CONTROL, control), MemoryFile("backup_label", label.encode())],
+                self._settings.codec,
+                self._flow,
+                checksums_before=None,
+            ),
+        )
+        info = self._info(begin_lsn, timeline, end_lsn, begun_at, ended_at, tablespaces, label)
+        self._progress.phase = "waiting for WAL"
+        await self._wait_for_wal(info, want_wal)
+        copied = self._copied
+        manifest = Manifest(
+            backup_id=info.backup_id,
+            instance=self._instance,
+            was_standby=facts.is_standby,
+            tars=tuple(sorted(copied.tars, key=lambda entry: entry.name)),
+            checked_pages=copied.checked_pages,
+            damaged_count=copied.damaged_count,
+            damaged=tuple(copied.damaged),
+            tablespace_map=spaces,
+        )
+        await self._create(self._names.manifest, MemoryContent.of(to_json(manifest)))
+        await self._require_ours()
+        await self._create(self._names.info, MemoryContent.of(render_info(info)))
+        self._progress.phase = "done"
+        return Taken(info, manifest)
+
+    async def _start(self, sql: Session) -> Lsn:
+        new = self._facts.version >= 150000
+        query = "pg_backup_start($1, fast => true)" if new else "pg_start_backup($1, fast => true, exclusive => false)"
+        label = f"instance-manager {self._names.backup_id}"
+        text = await sql.fetchval(f"SELECT {query}::text", label, deadline_s=self._settings.start_deadline_s)
+        return parse_lsn(text)
+
+    async def _stop(self, sql: Session) -> tuple[Lsn, str, str]:
+        new = self._facts.version >= 150000
+        query = "pg_backup_stop(false)" if new else "pg_stop_backup(exclusive => false, wait_for_archive => false)"
+        row = await sql.fetchrow(f"SELECT lsn::text AS lsn, labelfile, spcmapfile FROM {query}", deadline_s=60)  # noqa: S608
+        if row is None:
+            raise BackupFailed("the server ended the backup without a word")
+        return parse_lsn(row["lsn"]), row["labelfile"], row["spcmapfile"] or ""
+
+    async def _require_same_timeline(self, sql: Session, timeline: Timeline) -> None:
+        ended_on = await sql.fetchval("SELECT min_recovery_end_timeline FROM pg_control_recovery()")
+        if ended_on != timeline:
+            raise BackupFailed(f"it began on timeline {timeline} and ended on {ended_on}: a failover came between")
+
+    def _plans(self, tablespaces: tuple[Tablespace, ...]) -> Iterator[TarPlan]:
+        major, split = self._facts.version // 10000, self._settings.split_bytes
+        for each in tablespaces:
+            yield from planned(str(each.oid), tablespace_files(Path(each.location), major), split)
+        yield from planned("data", data_files(self._data_directory), split)
+
+    async def _copy(self, plans: Iterator[TarPlan]) -> int:
+        """All of them, some at a time; the number of the last tar of the data directory."""
+        turn = asyncio.Lock()
+        last = 0
+
+        async def work() -> None:
+            nonlocal last
+            while True:
+                async with turn:
+                    plan = await asyncio.to_thread(next, plans, None)
+                if plan is None:
+                    return
+                if plan.name.startswith("data_"):
+                    last = max(last, int(plan.name.removeprefix("data_")))
+                content = TarContent(
+                    list(plan.files), self._settings.codec, self._flow, checksums_before=self._checksums_before
+                )
+                await self._upload(plan.name, content)
+
+        async with self._watched():
+            await _all([work() for _ in range(self._settings.parallel)])
+        return last
+
+    async def _upload(self, tar_name: str, content: TarContent) -> None:
+        object_name = self._names.tar(tar_name, self._settings.codec.suffix)
+        await self._create(object_name, content)
+        outcome = content.outcome
+        await write_members(self._store, self._names, tar_name, outcome.members, deadline_s=SMALL_DEADLINE_S)
+        copied = self._copied
+        copied.tars.append(tar_entry(tar_name, object_name.rpartition("/")[2], outcome))
+        copied.checked_pages += outcome.checked_pages
+        copied.damaged_count += outcome.damaged_count
+        copied.damaged += outcome.damaged[: 1000 - len(copied.damaged)]
+
+    async def _create(self, object_name: str, content: Content) -> None:
+        async def attempt(deadline_s: float) -> None:
+            try:
+                await self._store.create(object_name, content, deadline_s=deadline_s)
+            except ObjectExists:
+                # The id is ours alone, so this is an attempt of which no answer came: of a file that lives, another content.
+                await self._store.delete(object_name, deadline_s=SMALL_DEADLINE_S)
+                await self._store.create(object_name, content, deadline_s=deadline_s)
+
+        await self._settings.patience.call(attempt)
+
+    @asynccontextmanager
+    async def _watched(self) -> AsyncIterator[None]:
+        """The block is ended when nothing is read for too long; the store's threads with it, whatever ends it."""
+        watch = asyncio.current_task()
+        stalled = False
+
+        async def look() -> None:
+            nonlocal stalled
+            before, since_s = -1, 0.0
+            loop = asyncio.get_running_loop()
+            while True:
+                self._progress.read_bytes = self._flow.read_bytes
+                if self._flow.read_bytes != before:
+                    before, since_s = self._flow.read_bytes, loop.time()
+                elif loop.time() - since_s > self._settings.stall_s:
+                    stalled = True
+                    if watch is not None:
+                        watch.cancel()
+                    return
+                await asyncio.sleep(min(1.0, self._settings.stall_s / 4))
+
+        looking = asyncio.create_task(look(), name="progress of a backup")
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._flow.abort()
+            if not stalled:
+                raise
+            raise BackupFailed(f"nothing was read or stored for {self._settings.stall_s:g} s") from None
+        except BaseException:
+            self._flow.abort()
+            raise
+        finally:
+            looking.cancel()
+            self._progress.read_bytes = self._flow.read_bytes
+
+    async def _require_ours(self) -> None:
+        """Somebody may have deleted it meanwhile, by hand, or because this instance was taken for dead."""
+        begun = await self._store.info(self._names.begun, deadline_s=SMALL_DEADLINE_S)
+        deleting = await self._store.info(self._names.deleting, deadline_s=SMALL_DEADLINE_S)
+        if begun is None or deleting is not None:
+            raise BackupFailed("it was deleted while it was taken")
+
+    async def _wait_for_wal(self, info: BackupInfo, want_wal: Callable[[Lsn], Awaitable[None]] | None) -> None:
+        first, last = info.begin_segment.number, info.end_segment.number
+        size, timeline = info.segment_size, info.timeline
+        if self._facts.is_standby and want_wal is not None and info.end_lsn is not None:
+            await want_wal(info.end_lsn)
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self._settings.wal_deadline_s
+        while True:
+            found = await segments_of(
+                self._store, self._names.layout, size, timeline, first=first, deadline_s=SMALL_DEADLINE_S
+            )
+            missing = missing_in(found, first, last)
+            if not missing:
+                return
+            if loop.time() > end_s:
+                raise BackupFailed(
+                    f"the WAL that makes it consistent did not come into the archive within "
+                    f"{self._settings.wal_deadline_s:g} s: {named(size, timeline, missing)}. Does the primary archive?"
+                )
+            await asyncio.sleep(self._settings.wal_poll_s)
+
+    def _info(
+        self,
+        begin_lsn: Lsn,
+        timeline: Timeline,
+        end_lsn: Lsn,
+        begun_at: datetime.datetime,
+        ended_at: datetime.datetime,
+        tablespaces: tuple[Tablespace, ...],
+        label: str,
+    ) -> BackupInfo:
+        codec = self._settings.codec.name
+        return BackupInfo(
+            backup_id=self._names.backup_id,
+            status=DONE,
+            name=self._name,
+            timeline=timeline,
+            begin_lsn=begin_lsn,
+            end_lsn=end_lsn,
+            begin_time=begun_at,
+            end_time=ended_at,
+            system_identifier=self._facts.system_identifier,
+            segment_bytes=self._facts.segment_bytes,
+            version_number=self._facts.version,
+            data_directory=str(self._data_directory),
+            tablespaces=tablespaces,
+            compression=None if codec == "none" else codec,
+            size_bytes=sum(entry.content_bytes for entry in self._copied.tars),
+            stored_bytes=sum(entry.object_bytes for entry in self._copied.tars),
+            backup_label=label,
+        )
+
+
+def _from_label(label: str) -> tuple[Timeline, Lsn]:
+    start, timeline = _START_LINE.search(label), _TIMELINE_LINE.search(label)
+    if start is None or timeline is None:
+        raise BackupFailed("the server's backup_label cannot be read")
+    return Timeline(int(timeline[1])), parse_lsn(start[1])
+
+
+async def _all(works: list[Awaitable[None]]) -> None:
+    """Of several workers the first failure ends the others."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

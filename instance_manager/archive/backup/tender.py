@@ -1,0 +1,276 @@
+"""The archiver's part in backups: takes what is asked for where it is best placed, ends what is dead, and expires.
+
+A standby that streams takes a request at once; a primary only after nobody else did for a while. Backups are rare: one at a
+time, and all of it yields to WAL, which has threads and requests of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from instance_manager.archive.backup.expire import expire
+from instance_manager.archive.backup.names import BackupNames
+from instance_manager.archive.backup.removal import remove_unlisted
+from instance_manager.archive.backup.requests import (
+    ATTEMPTS_MAX,
+    Attempt,
+    Beat,
+    Begun,
+    Claim,
+    Ended,
+    Open,
+    Request,
+    Requests,
+    Schedule,
+    WalWanted,
+    outdated,
+    scheduled_id,
+)
+from instance_manager.archive.backup.retention import Policy, RetentionRefused
+from instance_manager.archive.backup.take import BackupFailed, TakeSettings, take_backup
+from instance_manager.archive.counters import BackupProgress, BackupState
+from instance_manager.archive.layout import Layout
+from instance_manager.archive.lineage import ForeignArchive, read_lineage
+from instance_manager.archive.orders import OrderBook, Orders
+from instance_manager.core.types import Lsn
+from instance_manager.ports import ObjectStore, ObjectStoreError
+from instance_manager.postgres.server import LocalPostgresError, LocalServer
+from instance_manager.threads import monotonic_s
+from instance_manager.wall_clock import now_utc, timestamp
+
+log = logging.getLogger("instance_manager.archive.backup")
+
+SMALL_DEADLINE_S = 20.0
+PRIMARY_WAITS_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenderSettings:
+    """When and how."""
+
+    instance: str
+    take: TakeSettings
+    schedule: Schedule | None = None
+    policy: Policy = Policy()
+    poll_s: float = 5.0
+    beat_s: float = 10.0
+    dead_after_s: float = 90.0
+    """A claim whose beats stand still for so long is given up for dead."""
+    primary_waits_s: float = PRIMARY_WAITS_S
+    """So long a primary leaves a request to the standbys."""
+
+
+@dataclass(slots=True)
+class _Watched:
+    """An attempt or a free request, and since when it has looked like that."""
+
+    looks: tuple[int, int]
+    since_s: float
+
+
+class BackupTender:
+    """One per archiver; `run` until cancelled."""
+
+    def __init__(
+        self,
+        settings: TenderSettings,
+        server: LocalServer,
+        store: ObjectStore,
+        layout: Layout,
+        orders: OrderBook,
+        switch_wal: Callable[[], Awaitable[None]],
+        *,
+        now_s: Callable[[], float] = monotonic_s,
+        now: Callable[[], datetime.datetime] = now_utc,
+    ) -> None:
+        self._settings = settings
+        self._server = server
+        self._store = store
+        self._layout = layout
+        self._orders = orders
+        self._switch_wal = switch_wal
+        self._now_s = now_s
+        self._now = now
+        self._requests = Requests(store, layout)
+        self._watched: dict[str, _Watched] = {}
+        self._switched: set[str] = set()
+        self._is_own: tuple[str, str] | None = None
+        self.status = BackupState()
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.look()
+            except (ObjectStoreError, ForeignArchive) as error:
+                log.debug("requests for backups cannot be looked at: %s", error)
+            await asyncio.sleep(self._settings.poll_s)
+
+    async def look(self) -> None:
+        """One round; a backup that is taken in it is waited for. ObjectStoreError; ForeignArchive."""
+        orders = self._orders.current
+        if orders is None or not await self._owns(orders):
+            return
+        await self._ask_when_due()
+        requests = await self._requests.listing()
+        over = set()
+        for request in requests.values():
+            if await self._attend(request, orders):
+                over.add(request.request_id)
+        self._watched = {key: value for key, value in self._watched.items() if key in requests}
+        if self._orders.permitted() is not None:
+            for request_id in outdated(list(requests), over):
+                await self._requests.forget(request_id)
+
+    async def _owns(self, orders: Orders) -> bool:
+        """Only in the archive that is this very cluster's: a restored copy touches nothing of its source."""
+        whose = (orders.system_identifier, orders.cluster_uid)
+        if self._is_own != whose:
+            lineage = await read_lineage(self._store, self._layout, deadline_s=SMALL_DEADLINE_S)
+            if lineage is None or (lineage.system_identifier, lineage.cluster_uid) != whose:
+                return False
+            self._is_own = whose
+        return True
+
+    async def _ask_when_due(self) -> None:
+        schedule = self._settings.schedule
+        due = None if schedule is None else schedule.last_due(self._now())
+        if due is not None:
+            await self._requests.ask(scheduled_id(due), Request(None, "schedule", due.isoformat()))
+
+    async def _attend(self, request: Open, orders: Orders) -> bool:
+        """True: it is over. What is to be done for it here is done."""
+        last = request.last
+        if last is None:
+            await self._maybe_take(request, 1, orders)
+            return False
+        if last.is_over:
+            ended = await self._requests.ended(request.request_id, last.number)
+            if ended is None or ended.backup_id is not None or last.number >= ATTEMPTS_MAX:
+                return True
+            await self._maybe_take(request, last.number + 1, orders)
+            return False
+        if "wal" in last.kinds:
+            await self._finish_segment(request, last)
+        if self._stood_still(request, last) > self._settings.dead_after_s:
+            await self._bury(request, last)
+        return False
+
+    async def _maybe_take(self, request: Open, number: int, orders: Orders) -> None:
+        waited_s = self._stood_still(request, Attempt(number))
+        is_primary = orders.role == "primary"
+        # A standby that has lost its stream would wait for ever for the end of its own backup.
+        fit = self._orders.permitted() is not None if is_primary else orders.is_streaming
+        if not fit or (is_primary and waited_s < self._settings.primary_waits_s):
+            return
+        claim = Claim(self._settings.instance, timestamp())
+        if await self._requests.claim(request.request_id, number, claim):
+            await self._take(request.request_id, number)
+
+    def _stood_still(self, request: Open, attempt: Attempt) -> float:
+        looks = (attempt.number, attempt.beat)
+        seen = self._watched.get(request.request_id)
+        if seen is None or seen.looks != looks:
+            seen = self._watched[request.request_id] = _Watched(looks, self._now_s())
+        return self._now_s() - seen.since_s
+
+    async def _take(self, request_id: str, number: int) -> None:
+        request = await self._requests.request(request_id)
+        progress = self.status.running = BackupProgress()
+        log.info("taking a backup for request %s", request_id)
+
+        async def begun(backup_id: str) -> None:
+            await self._requests.begun(request_id, number, Begun(backup_id))
+
+        async def want_wal(lsn: Lsn) -> None:
+            await self._requests.want_wal(request_id, number, WalWanted(lsn))
+
+        taking = asyncio.create_task(
+            take_backup(
+                self._server,
+                self._store,
+                self._layout,
+                self._settings.take,
+                instance=self._settings.instance,
+                name=None if request is None else request.name,
+                on_begun=begun,
+                want_wal=want_wal,
+                progress=progress,
+            )
+        )
+        beating = asyncio.create_task(self._beat(request_id, number, progress, taking))
+        try:
+            taken = await taking
+        except BackupFailed as error:
+            ended = Ended(None, str(error))
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if not taking.cancelled() or (current is not None and current.cancelling()):
+                taking.cancel()
+                await asyncio.wait({taking})
+                raise
+            ended = Ended(None, "another instance has taken this one for dead")
+        else:
+            ended = Ended(taken.info.backup_id, damaged_pages=taken.manifest.damaged_count)
+        finally:
+            beating.cancel()
+            self.status.running = None
+        await self._end(request_id, number, ended)
+
+    async def _end(self, request_id: str, number: int, ended: Ended) -> None:
+        self.status.last_error, self.status.damaged_pages = ended.error, ended.damaged_pages
+        await self._requests.end(request_id, number, ended)
+        if ended.backup_id is None:
+            log.warning("no backup: %s", ended.error)
+            return
+        self.status.last_backup = ended.backup_id
+        log.info("backup %s is complete", ended.backup_id)
+        if ended.damaged_pages:
+            log.error("backup %s: %d pages have a wrong checksum", ended.backup_id, ended.damaged_pages)
+        if self._settings.policy.keeps_all:
+            return
+        try:
+            await expire(self._store, self._layout, self._settings.policy, tell=log.info)
+        except RetentionRefused as error:
+            self.status.last_error = str(error)
+            log.warning("nothing expires: %s", error)
+
+    async def _beat(self, request_id: str, number: int, progress: BackupProgress, taking: asyncio.Task[object]) -> None:
+        count = 0
+        while True:
+            count += 1
+            beat = Beat(progress.phase, progress.read_bytes, progress.estimated_bytes)
+            with contextlib.suppress(ObjectStoreError):
+                await self._requests.beat(request_id, number, count, beat)
+                if await self._requests.ended(request_id, number) is not None and not taking.done():
+                    taking.cancel()
+            await asyncio.sleep(self._settings.beat_s)
+
+    async def _finish_segment(self, request: Open, attempt: Attempt) -> None:
+        """The primary: a standby's backup waits for the segment in which it ended."""
+        key = f"{request.request_id}/{attempt.number}"
+        if self._orders.permitted() is None or key in self._switched:
+            return
+        try:
+            await self._switch_wal()
+        except LocalPostgresError as error:
+            log.debug("the segment cannot be finished now: %s", error)
+        else:
+            self._switched.add(key)
+
+    async def _bury(self, request: Open, attempt: Attempt) -> None:
+        """Who took it is dead: is there a backup all the same? Else what it left is removed, and the request is free again."""
+        begun = await self._requests.begun_of(request.request_id, attempt.number)
+        names = None if begun is None else BackupNames(self._layout, begun.backup_id)
+        if names is not None and await self._store.info(names.info, deadline_s=SMALL_DEADLINE_S) is not None:
+            await self._requests.end(request.request_id, attempt.number, Ended(names.backup_id))
+            return
+        # First ended, which the other sees if it lives, then removed.
+        if await self._requests.end(request.request_id, attempt.number, Ended(None, "its instance fell silent")):
+            log.warning("request %s: attempt %d fell silent, and is given up", request.request_id, attempt.number)
+        if names is not None:
+            await remove_unlisted(self._store, names, deadline_s=SMALL_DEADLINE_S)

@@ -1,0 +1,209 @@
+"""Taking a base backup of a real server: whole or nothing, with the hashes of all of it; and who takes it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from archive_harness import QUICK, Desk
+from archiving_server import REPOSITORY, ArchivingServer, all_archived, archiving, insert, prepared
+from backup_harness import LAYOUT, SETTINGS, objects, store_of, take
+from fault_proxy import FaultProxy
+from harness import Cluster, wait_until
+from test_retention import info_at, put
+from wal_builders import SYSTEM
+
+from instance_manager.archive.backup.catalogue import list_backups
+from instance_manager.archive.backup.manifest import read_members
+from instance_manager.archive.backup.names import BackupNames
+from instance_manager.archive.backup.removal import delete_backup
+from instance_manager.archive.backup.requests import Begun, Claim, Request, Requests
+from instance_manager.archive.backup.take import BackupFailed
+from instance_manager.archive.backup.tender import BackupTender, TenderSettings
+from instance_manager.archive.backup.verify import verify_backup
+from instance_manager.archive.content import MemoryContent
+from instance_manager.archive.lineage import Lineage
+from instance_manager.codec import to_json
+from instance_manager.postgres.server import LocalServer
+
+pytestmark = pytest.mark.timeout(240)
+
+
+async def test_a_backup_is_verified_to_the_last_file_and_a_changed_byte_is_found(
+    cluster: Cluster, directory_section: dict[str, Any]
+) -> None:
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        await insert(server, 0, 1000)
+        await server.execute("CREATE UNLOGGED TABLE u AS SELECT n FROM generate_series(1, 1000) n")
+        unlogged = await server.fetchval("SELECT pg_relation_filepath('u')")
+        taken = await take(made, store, name="first", split_bytes=4 << 20)
+        server.kill()
+    assert taken.manifest.checked_pages > 1000
+    (listed,) = await list_backups(store, LAYOUT, deadline_s=5)
+    assert (listed.state, listed.info, listed.manifest) == ("done", taken.info, taken.manifest)
+    names = BackupNames(LAYOUT, taken.info.backup_id)
+    verdict = await verify_backup(store, LAYOUT, listed)
+    assert verdict.is_good, verdict
+    assert verdict.files > 500
+    assert verdict.segments >= 1
+    assert len(taken.manifest.tars) > 3
+    held: set[str] = set()
+    for entry in taken.manifest.tars:
+        held |= set(await read_members(store, names, entry.name, deadline_s=5) or {})
+    assert f"{unlogged}_init" in held
+    assert unlogged not in held
+    path = Path(directory_section["directory"]) / names.tar("data", ".lz4")
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(bytes(content))
+    verdict = await verify_backup(store, LAYOUT, listed)
+    assert not verdict.is_good
+    assert "data.tar.lz4" in " ".join(verdict.problems) or "lz4" in " ".join(verdict.problems)
+
+
+async def test_a_damaged_page_is_reported_with_its_file_and_block_and_lets_nothing_expire(
+    cluster: Cluster, directory_section: dict[str, Any]
+) -> None:
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        await insert(server, 0, 1000)
+        await server.execute("CHECKPOINT")
+        name = await server.fetchval("SELECT pg_relation_filepath('t')")
+        with (server.data / name).open("r+b") as file:
+            file.seek(3 * 8192 + 4000)
+            file.write(b"rotten")
+        taken = await take(made, store)
+        server.kill()
+    assert [(each.file, each.block) for each in taken.manifest.damaged] == [(name, 3)]
+    (listed,) = await list_backups(store, LAYOUT, deadline_s=5)
+    assert (listed.state, listed.problem) == ("damaged", "1 pages had a wrong checksum when it was taken")
+
+
+async def test_a_backup_that_fails_leaves_nothing_and_one_that_is_cancelled_neither(
+    cluster: Cluster, s3_section: dict[str, Any], proxy: FaultProxy
+) -> None:
+    server, store = cluster.add("p"), store_of(s3_section)
+    with archiving(server, s3_section) as made:
+        await prepared(cluster, made)
+        proxy.fail("500 InternalError", path="data_0001")
+        with pytest.raises(BackupFailed, match="data_0001"):
+            await take(made, store, split_bytes=4 << 20, patience=QUICK)
+        proxy.heal()
+        assert await objects(store, "orders/base/") == []
+        assert await objects(store, "orders/instance-manager/backups/") == []
+        running = asyncio.create_task(take(made, store, rate_limit_bytes_per_s=1 << 20))
+        await wait_until(lambda: objects(store, "orders/instance-manager/backups/"), deadline_s=60, what="it has begun")
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert [name for name in await objects(store) if "/base/" in name or "/backups/" in name] == []
+        running = asyncio.create_task(take(made, store, rate_limit_bytes_per_s=4 << 20))
+        begun = (await wait_until(lambda: objects(store, "orders/instance-manager/backups/"), deadline_s=60))[0]
+        await delete_backup(store, BackupNames(LAYOUT, begun.split("/")[-2]), deadline_s=5)
+        with pytest.raises(BackupFailed, match="deleted while it was taken"):
+            await running
+        assert [name for name in await objects(store) if "/base/" in name or "/backups/" in name] == []
+        server.kill()
+
+
+def command(made: ArchivingServer, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "instance_manager", *words, "--config", str(made.server.root / "instance.yaml")]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, cwd=REPOSITORY, timeout=120)
+
+
+async def test_a_standby_takes_what_was_asked_for_and_the_primary_finishes_its_segment(
+    cluster: Cluster, directory_section: dict[str, Any], tmp_path: Path
+) -> None:
+    primary, standby = cluster.add("p"), cluster.add("s")
+    store = store_of(directory_section)
+    section = {**directory_section, "stream_interval_s": 0}
+    with archiving(primary, section) as first, archiving(standby, section) as second:
+        system = await prepared(cluster, first)
+        await insert(primary, 0, 1000)
+        await all_archived(primary)
+        cluster.follow(standby, primary)
+        await second.start_archiver()
+        second.order("standby", system, is_streaming=True)
+        await standby.start()
+        await cluster.wait_streaming(primary, "s")
+        await primary.execute("CHECKPOINT")
+        done = await asyncio.to_thread(command, first, "backup", "--wait", "--name", "asked", "--timeout", "90")
+        assert done.returncode == 0, done.stderr
+        (listed,) = await list_backups(store, LAYOUT, deadline_s=5)
+        assert listed.manifest is not None
+        assert listed.manifest.was_standby
+        assert listed.info is not None
+        assert listed.info.name == "asked"
+        verdict = await verify_backup(store, LAYOUT, listed)
+        assert verdict.is_good, verdict
+        shown = await asyncio.to_thread(command, first, "backups", "--json")
+        (backup,) = json.loads(shown.stdout)["backups"]
+        assert (backup["state"], backup["from_standby"], backup["gap_at_segment"]) == ("done", True, None)
+        checked = await asyncio.to_thread(command, first, "archive", "check")
+        assert "came back the same" in checked.stdout, checked
+        verified = await asyncio.to_thread(command, first, "archive", "verify")
+        assert verified.returncode == 0, verified
+        kept = await asyncio.to_thread(command, first, "backup", "keep", "asked")
+        assert kept.returncode == 0, kept
+        deleted = await asyncio.to_thread(command, first, "backup", "delete", "asked", "--yes")
+        assert deleted.returncode == 1
+        assert "is kept" in deleted.stderr
+
+
+async def test_a_claim_that_fell_silent_is_cleared_up_and_its_request_taken_again(
+    local_desk: Desk, tmp_path: Path
+) -> None:
+    store, layout = local_desk.store, local_desk.layout
+    await store.create(
+        layout.lineage, MemoryContent.of(to_json(Lineage(str(SYSTEM), "uid-1", 1 << 20, "zstd"))), deadline_s=5
+    )
+    requests = Requests(store, layout)
+    await requests.ask("r1", Request("wanted", "test", "now"))
+    assert await requests.claim("r1", 1, Claim("dead", "now"))
+    assert not await requests.claim("r1", 1, Claim("orders-1", "now")), "one claims, all others see it"
+    names = BackupNames(layout, info_at(1).backup_id)
+    await requests.begun("r1", 1, Begun(names.backup_id))
+    for name in (names.begun, names.tar("data", ".lz4")):
+        await put(store, name)
+    now_s = 0.0
+    # No server is there: taking it fails at once, which is an attempt too.
+    server = LocalServer(tmp_path, tmp_path, tmp_path, "127.0.0.1", 5432, tmp_path, None)
+    settings = TenderSettings(instance="orders-1", take=SETTINGS, dead_after_s=90, primary_waits_s=20)
+
+    async def switch_wal() -> None:
+        return
+
+    tender = BackupTender(settings, server, store, layout, local_desk.archiver.orders, switch_wal, now_s=lambda: now_s)
+    await tender.look()
+    now_s = 89.0
+    await tender.look()
+    assert [each.state for each in await list_backups(store, layout, deadline_s=5)] == ["incomplete"]
+    now_s = 91.0
+    await tender.look()
+    assert await list_backups(store, layout, deadline_s=5) == ()
+    assert (await requests.listing())["r1"].attempts[1].is_over
+    await tender.look()
+    assert 2 not in (await requests.listing())["r1"].attempts, "a primary leaves it to the standbys for a while"
+    now_s = 112.0
+    await tender.look()
+    attempt = (await requests.listing())["r1"].attempts[2]
+    assert attempt.is_over
+    ended = await requests.ended("r1", 2)
+    assert ended is not None
+    assert "Postgres" in ended.error
+    # Another cluster's archive is left alone, whatever is asked for in it.
+    local_desk.command(Desk.primary(2, cluster_uid="uid-2"))
+    await requests.ask("r2", Request(None, "test", "now"))
+    now_s = 500.0
+    await tender.look()
+    now_s = 600.0
+    await tender.look()
+    assert (await requests.listing())["r2"].attempts == {}

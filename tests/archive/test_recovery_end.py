@@ -1,0 +1,91 @@
+"""What a recovery makes of the end of the archive, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from archive_harness import Desk, chain_of
+from wal_builders import SIZE, SYSTEM
+
+from instance_manager.archive.fetch import FetchSettings
+from instance_manager.archive.recovery.replay import Replay, ReplaySettings, TargetNotReached, _Seen
+from instance_manager.archive.recovery.serving import RecoveryArchive
+from instance_manager.archive.recovery.target import Target, make_target
+from instance_manager.core.types import Lsn
+from instance_manager.postgres.server import LocalServer
+
+END = Lsn(7 * SIZE.size_bytes + 5000)
+
+
+def served(desk: Desk, root: Path) -> RecoveryArchive:
+    return RecoveryArchive(
+        desk.store,
+        desk.layout,
+        data_directory=desk.wal.parent,
+        work_directory=root,
+        system_identifier=str(SYSTEM),
+        size=SIZE,
+        chain=chain_of(),
+        run_as=None,
+        settings=FetchSettings(),
+    )
+
+
+def at_the_end(
+    desk: Desk, root: Path, target: Target, *, lsn: Lsn = END, last_known: Lsn | None = None, **how: Any
+) -> str:
+    server = LocalServer(root, root, root, "127.0.0.1", 5432, root, None)
+    replay = Replay(
+        server,
+        served(desk, root),
+        target,
+        chain_of(),
+        ReplaySettings(**how),
+        work_directory=root,
+        last_known=last_known,
+    )
+    return replay._at_the_end(_Seen(lsn=lsn))
+
+
+async def test_all_that_there_is_ends_where_the_archive_does_but_not_before(local_desk: Desk, tmp_path: Path) -> None:
+    last = SIZE.start_lsn(SIZE.containing(chain_of().first, END))
+    assert "the archive ends at 0/701388" in at_the_end(local_desk, tmp_path, make_target(), last_known=last)
+    with pytest.raises(TargetNotReached, match="a record there cannot be read"):
+        at_the_end(local_desk, tmp_path, make_target(), lsn=last, last_known=last)
+
+
+async def test_a_position_at_the_end_is_reached_and_one_behind_it_is_not(local_desk: Desk, tmp_path: Path) -> None:
+    assert "replayed to 0/701388" in at_the_end(local_desk, tmp_path, make_target(lsn="0/701388"))
+    boundary = Lsn(8 * SIZE.size_bytes)
+    for lsn in ("0/800000", "0/800028"):
+        assert "replayed to" in at_the_end(local_desk, tmp_path, make_target(lsn=lsn), lsn=boundary)
+    for target in (make_target(lsn="0/800029"), make_target(name="x"), make_target(time="2999-01-01 00:00:00+00")):
+        with pytest.raises(TargetNotReached, match="before the target"):
+            at_the_end(local_desk, tmp_path, target, lsn=boundary)
+        assert "the archive ends at" in at_the_end(local_desk, tmp_path, target, lsn=boundary, accept_end=True)
+
+
+async def test_what_comes_into_the_archive_after_its_end_was_accepted_is_not_replayed(
+    local_desk: Desk, tmp_path: Path
+) -> None:
+    names = [f"0000000100000000{number:08X}" for number in (6, 7, 8)]
+    for name in names:
+        local_desk.ready(name)
+        await local_desk.push(name)
+    archive = served(local_desk, tmp_path)
+    archive.cut_at(END)
+    try:
+        place = local_desk.wal / "RECOVERYXLOG"
+        assert await archive._fetch(["recovery", names[0], str(place)]) == "done"
+        assert place.read_bytes() == (local_desk.wal / names[0]).read_bytes()
+        assert archive.ends_seen == 0
+        assert await archive._fetch(["recovery", names[1], str(place)]) == "done"
+        whole = (local_desk.wal / names[1]).read_bytes()
+        assert place.read_bytes() == whole[:5000] + bytes(len(whole) - 5000)
+        assert await archive._fetch(["recovery", names[2], str(place)]) == "absent"
+        assert await archive._fetch(["recovery", "00000002.history", str(place)]) == "absent"
+        assert archive.ends_seen == 2
+    finally:
+        await archive.close()
