@@ -59,7 +59,7 @@ class InOrder:
         self._turn = threading.Lock()
 
     @contextlib.contextmanager
-    def one(self, change: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    def one(self, change: Callable[[], object]) -> Iterator[Callable[[], None]]:
         """What the thread is to run; waited for within this block."""
         attempt = Attempt()
 

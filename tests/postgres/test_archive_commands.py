@@ -15,6 +15,7 @@ from instance_manager.core.types import Lsn
 from instance_manager.postgres import archive_commands
 from instance_manager.postgres.archive_commands import ALLOWS, StillRestoring, allow, ask_again, nothing_is_restored
 from instance_manager.postgres.deadlines import Deadline
+from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.promotion import install_restore_command
 
 MIB = 1 << 20
@@ -80,7 +81,6 @@ async def test_p9_a_word_that_hung_on_the_disk_does_not_come_after_the_one_that_
     one = cluster.add("x")
     postgres, word = await installed_postgres_of(one), one.server.state_directory / ALLOWS
     hangs, goes_on = threading.Event(), threading.Event()
-    write_atomically = archive_commands.write_atomically
 
     def slow(path: Path, content: bytes, **options: Any) -> None:
         hangs.set()

@@ -13,6 +13,7 @@ from harness import Cluster, wait_until
 
 from instance_manager.agent import server_files
 from instance_manager.agent.installed_postgres import SqlFailed
+from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.sql import session
 
@@ -48,7 +49,6 @@ async def test_p8_an_opening_of_the_gate_that_was_cut_off_does_not_come_after_it
     """The operation is ended while the disk is slow, and the instance starts again as a primary that keeps clients out."""
     postgres = await installed_postgres_of(cluster.add("x"))
     hangs, goes_on, landed = threading.Event(), threading.Event(), threading.Event()
-    write_atomically = server_files.write_atomically
 
     def slow(path: Path, content: bytes, **options: Any) -> None:
         first = not hangs.is_set()

@@ -21,6 +21,7 @@ from harness import Cluster, PostgresProcess, conninfo, freeze, frozen, thaw, wa
 from instance_manager.core.types import MemberId, Timeline, parse_lsn
 from instance_manager.postgres import running
 from instance_manager.postgres.dynamic_settings import DynamicSettings
+from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.voting import NotFollowing, NotStopped, follow, stop_following
 from instance_manager.postgres.wal_dump import segment_file_name
@@ -293,7 +294,6 @@ async def test_p2_what_a_cut_off_follow_writes_late_does_not_come_after_the_vote
     one = cluster.add("x")
     file = SqlServer(one.server, one.reload).settings_file
     hangs, goes_on, landed = threading.Event(), threading.Event(), threading.Event()
-    write_atomically = running.write_atomically
 
     def slow(path: Path, content: bytes, **options: Any) -> None:
         late = b"host=old" in content
