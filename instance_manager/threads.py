@@ -7,9 +7,10 @@ not hold up the process's end either). The number of those is bounded, not their
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -49,6 +50,28 @@ class Attempt:
         with self._mutex:
             self._given_up = True
             return not self._begun
+
+
+class InOrder:
+    """Changes of one thing on the disk, each in a thread: one that is waited for no longer ends before the next, or never begins."""
+
+    def __init__(self) -> None:
+        self._turn = threading.Lock()
+
+    @contextlib.contextmanager
+    def one(self, change: Callable[[], object]) -> Iterator[Callable[[], None]]:
+        """What the thread is to run; waited for within this block."""
+        attempt = Attempt()
+
+        def run() -> None:
+            with self._turn:
+                attempt.begin()
+                change()
+
+        try:
+            yield run
+        finally:
+            attempt.give_up()
 
 
 class Threads:

@@ -41,15 +41,16 @@ class Allowing:
                 what = None
             if what == self._allowed:
                 return True
-            self._is_clear = self._is_clear and what != "fetch"
+            # Known again only once it was written: whoever is cut off or fails here leaves either on the disk.
+            was_clear, self._is_clear, self._allowed = self._is_clear, False, "unknown"
             try:
                 await self._postgres.allow_archive(what, deadline_s=ALLOW_DEADLINE_S)
             except (TimeoutError, TooManyCalls, OSError) as error:
-                self._allowed = "unknown"
                 log.warning(
                     "what the archive's commands may do cannot be written: %s", str(error) or type(error).__name__
                 )
                 return False
+            self._is_clear = was_clear and what != "fetch"
             self._allowed = what
             return True
 

@@ -81,6 +81,8 @@ class ArchiverClient:
         try:
             writer.write(request + b"\n")
             return (await reader.readuntil(b"\n")).decode().rstrip("\n")
+        except asyncio.LimitOverrunError as error:
+            raise ValueError(f"its answer is longer than {ANSWER_MAX_BYTES} bytes") from error
         finally:
             writer.close()
 

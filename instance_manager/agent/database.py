@@ -109,6 +109,8 @@ class Database:
         self._received_s = clock.now_s()
         self._proven: WalEnd | None = None
         """The end of the last complete record, since nothing more can be received (`stop_following`)."""
+        self._gate = asyncio.Lock()
+        """A reload that finds the gate open and writes it anew does not open one that was closed meanwhile (P8)."""
         self._slots = asyncio.Lock()
         """Slots are dropped and made one after another, whoever asks."""
         self._slots_for: frozenset[MemberId] = frozenset()
@@ -120,6 +122,8 @@ class Database:
         self._checkpoint: asyncio.Task[None] | None = None
         self._allowing = Allowing(postgres, may_fetch=lambda: self._following is not None)
         self._promoting = False
+        self._may_push = True
+        """Not from the moment that archiving is cut off for a stop."""
         self._asked_s = clock.now_s()
         """When this server was last told to follow somebody else than before."""
         self._report = postgres.inspect_at_start()
@@ -265,9 +269,10 @@ class Database:
                 self._answers = False
                 if SHUTTING_DOWN in str(error) and self._stopping_since_s is None:
                     self._stopping_since_s = self._clock.now_s()
-        # Looked at anew: it may have been promoted meanwhile, and then it archives.
-        if not self._promoting and self._link.postgres is not None and self._link.postgres.mode == "standby":
-            await self._allowing.allow(self._standby_may())
+        # Looked at anew: it may have been promoted meanwhile, and then it archives. What a slow disk did not take is tried again.
+        if not self._promoting and self._link.postgres is not None:
+            standby = self._link.postgres.mode == "standby"
+            await self._allowing.allow(self._standby_may() if standby else self._primary_may())
         if before != (self._answers, self._seen.is_receiving if self._seen else None):
             self._on_change()
 
@@ -275,6 +280,9 @@ class Database:
         """A standby asks the archive only where its primary did not help for a while: an election never stands behind it."""
         asked_for_s = self._clock.now_s() - self._asked_s
         return "fetch" if min(asked_for_s, self.not_receiving_for_s()) > ASK_ARCHIVE_AFTER_S else None
+
+    def _primary_may(self) -> Allowed | None:
+        return "push" if self._may_push else None
 
     def _take(self, seen: PostgresObservation) -> None:
         self._seen, self._answers = seen, True
@@ -324,14 +332,17 @@ class Database:
             await self._postgres.forget_dead_ends(chain)
         await self._allowing.allow(None, server_runs=False)
         await self._postgres.set_standby_signal(True)
-        await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
+        async with self._gate:
+            await self._postgres.write_files(NOBODY, Access.OPEN, standby=True, upstream=upstream)
         self._starts_with = (upstream.holder, upstream.epoch) if upstream is not None else None
         await self._start("standby", None)
 
     async def start_primary(self, epoch: Epoch, opening: SynchronousSet) -> None:
         """Only for the holder of the Lease with a permit; clients are kept out (P8)."""
-        await self._postgres.write_files(opening, Access.CLOSED, standby=False)
+        async with self._gate:
+            await self._postgres.write_files(opening, Access.CLOSED, standby=False)
         await self._postgres.set_standby_signal(False)
+        self._may_push = True
         await self._allowing.allow("push")
         self._starts_with = None
         await self._start("read_write", epoch)
@@ -356,22 +367,30 @@ class Database:
         if not self.running:
             return True
         self._postgres.forget()
-        if archive_for_s <= 0:
-            await self._allowing.allow(None)
-        cut_off = asyncio.create_task(self._end_archiving(archive_for_s))
+        cut_off, asked = None, False
         try:
+            if archive_for_s <= 0:
+                await self._end_archiving()
+            else:
+                cut_off = asyncio.create_task(self._end_archiving(archive_for_s))
             with contextlib.suppress(SupervisorSilent):
                 # It waits there and is carried out: whoever asked goes on to see the end of it, or to kill.
                 await self._link.signal("INT")
+            asked = True
             stopped = await self._link.wait_stopped(deadline_s)
         finally:
-            cut_off.cancel()
+            # Who was cut off before it asked leaves a server that goes on, and archives.
+            self._may_push = self._may_push or not asked
+            if cut_off is not None:
+                cut_off.cancel()
         if stopped:
             self._forget()
         return stopped
 
-    async def _end_archiving(self, after_s: float) -> None:
-        await self._clock.sleep(after_s)
+    async def _end_archiving(self, after_s: float = 0.0) -> None:
+        if after_s > 0:
+            await self._clock.sleep(after_s)
+        self._may_push = False
         await self._allowing.allow(None)
 
     async def kill(self) -> None:
@@ -395,6 +414,8 @@ class Database:
         if self._following is None or self._following[0] != upstream.holder:
             self._asked_s = self._clock.now_s()
         self._following = (upstream.holder, upstream.epoch)
+        # A winner that gave the Lease back has slots that nobody will stream through.
+        self._slots_of_pid = None
         self.look_soon()
 
     async def adopt(self, upstream: Upstream, *, promised: bool) -> None:
@@ -447,9 +468,10 @@ class Database:
 
         `archived_to`: what the primary before told of its archive; None: nothing is known.
         """
-        await self._postgres.write_access(Access.CLOSED)
+        async with self._gate:
+            await self._postgres.write_access(Access.CLOSED)
         await self._settings.change({"synchronous_standby_names": NOBODY_CAN_SATISFY}, deadline_s=deadline_s)
-        self._promoting = True
+        self._promoting = self._may_push = True
         try:
             # Before: the new timeline's history waits to be archived from the first moment.
             await self._allowing.allow("push")
@@ -492,7 +514,8 @@ class Database:
         return parse_set(names) if names is not None else None
 
     async def open_gate(self) -> None:
-        await self._postgres.write_access(Access.OPEN)
+        async with self._gate:
+            await self._postgres.write_access(Access.OPEN)
         await self._reload()
 
     async def gate_is_open(self) -> bool:
@@ -596,7 +619,8 @@ class Database:
         await self._refresh_report()
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> None:
-        await self._postgres.write_files(NOBODY, Access.CLOSED, standby=False)
+        async with self._gate:
+            await self._postgres.write_files(NOBODY, Access.CLOSED, standby=False)
         try:
             log.info("pg_rewind from %s:%s: %s", host, port, await self._postgres.rewind(host, port, timeline))
         finally:
@@ -608,10 +632,11 @@ class Database:
 
     async def reload_configuration(self, configuration: Configuration) -> tuple[str, ...]:
         """Take over changed parameters and access rules; returns the names that need a restart."""
-        is_open = await self.gate_is_open()
-        names = await self._postgres.replace_static(configuration)
-        if is_open:
-            await self._postgres.write_access(Access.OPEN)
+        async with self._gate:
+            is_open = await self.gate_is_open()
+            names = await self._postgres.replace_static(configuration)
+            if is_open:
+                await self._postgres.write_access(Access.OPEN)
         if self.running:
             await self._reload()
         return names

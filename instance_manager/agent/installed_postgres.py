@@ -40,7 +40,7 @@ from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
 from instance_manager.postgres.wal_dump import end_of_stopped_directory
-from instance_manager.threads import Threads
+from instance_manager.threads import InOrder, Threads
 
 log = logging.getLogger("instance_manager.agent.installed_postgres")
 
@@ -69,6 +69,7 @@ class InstalledPostgres:
         self._sql = sql.LocalSql(server, statements_kept=STATEMENTS_KEPT)
         self._archives = configuration.archive is not None
         self._threads = Threads("what the archive's commands may do")
+        self._words = InOrder()
         self.major = version.major
         self.running = SqlServer(server, reload)
 
@@ -100,7 +101,13 @@ class InstalledPostgres:
         )
 
     async def create_roles(self) -> tuple[str, ...]:
-        return await bootstrap.create_roles(self._sql, self._files.role_options())
+        """In a session of its own: a user's open transaction may hold a role, and no look at the server waits for that."""
+        options = await asyncio.to_thread(self._files.role_options)
+        try:
+            async with sql.session(self._server) as session:
+                return await bootstrap.create_roles(session, options)
+        except asyncpg.PostgresError as error:
+            raise SqlFailed(str(error)) from error
 
     def write_passfile(self) -> None:
         """Of replication, with the secret as it is now. Blocks on the disk."""
@@ -132,7 +139,8 @@ class InstalledPostgres:
 
     async def allow_archive(self, what: Allowed | None, *, deadline_s: float) -> None:
         if self._archives:
-            await self._threads.call(lambda: archive_commands.allow(self._server, what), deadline_s=deadline_s)
+            with self._words.one(lambda: archive_commands.allow(self._server, what)) as write:
+                await self._threads.call(write, deadline_s=deadline_s)
 
     async def ask_to_archive_again(self, since: Lsn | None, *, deadline_s: float) -> None:
         if self._archives:
@@ -162,14 +170,16 @@ class InstalledPostgres:
         await self._files.write(synchronous, access, standby=standby, upstream=upstream)
 
     async def write_access(self, access: Access) -> None:
-        await asyncio.to_thread(self._files.write_access, access)
+        with self._files.writes.one(lambda: self._files.write_access(access)) as write:
+            await asyncio.to_thread(write)
 
     async def lets_clients_in(self) -> bool:
         return await asyncio.to_thread(self._files.lets_clients_in)
 
     async def set_standby_signal(self, standby: bool) -> None:
         change = directory.create_standby_signal if standby else directory.remove_standby_signal
-        await asyncio.to_thread(change, self._server)
+        with self._files.writes.one(lambda: change(self._server)) as write:
+            await asyncio.to_thread(write)
 
     async def prepare_start(self) -> StartCommand:
         await asyncio.to_thread(_prepare_start, self._server)

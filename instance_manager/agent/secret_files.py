@@ -14,6 +14,7 @@ from typing import Protocol
 
 from instance_manager.agent.configuration_file import Signature, signature
 from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.certificate_sets import Certificates
 from instance_manager.core.roles import Role
 from instance_manager.ports import Clock
@@ -27,7 +28,7 @@ LOOK_EVERY_S = 5.0
 LOOK_DEADLINE_S = 5.0
 FOR_POSTGRES = frozenset({"postgres", "replication"})
 
-EXPECTED = (LocalPostgresError, OperationFailed, OSError, ValueError, TimeoutError, TooManyCalls)
+EXPECTED = (LocalPostgresError, SupervisorError, OperationFailed, OSError, ValueError, TimeoutError, TooManyCalls)
 
 
 class PasswordFile(Protocol):

@@ -35,6 +35,7 @@ from instance_manager.postgres.files import read_if_present, write_atomically
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.hot_standby import hot_standby_settings_of, settings_for_standby
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
+from instance_manager.threads import InOrder
 from instance_manager.tls import AUTHORITY, CERTIFICATE, KEY
 
 log = logging.getLogger("instance_manager.agent.server_files")
@@ -50,6 +51,8 @@ class ServerFiles:
         self._configuration = configuration
         self._server = server
         self._version = version
+        self.writes = InOrder()
+        """Of access rules, settings and signal files: none that was cut off lands over a later one (P8)."""
 
     async def write(
         self, synchronous: SynchronousSet, access: Access, *, standby: bool, upstream: Upstream | None = None
@@ -68,7 +71,8 @@ class ServerFiles:
             replication = replace(
                 replication, primary_conninfo=self.conninfo(upstream), primary_slot_name=upstream.member_id
             )
-        await asyncio.to_thread(self._write_all, replication, access)
+        with self.writes.one(lambda: self._write_all(replication, access)) as write:
+            await asyncio.to_thread(write)
 
     async def write_rewind_command(self) -> bool:
         """For pg_rewind, which reads a stopped directory's configuration: its own old WAL comes from the archive where it is

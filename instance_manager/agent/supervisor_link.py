@@ -142,8 +142,15 @@ class SupervisorLink:
     async def start(self, mode: str, epoch: Epoch | None, argv: Sequence[str], env: Mapping[str, str]) -> None:
         self.expected_exit = False
         self.last_exit = None
-        self._unanswered_starts.add(self._next_id + 1)
-        await self._request({"type": "start", "mode": mode, "epoch": epoch, "argv": list(argv), "env": dict(env)})
+        self._unanswered_starts.add(number := self._next_id + 1)
+        try:
+            await self._request({"type": "start", "mode": mode, "epoch": epoch, "argv": list(argv), "env": dict(env)})
+        except SupervisorSilent:
+            raise
+        except SupervisorError:
+            # Refused, or never sent.
+            self._unanswered_starts.discard(number)
+            raise
         # The event comes after the answer.
         async with asyncio.timeout(REQUEST_DEADLINE_S):
             while self.postgres is None and self.last_exit is None:

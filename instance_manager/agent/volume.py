@@ -104,7 +104,9 @@ class Volume:
         self.state = VolumeState()
         self._persisted = False
         self._late: asyncio.Future[None] | None = None
-        """A write that was given up and has not come back."""
+        """A write that was given up, or whose operation was ended, and that has not come back."""
+        self._late_until_s = 0.0
+        """By the loop's clock: its own deadline."""
 
     def load(self, *, now_s: float, lease_duration_s: float) -> None:
         """Read the memory; VolumeUnusable if it is there and cannot be understood: it is never replaced by a guess."""
@@ -143,14 +145,23 @@ class Volume:
                 or state.recorded_epoch < before.recorded_epoch
             ):
                 raise ValueError("an epoch that was seen or promised is never forgotten")
-            if self._late is not None and not self._late.done():
-                raise VolumeUnusable(f"{self._storage.name}: an earlier write has not come back from the disk yet")
+            loop = asyncio.get_running_loop()
+            if self._late is not None:
+                await asyncio.wait({self._late}, timeout=max(0.0, self._late_until_s - loop.time()))
+                if not self._late.done():
+                    raise VolumeUnusable(f"{self._storage.name}: an earlier write has not come back from the disk yet")
+                self._late = None
+            ends_s = loop.time() + WRITE_DEADLINE_S
             writing = asyncio.ensure_future(self._storage.write(to_json(state)))
-            # Not cancelled at the deadline: it may reach the disk still, and nothing is written beside it until then.
-            await asyncio.wait({writing}, timeout=WRITE_DEADLINE_S)
+            # Neither at the deadline nor with its operation is it cancelled: it may reach the disk still, and nothing is
+            # written beside it until then.
+            try:
+                await asyncio.wait({writing}, timeout=WRITE_DEADLINE_S)
+            finally:
+                if not writing.done():
+                    self._late, self._late_until_s = writing, ends_s
+                    writing.add_done_callback(_retrieve)
             if not writing.done():
-                self._late = writing
-                writing.add_done_callback(_retrieve)
                 raise VolumeUnusable(f"{self._storage.name} cannot be written: no answer of the disk")
             error = writing.exception()
             if isinstance(error, OSError):

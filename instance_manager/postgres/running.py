@@ -22,6 +22,7 @@ from instance_manager.postgres.configuration import HEADER, REPLICATION_CONF, pa
 from instance_manager.postgres.deadlines import Deadline, Pause
 from instance_manager.postgres.files import make_directory, read_if_present, write_atomically
 from instance_manager.postgres.server import LocalServer
+from instance_manager.threads import InOrder
 
 Reload = Callable[[], Awaitable[None]]
 """SIGHUP to the postmaster, by whoever owns it (the supervisor)."""
@@ -167,6 +168,8 @@ class _ConfFile:
         self._path = server.data_directory / REPLICATION_CONF
         self._server = server
         self._reload = reload
+        self._writes = InOrder()
+        """Of whom to follow: what a cut off `follow` writes late must not come after a vote (P2)."""
 
     async def read(self) -> dict[str, str]:
         content = await asyncio.to_thread(read_if_present, self._path)
@@ -174,7 +177,9 @@ class _ConfFile:
 
     async def write(self, settings: Mapping[str, str]) -> None:
         text = HEADER + render_settings(settings)
-        await asyncio.to_thread(write_atomically, self._path, text.encode(), mode=0o600, run_as=self._server.run_as)
+        run_as = self._server.run_as
+        with self._writes.one(lambda: write_atomically(self._path, text.encode(), mode=0o600, run_as=run_as)) as write:
+            await asyncio.to_thread(write)
 
     async def reload(self) -> None:
         await self._reload()

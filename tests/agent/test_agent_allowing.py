@@ -93,3 +93,43 @@ async def test_where_nothing_was_allowed_a_promise_waits_for_no_look() -> None:
     await desk.allowing.withhold(1, deadline_s=1)
     await desk.allowing.withhold(1, deadline_s=1)
     assert desk.commands.looked == 1, "and once it was looked, not again"
+
+
+async def test_p9_a_change_that_was_cut_off_may_have_reached_the_disk_and_is_taken_back() -> None:
+    """An operation is ended amid its write, which goes on in its thread."""
+    desk = Desk()
+    await desk.allowing.allow(None)
+    desk.commands.slow = asyncio.Event()
+    cut_off = asyncio.create_task(desk.allowing.allow("fetch"))
+    await asyncio.sleep(0)
+    cut_off.cancel()
+    await asyncio.gather(cut_off, return_exceptions=True)
+    desk.commands.slow = None
+    await desk.allowing.withhold(1, deadline_s=1)
+    assert desk.commands.written == [None, None]
+    assert desk.commands.looked == 1
+
+
+async def test_a_word_that_was_cut_off_when_it_was_taken_back_is_given_again() -> None:
+    """Else a primary's archive_command would be refused for as long as this agent lives."""
+    desk = Desk()
+    await desk.allowing.allow("push")
+    desk.commands.slow = asyncio.Event()
+    cut_off = asyncio.create_task(desk.allowing.allow(None))
+    await asyncio.sleep(0)
+    cut_off.cancel()
+    await asyncio.gather(cut_off, return_exceptions=True)
+    desk.commands.slow = None
+    assert await desk.allowing.allow("push")
+    assert desk.commands.written == ["push", "push"]
+
+
+async def test_p9_a_start_that_could_not_take_the_word_back_proves_nothing() -> None:
+    """The server starts all the same, and may restore something before the word is gone."""
+    desk = Desk()
+    desk.commands.fails = TimeoutError()
+    assert not await desk.allowing.allow(None, server_runs=False)
+    desk.commands.fails = None
+    assert await desk.allowing.allow(None)
+    await desk.allowing.withhold(1, deadline_s=1)
+    assert desk.commands.looked == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from collections import deque
 from collections.abc import Collection
@@ -17,9 +18,13 @@ from agent_instance import configuration
 
 from instance_manager.agent.beat import Beat
 from instance_manager.agent.database import SLOTS_INTERVAL_S, Database
-from instance_manager.agent.postgres_port import LocalPostgres
+from instance_manager.agent.postgres_port import LocalPostgres, Upstream
 from instance_manager.agent.supervisor_link import PostgresProcess, SupervisorError, SupervisorLink, SupervisorSilent
-from instance_manager.core.types import MemberId
+from instance_manager.core.quorum import NOBODY
+from instance_manager.core.types import Epoch, MemberId
+from instance_manager.postgres import voting
+from instance_manager.postgres.host_based_access import Access
+from instance_manager.postgres.server import LocalPostgresError
 
 MEMBERS = frozenset({A, B})
 
@@ -31,8 +36,11 @@ class Wire:
         self.sent: list[dict[str, Any]] = []
         self._told: deque[bytes] = deque()
         self._arrived = asyncio.Event()
+        self.full = False
 
     def send(self, datagram: bytes) -> None:
+        if self.full:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
         self.sent.append(json.loads(datagram))
 
     async def receive(self) -> bytes:
@@ -55,15 +63,41 @@ class Slots:
         self.takes_s: deque[float] = deque()
         """One call after another; then each is answered at once."""
         self.running = SimpleNamespace(settings_file=None)
+        self.allowed: list[object] = []
+        """What the archive's commands were allowed, in order."""
+        self.disk_is_slow = False
+        self.access = Access.OPEN
+        self.replacing = asyncio.Event()
+
+    async def write_files(self, synchronous: object, access: Access, *, standby: bool, upstream: object = None) -> None:
+        self.access = access
+
+    async def write_access(self, access: Access) -> None:
+        self.access = access
+
+    async def lets_clients_in(self) -> bool:
+        return self.access is Access.OPEN
+
+    async def replace_static(self, _: object) -> tuple[str, ...]:
+        await self.replacing.wait()
+        return ()
+
+    async def set_standby_signal(self, _: bool) -> None:
+        raise LocalPostgresError("as far as this goes here")
 
     def inspect_at_start(self) -> None:
         return None
+
+    def primary_settings(self, upstream: Upstream) -> str:
+        return f"host={upstream.host}"
 
     def forget(self) -> None:
         return None
 
     async def allow_archive(self, what: object, *, deadline_s: float) -> None:
-        return None
+        if self.disk_is_slow:
+            raise TimeoutError
+        self.allowed.append(what)
 
     async def observe(self, *, deadline_s: float) -> Any:
         return SimpleNamespace(walreceiver=None, is_receiving=False, in_recovery=True)
@@ -129,6 +163,23 @@ async def test_slots_are_looked_at_again_after_a_while(server: Server) -> None:
     assert server.slots.asked == [MEMBERS, MEMBERS]
 
 
+async def test_r13_a_winner_that_gave_the_lease_back_and_follows_has_no_slots(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It made them for its promotion, in the life of the server that goes on as a standby."""
+
+    async def follow(*_: object, **__: object) -> None:
+        return None
+
+    monkeypatch.setattr(voting, "follow", follow)
+    await server.database.prepare_slots(MEMBERS)
+    await server.database.follow(Upstream(holder=B, epoch=Epoch(7), host="b", port=5432, member_id=A))
+    await server.clock.sleep(SLOTS_INTERVAL_S)
+    await server.database._look()
+    await server.database._look()
+    assert server.slots.asked == [MEMBERS, frozenset()]
+
+
 async def test_a_stop_that_the_supervisor_answers_late_is_carried_through(server: Server) -> None:
     """It waits in the supervisor's queue, so whoever asked sees the end of Postgres, and is not told that it failed."""
     stopping = asyncio.create_task(server.database.stop(deadline_s=2.0))
@@ -188,3 +239,58 @@ async def test_a_start_that_is_answered_in_time_leaves_nothing_open(server: Serv
     server.wire.tells(type="postgres_started", pid=8, mode="standby")
     await starting
     assert not server.link.may_start_yet
+
+
+async def test_a_start_that_could_not_be_sent_happens_never(server: Server) -> None:
+    """Else nothing would be started, cloned or resumed here for as long as this agent lives."""
+    server.link.postgres = None
+    server.wire.full = True
+    with pytest.raises(SupervisorError, match="cannot reach the supervisor"):
+        await server.link.start("standby", None, ["postgres"], {})
+    assert not server.link.may_start_yet
+
+
+async def test_a_primary_whose_disk_was_slow_when_it_began_archives_as_soon_as_it_can(server: Server) -> None:
+    """Else its archive_command would be refused, and its log pile up, until it is started again."""
+    server.link.postgres = PostgresProcess(7, "read_write")
+    server.slots.disk_is_slow = True
+    await server.database._look()
+    server.slots.disk_is_slow = False
+    await server.database._look()
+    await server.database._look()
+    assert server.slots.allowed == ["push"]
+
+
+async def test_a_primary_that_is_to_stop_archives_no_more_whoever_looks_at_it(server: Server) -> None:
+    server.link.postgres = PostgresProcess(7, "read_write")
+    await server.database._look()
+    stopping = asyncio.create_task(server.database.stop(deadline_s=2.0))
+    await settle()
+    await server.database._look()
+    assert server.slots.allowed == ["push", None]
+    assert await stopping is False
+    await server.database._look()
+    assert server.slots.allowed == ["push", None]
+
+
+async def test_a_stop_that_could_not_be_asked_for_leaves_a_primary_that_archives(server: Server) -> None:
+    server.link.postgres = PostgresProcess(7, "read_write")
+    server.wire.full = True
+    with pytest.raises(SupervisorError):
+        await server.database.stop(deadline_s=2.0)
+    await server.database._look()
+    assert server.slots.allowed == [None, "push"]
+
+
+async def test_p8_a_reload_of_the_configuration_does_not_open_the_gate_of_a_primary_that_starts_meanwhile(
+    server: Server, tmp_path: Path
+) -> None:
+    """The standby's was open when the reload looked; who starts as primary keeps clients out until its quorum caught up."""
+    server.link.postgres = None
+    reloading = asyncio.create_task(server.database.reload_configuration(configuration(tmp_path, "a")))
+    await settle()
+    starting = asyncio.create_task(server.database.start_primary(Epoch(7), NOBODY))
+    await settle()
+    server.slots.replacing.set()
+    await asyncio.gather(reloading, starting, return_exceptions=True)
+    assert server.slots.access is Access.CLOSED

@@ -188,6 +188,38 @@ async def test_p6_a_state_that_was_never_persisted_is_written_even_if_it_is_as_b
     assert on_disk(tmp_path) == volume.state
 
 
+def test_p6_a_write_whose_operation_was_ended_never_lands_over_a_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operation is ended amid its save; a promise that is made then comes after it, and is not forgotten on the disk."""
+    stalled, go_on = threading.Event(), threading.Event()
+
+    def write(path: Path, content: bytes, **options: Any) -> None:
+        if path.name == "volume.json" and not stalled.is_set():
+            stalled.set()
+            go_on.wait(5)
+        write_atomically(path, content, **options)
+
+    async def scenario() -> None:
+        volume = loaded(tmp_path)
+        ended = asyncio.create_task(volume.save(lambda state: state.seen(Epoch(7))))
+        assert await asyncio.to_thread(stalled.wait, 5)
+        ended.cancel()
+        await asyncio.gather(ended, return_exceptions=True)
+        promise = asyncio.create_task(volume.save(lambda state: state.promising(Epoch(8), B)))
+        # Whoever does not wait for the late one is done by now.
+        await asyncio.wait([promise], timeout=0.5)
+        go_on.set()
+        await promise
+        await asyncio.get_running_loop().shutdown_default_executor()
+        assert volume.state.promised_epoch == 8
+        assert on_disk(tmp_path) == volume.state
+
+    monkeypatch.setattr(volume_module, "write_atomically", write)
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as real_time:
+        real_time.run(scenario())
+
+
 def test_p6_a_write_that_was_given_up_at_its_deadline_never_lands_over_a_later_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,18 @@ async def test_an_archiver_that_hangs_or_refuses_is_silent_with_its_reason(local
     server.close()
 
 
+async def test_an_archiver_that_answers_too_much_is_silent_and_ends_no_agent(tmp_path: Path) -> None:
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"done " + bytes(2 * archiver_client.ANSWER_MAX_BYTES) + b"\n")
+
+    server = await asyncio.start_unix_server(answer, str(tmp_path / "socket"))
+    async with client_at(tmp_path / "socket") as (client, _):
+        client.give(Desk.primary())
+        await until(lambda: client.silent_since_s is not None)
+        assert client.why_silent == f"its answer is longer than {archiver_client.ANSWER_MAX_BYTES} bytes"
+    server.close()
+
+
 def told(**changes: object) -> ArchiveState:
     return state_of(ArchiverStatus(**{"archive": "ok", **changes}), Desk.primary(), 1000.0)  # type: ignore[arg-type]
 

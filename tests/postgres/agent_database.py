@@ -14,6 +14,7 @@ from instance_manager.agent.installed_postgres import InstalledPostgres
 from instance_manager.agent.supervisor_link import SupervisorLink
 from instance_manager.config import Configuration
 from instance_manager.config_sections import (
+    ArchiveSection,
     ClusterSection,
     CoordinationSection,
     InstanceSection,
@@ -32,11 +33,10 @@ class BootClock:
         raise AssertionError("these verbs wait for nothing")
 
 
-async def database_of(process: PostgresProcess) -> Database:
-    """For what needs no supervisor: a stopped directory, and new connections."""
-    server = process.server
+def configuration_of(process: PostgresProcess) -> Configuration:
+    """With an archive that nobody looks at."""
     secret = process.root / "secret"
-    configuration = Configuration(
+    return Configuration(
         cluster=ClusterSection(name="demo", uid="uid-1"),
         instance=InstanceSection(name="a", directory=process.root),
         members=(MemberSection(name="a", host="127.0.0.1", postgres_port=process.port, http_port=8008),),
@@ -46,10 +46,21 @@ async def database_of(process: PostgresProcess) -> Database:
         secrets=SecretsSection(
             peer_token=secret, replication_password=secret, application_password=secret, monitoring_password=secret
         ),
+        archive=ArchiveSection(directory=process.root / "archive"),
     )
+
+
+async def installed_postgres_of(process: PostgresProcess) -> InstalledPostgres:
+    return InstalledPostgres(
+        configuration_of(process), process.server, await server_version(process.server), process.reload
+    )
+
+
+async def database_of(process: PostgresProcess) -> Database:
+    """For what needs no supervisor: a stopped directory, and new connections."""
     return Database(
-        configuration,
-        InstalledPostgres(configuration, server, await server_version(server), process.reload),
+        configuration_of(process),
+        await installed_postgres_of(process),
         cast(SupervisorLink, SimpleNamespace(postgres=None)),
         BootClock(),
         Beat(BootClock()),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from agent_database import installed_postgres_of
 from harness import Cluster, wait_until
 
 from instance_manager.core.types import Lsn
-from instance_manager.postgres.archive_commands import StillRestoring, allow, ask_again, nothing_is_restored
+from instance_manager.postgres import archive_commands
+from instance_manager.postgres.archive_commands import ALLOWS, StillRestoring, allow, ask_again, nothing_is_restored
 from instance_manager.postgres.deadlines import Deadline
+from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.promotion import install_restore_command
 
 MIB = 1 << 20
@@ -66,3 +72,34 @@ async def test_p9_a_restore_that_hangs_is_seen_until_it_has_ended(cluster: Clust
         await nothing_is_restored(standby.server, process.pid, Deadline(0.3))
     allow(standby.server, None)
     await nothing_is_restored(standby.server, process.pid, Deadline(10))
+
+
+async def test_p9_a_word_that_hung_on_the_disk_does_not_come_after_the_one_that_took_it_back(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its flush takes long, is waited for no longer, and ends when a promise has been made."""
+    one = cluster.add("x")
+    postgres, word = await installed_postgres_of(one), one.server.state_directory / ALLOWS
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def slow(path: Path, content: bytes, **options: Any) -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+        write_atomically(path, content, **options)
+
+    monkeypatch.setattr(archive_commands, "write_atomically", slow)
+    with pytest.raises(TimeoutError):
+        await postgres.allow_archive("fetch", deadline_s=0.1)
+    assert hangs.is_set()
+    late = asyncio.create_task(postgres.allow_archive("fetch", deadline_s=0.1))
+    taken_back = asyncio.create_task(postgres.allow_archive(None, deadline_s=30))
+    with pytest.raises(TimeoutError):
+        await late
+    goes_on.set()
+    await taken_back
+
+    async def nobody_writes() -> bool:
+        return not any("archive's commands" in thread.name for thread in threading.enumerate())
+
+    await wait_until(nobody_writes, deadline_s=30, what="every thread has ended")
+    assert not word.exists()

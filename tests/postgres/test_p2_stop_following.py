@@ -7,16 +7,22 @@ import contextlib
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
 from harness import Cluster, PostgresProcess, conninfo, freeze, frozen, thaw, wait_until
 
 from instance_manager.core.types import MemberId, Timeline, parse_lsn
+from instance_manager.postgres import running
 from instance_manager.postgres.dynamic_settings import DynamicSettings
+from instance_manager.postgres.files import write_atomically
+from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.voting import NotFollowing, NotStopped, follow, stop_following
 from instance_manager.postgres.wal_dump import segment_file_name
 
@@ -279,3 +285,34 @@ async def test_p2_following_again_waits_until_the_startup_process_has_let_go_of_
     await follow(standby.running, settings_of(standby), conninfo(primary, A), None, deadline_s=5)
     os.kill(walreceiver, 0)
     assert standby.child_pid("walreceiver") == walreceiver
+
+
+async def test_p2_what_a_cut_off_follow_writes_late_does_not_come_after_the_vote(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its flush takes long, its operation is ended, and the next reload would start a walreceiver after the promise."""
+    one = cluster.add("x")
+    file = SqlServer(one.server, one.reload).settings_file
+    hangs, goes_on, landed = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(path: Path, content: bytes, **options: Any) -> None:
+        late = b"host=old" in content
+        if late:
+            hangs.set()
+            assert goes_on.wait(60)
+        write_atomically(path, content, **options)
+        if late:
+            landed.set()
+
+    monkeypatch.setattr(running, "write_atomically", slow)
+    following = asyncio.create_task(file.write({"primary_conninfo": "host=old"}))
+    assert await asyncio.to_thread(hangs.wait, 30)
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+    voting = asyncio.create_task(file.write({"primary_conninfo": ""}))
+    # Whoever does not wait for the late one is done by now.
+    await asyncio.wait([voting], timeout=0.5)
+    goes_on.set()
+    await voting
+    assert await asyncio.to_thread(landed.wait, 30)
+    assert (await file.read())["primary_conninfo"] == ""

@@ -21,12 +21,10 @@ from simulated_time import World
 from simulated_volume import HARSH, DataDirectory, PostgresBehaviour, PostgresCluster
 from simulation_branches import taken
 
-from instance_manager.agent.context import Context
 from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.codec import from_json
 from instance_manager.config_sections import Durability
 from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
-from instance_manager.core.roles import TRANSITIONS, Role
 from instance_manager.core.timing import Timings
 from instance_manager.core.types import MemberId, member_name_of
 from instance_manager.core.voting import VolumeState
@@ -77,23 +75,6 @@ class Scenario:
 
 
 ANYTHING = Scenario()
-
-
-class RoleBroken(Exception):
-    """An agent took a role that the table of roles does not allow after the one before."""
-
-
-_take_role = Context.take_role
-
-
-def _checked_take_role(context: Context, role: Role, reason: str) -> None:
-    """The agent only complains in its log; here it is a defect that ends the seed."""
-    if role is not context.role and role not in TRANSITIONS[context.role]:
-        raise RoleBroken(f"{context.configuration.name}: {role} does not follow {context.role}: {reason}")
-    _take_role(context, role, reason)
-
-
-Context.take_role = _checked_take_role  # type: ignore[method-assign, assignment]
 
 
 class SimulatedCluster:

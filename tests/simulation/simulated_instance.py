@@ -19,6 +19,7 @@ from simulated_volume import DataVolume, PostgresCluster
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.assembly import Ports, assemble
+from instance_manager.agent.context import Context
 from instance_manager.config import Configuration
 from instance_manager.config_sections import (
     ClusterSection,
@@ -29,6 +30,7 @@ from instance_manager.config_sections import (
     MemberSection,
     SecretsSection,
 )
+from instance_manager.core.roles import TRANSITIONS, Role
 from instance_manager.core.timing import Timings
 
 CLUSTER_UID = "simulated-cluster"
@@ -60,6 +62,21 @@ def configuration_of(
         ),
         timings=timings,
     )
+
+
+class RoleBroken(Exception):
+    """An agent took a role that the table of roles does not allow after the one before."""
+
+
+class CheckedContext(Context):
+    """The agent only complains in its log; here it is a defect that ends the seed."""
+
+    __slots__ = ()
+
+    def take_role(self, role: Role, reason: str) -> None:
+        if role is not self.role and role not in TRANSITIONS[self.role]:
+            raise RoleBroken(f"{self.configuration.name}: {role} does not follow {self.role}: {reason}")
+        super().take_role(role, reason)
 
 
 class SimulatedStorage:
@@ -247,6 +264,8 @@ class SimulatedInstance:
             make_postgres=lambda reload: SimulatedPostgres(self, process, reload),
         )
         agent = self.agent = assemble(self.configuration, ports)
+        # This agent's alone: the class itself is also that of other tests' agents.
+        agent.context.__class__ = CheckedContext
         agent.reload_configuration = self._reload
         self.network.listen(self.host, process, agent.answer_peer, agent.tell_peer)
         await agent.run()

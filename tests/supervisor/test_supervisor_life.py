@@ -120,7 +120,7 @@ def test_a_second_supervisor_waits_for_the_lock_and_takes_over_when_it_is_free()
 
 def test_a_lock_that_stays_busy_ends_the_second_supervisor_with_a_clear_message() -> None:
     hasty = (
-        "import instance_manager.supervisor.backoff as s, instance_manager.supervisor.__main__ as m, os;"
+        "import instance_manager.supervisor.supervisor as s, instance_manager.supervisor.__main__ as m, os;"
         "s.LOCK_ATTEMPTS = 3; os._exit(m.main())"
     )
     with agent_and_harness() as (harness, agent):

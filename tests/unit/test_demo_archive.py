@@ -73,7 +73,8 @@ def test_each_instance_is_configured_for_the_clusters_archive(tmp_path: Path, ar
         if archive is None:
             assert section is None
         elif archive.endpoint is None:
-            assert section == {"directory": str(layout.archive)}
+            backup = {"schedule": {"at": ["03:00"]}, "retention": {"count": 7}}
+            assert section == {"directory": str(layout.archive), "backup": backup}
             assert layout.archive.is_dir()
         else:
             assert section["s3"] == {"endpoint": "http://127.0.0.1:9", "bucket": "b", "path_style": True}

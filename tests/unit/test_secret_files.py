@@ -16,6 +16,7 @@ import pytest
 from instance_manager.agent import secret_files
 from instance_manager.agent.context import Context
 from instance_manager.agent.secret_files import SecretFiles, keep_certificates, supervised
+from instance_manager.agent.supervisor_link import SupervisorSilent
 from instance_manager.certificate_sets import Certificates
 from instance_manager.core.roles import Role
 from instance_manager.postgres.server import LocalPostgresError
@@ -135,7 +136,7 @@ async def keep(instance: Instance, sets: Sets, failing: int = 0) -> None:
         nonlocal left
         if left:
             left -= 1
-            raise LocalPostgresError("not now")
+            raise SupervisorSilent("no answer to signal within 5 s")
         instance.done.append("reload")
 
     await run(lambda: keep_certificates(cast(Context, instance.context), cast(Certificates, sets), renew, reload))
@@ -156,7 +157,8 @@ async def test_what_was_replaced_before_this_agent_is_told_to_a_postgres_that_ou
     assert instance.done == ["reload", "note certificates"]
 
 
-async def test_a_reload_that_failed_is_owed(instance: Instance) -> None:
+async def test_a_reload_that_the_supervisor_did_not_answer_is_owed(instance: Instance) -> None:
+    """Else Postgres serves the old certificate to its end, and the members refuse it then."""
     await keep(instance, Sets((), ("postgres",)), failing=1)
     assert instance.done == ["reload", "note certificates"]
 
