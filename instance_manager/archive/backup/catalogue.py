@@ -105,6 +105,10 @@ async def look_at(store: ObjectStore, names: BackupNames, *, deadline_s: float) 
         manifest = await read_manifest(store, names, deadline_s=deadline_s)
     except (InfoInvalid, ContentDamaged) as error:
         return Listed(backup_id=backup_id, state="unreadable", keep=keep, problem=str(error))
+    if manifest is None and info.is_own:
+        # Its instance was taken for dead, and wrote backup.info behind the removal of all else.
+        problem = f"its manifest is gone: it was removed while it was taken; `backup delete {backup_id}` finishes that"
+        return Listed(backup_id=backup_id, state="unreadable", keep=keep, problem=problem)
     problem, state = "", _state_of(info, manifest)
     if state == "damaged" and manifest is not None:
         problem = f"{manifest.damaged_count} pages had a wrong checksum when it was taken"

@@ -31,6 +31,13 @@ async def delete_backup(store: ObjectStore, names: BackupNames, *, deadline_s: f
     await remove_unlisted(store, names, deadline_s=deadline_s)
 
 
+async def discard_backup(store: ObjectStore, names: BackupNames, *, deadline_s: float) -> None:
+    """All of one whose attempt was given up. Whoever took it may live after all: marked first, it is no backup whatever he writes."""
+    with contextlib.suppress(ObjectExists):
+        await store.create(names.deleting, MemoryContent.of(to_json({"at": timestamp()})), deadline_s=deadline_s)
+    await remove_unlisted(store, names, deadline_s=deadline_s)
+
+
 async def remove_unlisted(store: ObjectStore, names: BackupNames, *, deadline_s: float) -> None:
     """All objects of a backup that has no backup.info (any more)."""
     await _delete_all(store, names.folder, deadline_s)

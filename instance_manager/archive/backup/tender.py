@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from instance_manager.archive.backup.expire import expire
 from instance_manager.archive.backup.names import BackupNames
-from instance_manager.archive.backup.removal import remove_unlisted
+from instance_manager.archive.backup.removal import discard_backup
 from instance_manager.archive.backup.requests import (
     ATTEMPTS_MAX,
     Attempt,
@@ -108,6 +108,9 @@ class BackupTender:
                 await self.look()
             except (ObjectStoreError, ForeignArchive) as error:
                 log.debug("requests for backups cannot be looked at: %s", error)
+            except Exception:
+                # Whatever is wrong with backups must not end the process that archives WAL.
+                log.exception("requests for backups cannot be looked at")
             await asyncio.sleep(self._settings.poll_s)
 
     async def look(self) -> None:
@@ -222,8 +225,14 @@ class BackupTender:
         await self._end(request_id, number, ended)
 
     async def _end(self, request_id: str, number: int, ended: Ended) -> None:
+        if not await self._requests.end(request_id, number, ended) and ended.backup_id is not None:
+            told = await self._requests.ended(request_id, number)
+            if told is not None and told.backup_id != ended.backup_id:
+                await discard_backup(
+                    self._store, BackupNames(self._layout, ended.backup_id), deadline_s=SMALL_DEADLINE_S
+                )
+                ended = Ended(None, "another instance has taken this one for dead")
         self.status.last_error, self.status.damaged_pages = ended.error, ended.damaged_pages
-        await self._requests.end(request_id, number, ended)
         if ended.backup_id is None:
             log.warning("no backup: %s", ended.error)
             return
@@ -269,8 +278,9 @@ class BackupTender:
         if names is not None and await self._store.info(names.info, deadline_s=SMALL_DEADLINE_S) is not None:
             await self._requests.end(request.request_id, attempt.number, Ended(names.backup_id))
             return
-        # First ended, which the other sees if it lives, then removed.
-        if await self._requests.end(request.request_id, attempt.number, Ended(None, "its instance fell silent")):
-            log.warning("request %s: attempt %d fell silent, and is given up", request.request_id, attempt.number)
+        # Who ends it first decides: an instance that comes back in this moment has a whole backup, or none at all.
+        if not await self._requests.end(request.request_id, attempt.number, Ended(None, "its instance fell silent")):
+            return
+        log.warning("request %s: attempt %d fell silent, and is given up", request.request_id, attempt.number)
         if names is not None:
-            await remove_unlisted(self._store, names, deadline_s=SMALL_DEADLINE_S)
+            await discard_backup(self._store, names, deadline_s=SMALL_DEADLINE_S)
