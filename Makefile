@@ -74,7 +74,7 @@ broken-rules: $(VENV)/.made-for-tests
 	$(VENV)/bin/python tests/simulation/check_broken_rules.py
 
 test: lint unit exhaustive
-	$(MAKE) simulate SEEDS=1200
+	$(MAKE) simulate SEEDS=1200 MINUTES=3
 
 test-majors: system $(VENV)/.made-for-tests
 	tests/majors.sh $(MAJORS)
