@@ -306,7 +306,7 @@ async def test_while_a_dead_instances_backup_is_removed_it_never_counts_as_whole
             await store.delete(name, deadline_s=deadline_s)
 
     tender = tender_of(local_desk, tmp_path)
-    tender._store = Late()  # type: ignore[assignment]
+    tender._store = Late()
     await tender._bury((await requests.listing())["r1"], Attempt(1))
     assert seen
     assert set(seen) == {"deleting"}

@@ -1,7 +1,7 @@
 """The archiver's part in backups: takes what is asked for where it is best placed, ends what is dead, and expires.
 
 A standby that streams takes a request at once; a primary only after nobody else did for a while. Backups are rare: one at a
-time, and all of it yields to WAL, which has threads and requests of its own.
+time. They share the archiver's process, its store and its processor with WAL; `archive.backup.rate_limit_bytes_per_s` bounds what they take.
 """
 
 from __future__ import annotations
