@@ -69,6 +69,21 @@ def test_count_keeps_the_newest_and_the_window_the_one_before_it_too() -> None:
     assert going(listed[:1], Policy(window_s=1, count=1)) == []
 
 
+def test_a_clock_that_has_leapt_ahead_lets_nothing_go_before_its_time() -> None:
+    """The server of the newest backup, or of all from then on, believes that it is a year later."""
+    listed = [listed_at(day) for day in range(5)]
+    for day in range(5, 8):
+        leapt = listed_at(day)
+        assert leapt.info is not None
+        assert leapt.info.end_time is not None
+        year = datetime.timedelta(days=365)
+        info = replace(leapt.info, begin_time=leapt.info.begin_time + year, end_time=leapt.info.end_time + year)
+        listed.append(replace(leapt, info=info))
+        assert going(listed, Policy(window_s=3 * DAY_S)) == list(range(day - 3))
+    with pytest.raises(RetentionRefused, match="a clock was wrong"):
+        expiry([*listed, listed_at(8)], Policy(window_s=3 * DAY_S))
+
+
 def test_only_good_backups_let_older_ones_go() -> None:
     listed = [listed_at(0), listed_at(1), listed_at(2, "damaged"), listed_at(3, "failed"), listed_at(4, "incomplete")]
     assert going(listed, Policy(count=1)) == [0]

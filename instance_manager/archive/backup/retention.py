@@ -2,7 +2,7 @@
 
 The deciding machine's clock has no part in it: the window is counted back from the newest good backup, so where backups are no
 longer taken nothing expires. The times are those of the servers that were backed up: one that runs behind is noticed and stops
-everything, but one that is ahead by more than the window is believed.
+everything, and when one leaps ahead nothing grows old by that.
 
 - Good is what can be restored, has no damaged page, and is part of the accepted history. Only such a backup lets an older one go:
   what lies behind a fork leads nowhere, however far it went.
@@ -16,7 +16,8 @@ everything, but one that is ahead by more than the window is believed.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from instance_manager.archive.backup.catalogue import Listed, is_part_of
@@ -112,14 +113,25 @@ def _wanted(good: list[tuple[Listed, BackupInfo]], policy: Policy) -> set[str]:
     if policy.count is not None:
         wanted |= {each.backup_id for each, _ in counted[-policy.count :]}
     if policy.window_s is not None and counted:
-        newest_end = counted[-1][1].end_time
-        for each, info in reversed(counted):
+        for (each, _), age_s in zip(reversed(counted), _ages_s([info for _, info in counted]), strict=True):
             wanted.add(each.backup_id)
-            if newest_end is None or info.end_time is None:
-                continue
-            if (newest_end - info.end_time).total_seconds() >= policy.window_s:
+            if age_s >= policy.window_s:
                 break
     return wanted
+
+
+def _ages_s(infos: list[BackupInfo]) -> Iterator[float]:
+    """How much older than the newest each is, from that one back.
+
+    The longest time between two counts as the second longest: when a clock leaps ahead, nothing older grows old by that.
+    """
+    between_s = [
+        max(0.0, (after.end_time - before.end_time).total_seconds())
+        for before, after in itertools.pairwise(infos)
+        if before.end_time is not None and after.end_time is not None
+    ]
+    longest_s = sorted(between_s)[-2] if len(between_s) > 1 else math.inf
+    return itertools.accumulate((min(each_s, longest_s) for each_s in reversed(between_s)), initial=0.0)
 
 
 def _require_order(infos: list[BackupInfo]) -> None:
