@@ -338,3 +338,35 @@ async def test_an_error_that_nobody_thought_of_does_not_end_the_archiver(
     assert "unthought of" in caplog.text
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_a_failed_attempt_could_not_remove_is_removed_later_and_asked_about_once(
+    local_desk: Desk, tmp_path: Path
+) -> None:
+    """The store that failed the backup fails its removal too; while an unfinished one lies there no WAL expires."""
+    store, layout = local_desk.store, local_desk.layout
+    await store.create(
+        layout.lineage, MemoryContent.of(to_json(Lineage(str(SYSTEM), "uid-1", 1 << 20, "zstd"))), deadline_s=5
+    )
+    requests = Requests(store, layout)
+    names = BackupNames(layout, info_at(1).backup_id)
+    await requests.ask("r1", Request(None, "test", "now"))
+    for number in (1, 2, 3):
+        await requests.claim("r1", number, Claim("orders-2", "now"))
+        await requests.begun("r1", number, Begun(names.backup_id))
+        await requests.end("r1", number, Ended(None, "the store failed"))
+    for name in (names.begun, names.tar("data", ".lz4")):
+        await put(store, name)
+    tender = tender_of(local_desk, tmp_path)
+    await tender.look()
+    assert await list_backups(store, layout, deadline_s=5) == ()
+    asked: list[str] = []
+
+    class Counting(Requests):
+        async def ended(self, request_id: str, number: int) -> Ended | None:
+            asked.append(request_id)
+            return await super().ended(request_id, number)
+
+    tender._requests = Counting(store, layout)
+    await tender.look()
+    assert asked == [], "what is over stays so"

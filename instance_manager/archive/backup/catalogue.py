@@ -71,7 +71,7 @@ async def list_backups(store: ObjectStore, layout: Layout, *, deadline_s: float)
             names = BackupNames(layout, backup_id)
             listed = await look_at(store, names, deadline_s=deadline_s)
             # In a directory the folder outlives what was in it.
-            if listed.state == "incomplete" and not await _holds_anything(store, names, deadline_s):
+            if listed.state == "incomplete" and not await holds_anything(store, names, deadline_s):
                 return None
             return listed
 
@@ -79,7 +79,8 @@ async def list_backups(store: ObjectStore, layout: Layout, *, deadline_s: float)
     return tuple(each for each in found if each is not None)
 
 
-async def _holds_anything(store: ObjectStore, names: BackupNames, deadline_s: float) -> bool:
+async def holds_anything(store: ObjectStore, names: BackupNames, deadline_s: float) -> bool:
+    """Is there any object of it? ObjectStoreError."""
     for folder in (names.folder, names.own_folder):
         async for _ in store.entries(folder, deadline_s=deadline_s):
             return True

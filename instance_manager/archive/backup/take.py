@@ -120,7 +120,7 @@ async def take_backup(
 ) -> Taken:
     """BackupFailed: there is none. Cancelled, it cleans up first.
 
-    `on_begun` is told the id before anything of it is in the store; what it raises ends the backup. `want_wal`: called on a standby with the
+    `on_begun` is told the id when only the id's mark is in the store; what it raises ends the backup. `want_wal`: called on a standby with the
     position that the primary must archive.
     """
     shown = progress or BackupProgress()

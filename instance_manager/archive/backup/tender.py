@@ -13,6 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from instance_manager.archive.backup.catalogue import holds_anything
 from instance_manager.archive.backup.expire import expire
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import discard_backup
@@ -99,6 +100,7 @@ class BackupTender:
         self._requests = Requests(store, layout)
         self._watched: dict[str, _Watched] = {}
         self._switched: set[str] = set()
+        self._over: set[str] = set()
         self._is_own: tuple[str, str] | None = None
         self.status = BackupState()
 
@@ -124,6 +126,7 @@ class BackupTender:
         for request in requests.values():
             if await self._attend(request, orders):
                 over.add(request.request_id)
+        self._over &= set(requests)
         self._watched = {key: value for key, value in self._watched.items() if key in requests}
         if self._orders.permitted() is not None:
             for request_id in outdated(list(requests), over):
@@ -151,9 +154,17 @@ class BackupTender:
         if last is None:
             await self._maybe_take(request, 1, orders)
             return False
+        if request.request_id in self._over:
+            return True
         if last.is_over:
             ended = await self._requests.ended(request.request_id, last.number)
-            if ended is None or ended.backup_id is not None or last.number >= ATTEMPTS_MAX:
+            has_failed = ended is not None and ended.backup_id is None
+            is_primary = self._orders.permitted() is not None
+            if has_failed and is_primary:
+                await self._clear_up(request, last)
+            if not has_failed or last.number >= ATTEMPTS_MAX:
+                if is_primary or not has_failed:
+                    self._over.add(request.request_id)
                 return True
             await self._maybe_take(request, last.number + 1, orders)
             return False
@@ -283,4 +294,17 @@ class BackupTender:
             return
         log.warning("request %s: attempt %d fell silent, and is given up", request.request_id, attempt.number)
         if names is not None:
+            await discard_backup(self._store, names, deadline_s=SMALL_DEADLINE_S)
+
+    async def _clear_up(self, request: Open, attempt: Attempt) -> None:
+        """What a failed attempt could not remove itself, because the store failed or it was killed: no WAL expires while it is there."""
+        begun = await self._requests.begun_of(request.request_id, attempt.number)
+        if begun is None:
+            return
+        names = BackupNames(self._layout, begun.backup_id)
+        # A listed one may be another's that got the same id, in the second in which it was free again.
+        if await self._store.info(names.info, deadline_s=SMALL_DEADLINE_S) is None and await holds_anything(
+            self._store, names, SMALL_DEADLINE_S
+        ):
+            log.warning("request %s: what attempt %d has left is removed", request.request_id, attempt.number)
             await discard_backup(self._store, names, deadline_s=SMALL_DEADLINE_S)
