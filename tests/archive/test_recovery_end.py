@@ -11,8 +11,10 @@ from wal_builders import SIZE, SYSTEM
 
 from instance_manager.archive.fetch import FetchSettings
 from instance_manager.archive.recovery.replay import Replay, ReplaySettings, TargetNotReached, _Seen
+from instance_manager.archive.recovery.restore import MARKER, RestoreFailed, _find_marker, _Marker
 from instance_manager.archive.recovery.serving import RecoveryArchive
 from instance_manager.archive.recovery.target import Target, make_target
+from instance_manager.codec import to_json
 from instance_manager.core.types import Lsn
 from instance_manager.postgres.server import LocalServer
 
@@ -89,3 +91,15 @@ async def test_what_comes_into_the_archive_after_its_end_was_accepted_is_not_rep
         assert archive.ends_seen == 2
     finally:
         await archive.close()
+
+
+def test_a_directory_that_was_killed_as_it_opened_is_not_started_again(tmp_path: Path) -> None:
+    """Postgres has removed standby.signal: it would open by itself, perhaps on the timeline that it came from."""
+    (tmp_path / "global").mkdir()
+    (tmp_path / "global" / "pg_control").write_bytes(b"x")
+    (tmp_path / "standby.signal").write_bytes(b"")
+    (tmp_path / MARKER).write_bytes(to_json(_Marker("20251101T000000", str(SYSTEM), make_target())))
+    assert _find_marker(tmp_path) is not None
+    (tmp_path / "standby.signal").unlink()
+    with pytest.raises(RestoreFailed, match=r"killed as it opened.*Remove it"):
+        _find_marker(tmp_path)

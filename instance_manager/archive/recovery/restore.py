@@ -4,7 +4,7 @@
 |---|---|
 | files | a directory without pg_control, which cannot be started; the next try begins anew |
 | replay | a directory that resumes where it was, by the same command |
-| opening | the same, until Postgres has promoted |
+| opening | the same; from when Postgres has begun to promote, a directory that is refused, and has to be removed |
 
 The archive is only read. Whoever starts the result archives under another name: lineage.py refuses anything else.
 """
@@ -45,7 +45,7 @@ from instance_manager.archive.tail import chain_of_archive, histories_in
 from instance_manager.codec import from_json, to_json
 from instance_manager.core.types import Lsn, Timeline, TimelineChain, WalEnd
 from instance_manager.ports import ContentDamaged, ObjectStore, ObjectStoreError
-from instance_manager.postgres.directory import create_standby_signal, remove_files_of_source
+from instance_manager.postgres.directory import STANDBY_SIGNAL, create_standby_signal, remove_files_of_source
 from instance_manager.postgres.files import read_if_present, write_atomically
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
 
@@ -192,6 +192,11 @@ def _find_marker(data_directory: Path) -> _Marker | None:
         raise RestoreFailed(
             f"{data_directory} is not empty, and not from a restore that can go on: nothing is ever overwritten. "
             "Give another directory, or remove what is there"
+        )
+    if not (data_directory / STANDBY_SIGNAL).exists():
+        raise RestoreFailed(
+            f"{data_directory} was killed as it opened: whether that was whole is not known, and started again it would open by itself. "
+            "Remove it, and give the same command again"
         )
     return marker
 
