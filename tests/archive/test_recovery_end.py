@@ -10,8 +10,18 @@ from archive_harness import Desk, chain_of
 from wal_builders import SIZE, SYSTEM
 
 from instance_manager.archive.fetch import FetchSettings
+from instance_manager.archive.recovery.extract import Destination
 from instance_manager.archive.recovery.replay import Replay, ReplaySettings, TargetNotReached, _Seen
-from instance_manager.archive.recovery.restore import MARKER, RestoreFailed, _find_marker, _Marker
+from instance_manager.archive.recovery.restore import (
+    MARKER,
+    RestoreFailed,
+    _alone_in,
+    _empty,
+    _find_marker,
+    _make_roots,
+    _Marker,
+    _remove_unfinished,
+)
 from instance_manager.archive.recovery.serving import RecoveryArchive
 from instance_manager.archive.recovery.target import Target, make_target
 from instance_manager.codec import to_json
@@ -103,3 +113,36 @@ def test_a_directory_that_was_killed_as_it_opened_is_not_started_again(tmp_path:
     (tmp_path / "standby.signal").unlink()
     with pytest.raises(RestoreFailed, match=r"killed as it opened.*Remove it"):
         _find_marker(tmp_path)
+
+
+def test_files_of_a_restore_that_was_killed_are_removed_and_nobody_elses(tmp_path: Path) -> None:
+    """A pod that is killed while its files are restored begins anew, for ever refused it would be no cluster."""
+    data = tmp_path / "data"
+    roots = _make_roots(Destination(data, {}, None))
+    (data / "base").mkdir()
+    (data / "base" / "1").write_bytes(b"half")
+    _remove_unfinished(data)
+    assert list(data.iterdir()) == []
+    assert _find_marker(data) is None
+    _make_roots(Destination(data, {}, None))
+    (data / "global").mkdir()
+    (data / "global" / "pg_control").write_bytes(b"whole")
+    _remove_unfinished(data)
+    assert (data / "global" / "pg_control").exists()
+    _empty(roots)
+    (data / "somebody").write_bytes(b"else's")
+    _remove_unfinished(data)
+    with pytest.raises(RestoreFailed, match="is not empty"):
+        _find_marker(data)
+
+
+def test_two_restores_never_work_in_one_directory(tmp_path: Path) -> None:
+    """The agent that began one has died; the next one begins while the first is still ending."""
+    with (
+        _alone_in(tmp_path / "data"),
+        pytest.raises(RestoreFailed, match="another restore is at work"),
+        _alone_in(tmp_path / "data"),
+    ):
+        pass
+    with _alone_in(tmp_path / "data"):
+        pass

@@ -2,7 +2,7 @@
 
 | phase | a failure, or a kill, leaves |
 |---|---|
-| files | a directory without pg_control, which cannot be started; the next try begins anew |
+| files | nothing; after a kill a directory without pg_control, which cannot be started, and which the next try removes |
 | replay | a directory that resumes where it was, by the same command |
 | opening | the same; from when Postgres has begun to promote, a directory that is refused, and has to be removed |
 
@@ -12,12 +12,13 @@ The archive is only read. Whoever starts the result archives under another name:
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +53,8 @@ from instance_manager.postgres.server import LocalPostgresError, LocalServer
 log = logging.getLogger("instance_manager.archive.recovery")
 
 MARKER = "instance-manager.recovery.json"
+STARTED = "instance-manager.restoring"
+"""From before the first file until pg_control is there: what lies beside it is ours, and may be removed."""
 LOG_FILE = "instance-manager.recovery.log"
 LIST_DEADLINE_S = 60.0
 
@@ -156,18 +159,41 @@ async def restore(
     """
     try:
         plan = await make_plan(store, layout, target, backup=backup)
-        resumed = await asyncio.to_thread(_find_marker, server.data_directory)
-        if resumed is not None:
-            plan = await _resumed_plan(store, layout, target, resumed)
-            on_progress(f"going on with the restore of backup {plan.info.backup_id}")
-        else:
-            on_progress(
-                f"restoring backup {plan.info.backup_id} ({plan.info.end_time:%Y-%m-%d %H:%M:%S%z}), target: {target}"
-            )
-            await _restore_files(server, store, layout, target, settings, plan, on_progress)
-        return await _replay(server, store, layout, target, settings, plan, on_progress)
+        with _alone_in(server.data_directory):
+            await asyncio.to_thread(_remove_unfinished, server.data_directory)
+            resumed = await asyncio.to_thread(_find_marker, server.data_directory)
+            if resumed is not None:
+                plan = await _resumed_plan(store, layout, target, resumed)
+                on_progress(f"going on with the restore of backup {plan.info.backup_id}")
+            else:
+                on_progress(
+                    f"restoring backup {plan.info.backup_id} ({plan.info.end_time:%Y-%m-%d %H:%M:%S%z}), target: {target}"
+                )
+                await _restore_files(server, store, layout, target, settings, plan, on_progress)
+            return await _replay(server, store, layout, target, settings, plan, on_progress)
     except (ObjectStoreError, LocalPostgresError, OSError, RecoveryStopped, NoInterpreter) as error:
         raise RestoreFailed(str(error)) from error
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """RestoreFailed: another restore works there; it may be the last one's, still ending, which removes what it wrote."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RestoreFailed(f"another restore is at work in {directory}: wait for its end") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unfinished(data_directory: Path) -> None:
+    """The files of a restore that was killed before all were there; what is nobody's of ours stays."""
+    if (data_directory / STARTED).exists() and not (data_directory / "global" / "pg_control").exists():
+        _empty([data_directory])
 
 
 async def _resumed_plan(store: ObjectStore, layout: Layout, target: Target, marker: _Marker) -> Plan:
@@ -252,12 +278,14 @@ def _make_roots(destination: Destination) -> list[Path]:
         root.chmod(0o700)
         if destination.run_as is not None:
             os.chown(root, destination.run_as.uid, destination.run_as.gid)
+    (destination.data_directory / STARTED).touch()
     return roots
 
 
 def _empty(roots: list[Path]) -> None:
+    """What says whose it is goes last."""
     for root in roots:
-        for entry in root.iterdir():
+        for entry in sorted(root.iterdir(), key=lambda each: each.name == STARTED):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -279,6 +307,7 @@ def _finish_files(
     if extracted.control is None:
         raise ContentDamaged("the backup holds no pg_control")
     write_control(destination, extracted.control)
+    (data / STARTED).unlink()
 
 
 def _make_directory(path: Path, destination: Destination) -> None:
@@ -349,6 +378,7 @@ def _keep_log(server: LocalServer, log_file: Path) -> Path:
 
 def _forget_recovery(data_directory: Path) -> None:
     (data_directory / LOG_FILE).unlink(missing_ok=True)
+    (data_directory / STARTED).unlink(missing_ok=True)
     (data_directory / MARKER).unlink(missing_ok=True)
 
 
