@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from archive_harness import Desk, chain_of
+from backup_harness import LAYOUT
+from test_retention import info_at, put, put_backup
 from wal_builders import SIZE, SYSTEM
 
 from instance_manager.archive.fetch import FetchSettings
@@ -18,14 +20,17 @@ from instance_manager.archive.recovery.restore import (
     _alone_in,
     _empty,
     _find_marker,
+    _last_known,
     _make_roots,
     _Marker,
     _remove_unfinished,
+    make_plan,
 )
 from instance_manager.archive.recovery.serving import RecoveryArchive
 from instance_manager.archive.recovery.target import Target, make_target
+from instance_manager.archive.wal_names import Segment
 from instance_manager.codec import to_json
-from instance_manager.core.types import Lsn
+from instance_manager.core.types import Lsn, Timeline
 from instance_manager.postgres.server import LocalServer
 
 END = Lsn(7 * SIZE.size_bytes + 5000)
@@ -146,3 +151,18 @@ def test_two_restores_never_work_in_one_directory(tmp_path: Path) -> None:
         pass
     with _alone_in(tmp_path / "data"):
         pass
+
+
+async def test_all_of_an_old_timeline_is_held_against_what_the_archive_has_of_it(local_desk: Desk) -> None:
+    """Not only of the newest history: `latest` of any must not open before its last segment."""
+    store = local_desk.store
+    await put_backup(store, info_at(2))
+    for timeline, numbers in ((1, range(20, 26)), (2, range(23, 31))):
+        for number in numbers:
+            await put(store, LAYOUT.wal(SIZE.name(Segment(Timeline(timeline), number))))
+    history = b"1\t0/1710000\tno recovery target specified\n"
+    await put(store, LAYOUT.wal("00000002.history"), b"".join(LAYOUT.codec.compressed([history], len(history))))
+    newest = await make_plan(store, LAYOUT, make_target())
+    assert _last_known(newest) == 30 * SIZE.size_bytes
+    old = await make_plan(store, LAYOUT, make_target(timeline="1"))
+    assert _last_known(old) == 25 * SIZE.size_bytes

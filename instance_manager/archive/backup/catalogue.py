@@ -142,9 +142,12 @@ def find_backup(listed: Iterable[Listed], wanted: str) -> Listed:
     raise NoSuchBackup(f"there is no backup {wanted!r}; there are: {ids}")
 
 
-async def window_of(store: ObjectStore, layout: Layout, info: BackupInfo, *, deadline_s: float) -> Window:
-    """Along the newest history of the archive that the backup is part of. ObjectStoreError."""
-    chain = await chain_for(store, layout, info, deadline_s=deadline_s)
+async def window_of(
+    store: ObjectStore, layout: Layout, info: BackupInfo, *, chain: TimelineChain | None = None, deadline_s: float
+) -> Window:
+    """Along `chain`, by default the newest history of the archive, where the backup is part of it. ObjectStoreError."""
+    if chain is None or not is_part_of(info, chain):
+        chain = await chain_for(store, layout, info, deadline_s=deadline_s)
     size, there = info.segment_size, {}
     for timeline in (info.timeline, *(each.timeline for each in chain.switches if each.timeline > info.timeline)):
         found = await segments_of(store, layout, size, timeline, first=info.begin_segment.number, deadline_s=deadline_s)

@@ -115,7 +115,7 @@ async def make_plan(store: ObjectStore, layout: Layout, target: Target, *, backu
         raise RestoreFailed(f"backup {chosen.backup_id} cannot be restored: {chosen.problem}")
     if backup is not None and not is_before(info, target):
         raise RestoreFailed(f"backup {info.backup_id} is complete only at {info.end_time}, behind the target, {target}")
-    window = await window_of(store, layout, info, deadline_s=LIST_DEADLINE_S)
+    window = await window_of(store, layout, info, chain=chain, deadline_s=LIST_DEADLINE_S)
     if target.kind == "immediate":
         chain = await chain_of_archive(store, layout, timeline=info.timeline, deadline_s=LIST_DEADLINE_S)
     return Plan(chosen, info, chain, window)
