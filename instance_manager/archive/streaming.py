@@ -156,15 +156,15 @@ class Streamer:
         return True
 
     async def _tell(self, segment: Segment, end: int, covered_s: float | None, orders: Orders) -> None:
-        """Not past a finished segment that waits: of what was written to it behind its last piece nothing is in the archive."""
+        """The position not past a finished segment that waits: what was written to it behind its last piece is not in the archive."""
+        if covered_s is not None:
+            self._counters.covered_s = covered_s
         if segment.number:
             before = orders.size.name(Segment(segment.timeline, segment.number - 1))
             waits = self._wal_directory / "archive_status" / f"{before}.ready"
             if await self._threads.call(waits.exists, deadline_s=READ_DEADLINE_S):
                 return
         self._counters.durable_lsn = orders.size.start_lsn(segment) + end
-        if covered_s is not None:
-            self._counters.covered_s = covered_s
 
     async def _resumed(self, segment: Segment, end: int, orders: Orders) -> list[Ranked]:
         """Pieces of a former archiver, as far as they are what this disk holds; others are removed and sent again.
