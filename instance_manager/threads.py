@@ -77,8 +77,9 @@ class InOrder:
 class Threads:
     """Runs blocking calls in threads of their own."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, in_flight_max: int = CALLS_IN_FLIGHT_MAX) -> None:
         self._name = name
+        self._in_flight_max = in_flight_max
         self._in_flight = 0
         self._mutex = threading.Lock()
 
@@ -87,7 +88,7 @@ class Threads:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[T] = loop.create_future()
         with self._mutex:
-            if self._in_flight >= CALLS_IN_FLIGHT_MAX:
+            if self._in_flight >= self._in_flight_max:
                 raise TooManyCalls(f"{self._in_flight} calls of {self._name} do not come back")
             self._in_flight += 1
 

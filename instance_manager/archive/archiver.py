@@ -26,7 +26,7 @@ from instance_manager.archive.upload import NotArchived, Uploader
 from instance_manager.codec import to_json
 from instance_manager.core.types import TimelineChain
 from instance_manager.ports import ObjectStore, ObjectStoreError
-from instance_manager.threads import monotonic_s
+from instance_manager.threads import TooManyCalls, monotonic_s
 
 log = logging.getLogger("instance_manager.archive")
 
@@ -197,7 +197,7 @@ class Archiver:
                 continue
             try:
                 await self.backfill_once(orders, orders.chain)
-            except (NotArchived, ObjectStoreError, OSError) as error:
+            except (NotArchived, ObjectStoreError, OSError, TooManyCalls) as error:
                 self.status.backfill.last_error = str(error)
                 log.warning("what the last primary did not archive cannot be looked for: %s", error)
             else:

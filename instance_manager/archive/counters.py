@@ -39,7 +39,7 @@ class StreamCounters:
     durable_lsn: int = 0
     """Everything before it is in the archive as segments or pieces, as far as this process has put it there."""
     covered_s: float | None = None
-    """CLOCK_BOOTTIME at which all that was flushed then is known to be in the archive; None: never yet."""
+    """CLOCK_BOOTTIME at which all that was flushed then is in the archive, but for segments that wait; None: never yet."""
     trouble: str = ""
     """Why the last step failed; empty when it did not."""
     last_error: str = ""

@@ -156,7 +156,10 @@ class Fetcher:
             return None
         patience = self._settings.standby if mode == "standby" else self._settings.recovery
         request = _Request(mode, name, orders, patience)
-        await patience.call(lambda _: self._gate.require_readable(orders), on_retry=self._count_retry)
+        is_recovery = mode == "recovery"
+        await patience.call(
+            lambda _: self._gate.require_readable(orders, any_cluster=is_recovery), on_retry=self._count_retry
+        )
         await self._spool.prepare()
         if mode == "rewind" or kind in ("label", "partial"):
             return await self._restore(request, name, request.whole)
@@ -219,7 +222,9 @@ class Fetcher:
     async def _tail(self, request: _Request, segment: Segment, part: Served, chain: TimelineChain) -> Path | None:
         """Recovery ends with what this returns, so the whole archive is looked at once more."""
         orders, patience = request.orders, request.patience
-        await patience.call(lambda _: self._gate.require_readable(orders, again=True), on_retry=self._count_retry)
+        await patience.call(
+            lambda _: self._gate.require_readable(orders, any_cluster=True, again=True), on_retry=self._count_retry
+        )
         end = ArchiveEnd(self._store, self._layout, orders.size, orders.system, chain)
         await patience.call(lambda left_s: end.require_no_later(segment, deadline_s=left_s), on_retry=self._count_retry)
         found = await patience.call(

@@ -26,7 +26,7 @@ class ArchiveGate:
         self._status = status
         self._turn = asyncio.Lock()
         self._writable_for: tuple[str, str] | None = None
-        self._readable_for: str | None = None
+        self._readable_for: set[tuple[str, str | None]] = set()
 
     async def require_writable(self, orders: Orders) -> None:
         """NotArchived: the store cannot be trusted, or the archive is another's; says what to do."""
@@ -50,35 +50,44 @@ class ArchiveGate:
             except (ObjectStoreError, ForeignArchive) as error:
                 self._status.archive = str(error)
                 raise NotArchived(str(error)) from error
-            self._writable_for, self._readable_for = whose, orders.system_identifier
+            self._writable_for = whose
+            self._readable_for.add(whose)
             self._status.archive = "ok"
 
-    async def require_readable(self, orders: Orders, *, again: bool = False) -> None:
+    async def require_readable(self, orders: Orders, *, any_cluster: bool = False, again: bool = False) -> None:
         """StoreRefused: nothing there is this system's, so nothing may be told as absent. ObjectStoreError otherwise.
 
-        `again`: look although it was found right before; an archive may be emptied while it is read.
+        `any_cluster`: also another one's of the same system: it is to be recovered from. `again`: look although it was found right before;
+        an archive may be emptied while it is read.
         """
-        if self._readable_for == orders.system_identifier and not again:
+        whose = (orders.system_identifier, None if any_cluster else orders.cluster_uid)
+        if whose in self._readable_for and not again:
             return
         async with self._turn:
             try:
-                await self._check_readable(orders)
+                await self._check_readable(*whose)
             except ForeignArchive as error:
                 self._status.archive = str(error)
                 raise StoreRefused(str(error)) from error
             except ObjectStoreError as error:
                 self._status.archive = str(error)
                 raise
-            self._readable_for = orders.system_identifier
+            self._readable_for.add(whose)
             self._status.archive = "ok"
 
-    async def _check_readable(self, orders: Orders) -> None:
+    async def _check_readable(self, system_identifier: str, cluster_uid: str | None) -> None:
         lineage = await read_lineage(self._store, self._layout, deadline_s=GATE_DEADLINE_S)
         if lineage is not None:
-            if lineage.system_identifier != orders.system_identifier:
+            if lineage.system_identifier != system_identifier:
                 raise ForeignArchive(
                     f"the archive {self._layout.server} is of the system {lineage.system_identifier}, "
-                    f"not of {orders.system_identifier}: mend archive.server_name or prefix"
+                    f"not of {system_identifier}: mend archive.server_name or prefix"
+                )
+            if cluster_uid not in (None, lineage.cluster_uid):
+                # Its source and a restored copy go on with the same timeline numbers and positions: no check of a segment would tell.
+                raise ForeignArchive(
+                    f"the archive {self._layout.server} is of another cluster of the same system, with uid {lineage.cluster_uid}, "
+                    f"not {cluster_uid}: give this cluster another archive.server_name"
                 )
             return
         async for _ in self._store.entries(self._layout.wals, deadline_s=GATE_DEADLINE_S):

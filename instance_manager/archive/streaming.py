@@ -27,7 +27,7 @@ from instance_manager.archive.wal_names import Segment, wal_kind
 from instance_manager.core.types import Lsn, Timeline
 from instance_manager.ports import ObjectInfo, ObjectStore, ObjectStoreError
 from instance_manager.postgres.server import LocalPostgresError
-from instance_manager.threads import Threads, monotonic_s
+from instance_manager.threads import Threads, TooManyCalls, monotonic_s
 
 log = logging.getLogger("instance_manager.archive.streaming")
 
@@ -116,7 +116,7 @@ class Streamer:
         """Send the new part, if there is one; whether something was sent. Failures are counted, and tried again later."""
         try:
             sent = await self._step()
-        except (ObjectStoreError, LocalPostgresError, NotArchived, OSError, TimeoutError) as error:
+        except (ObjectStoreError, LocalPostgresError, NotArchived, OSError, TimeoutError, TooManyCalls) as error:
             self._counters.failures += 1
             self._counters.last_error = self._counters.trouble = str(error) or type(error).__name__
             # What reached the store is not known: it is listed again before the next piece.
@@ -145,18 +145,26 @@ class Streamer:
             self._pieces = await self._resumed(segment, end, orders)
             self._segment, self._name = segment, orders.size.name(segment)
         if end <= (self._pieces[-1].piece.end if self._pieces else 0):
-            self._counters.durable_lsn = orders.size.start_lsn(segment) + end
-            self._counters.covered_s = asked_s
+            await self._tell(segment, end, asked_s, orders)
             return False
         made, replaced = next_piece(self._pieces, end)
         await self._send(segment, made.piece, orders)
         self._pieces = [*self._pieces[: len(self._pieces) - len(replaced)], made]
-        self._counters.durable_lsn = orders.size.start_lsn(segment) + made.piece.end
-        if made.piece.end == end:
-            self._counters.covered_s = asked_s
+        await self._tell(segment, made.piece.end, asked_s if made.piece.end == end else None, orders)
         for each in replaced:
             await self._remove(self._layout.piece(orders.size.name(segment), each.piece))
         return True
+
+    async def _tell(self, segment: Segment, end: int, covered_s: float | None, orders: Orders) -> None:
+        """The position not past a finished segment that waits: what was written to it behind its last piece is not in the archive."""
+        if covered_s is not None:
+            self._counters.covered_s = covered_s
+        if segment.number:
+            before = orders.size.name(Segment(segment.timeline, segment.number - 1))
+            waits = self._wal_directory / "archive_status" / f"{before}.ready"
+            if await self._threads.call(waits.exists, deadline_s=READ_DEADLINE_S):
+                return
+        self._counters.durable_lsn = orders.size.start_lsn(segment) + end
 
     async def _resumed(self, segment: Segment, end: int, orders: Orders) -> list[Ranked]:
         """Pieces of a former archiver, as far as they are what this disk holds; others are removed and sent again.

@@ -20,8 +20,8 @@ def state_of(status: ArchiverStatus, orders: Orders | None, now_s: float) -> Arc
     position: Lsn | None = Lsn(stream.durable_lsn) if stream.durable_lsn else None
     if is_segment:
         # What Postgres still asks for is the first that is missing, whatever was streamed behind it.
-        oldest = orders.size.start_lsn(orders.size.parse(backlog.oldest))
-        position = oldest if position is None else min(position, oldest)
+        # While one waits the streamer's own position rests.
+        position = orders.size.start_lsn(orders.size.parse(backlog.oldest))
     since_covered_s = None if stream.covered_s is None else now_s - stream.covered_s
     lag_s = max(since_covered_s or 0.0, backlog.oldest_age_s if is_segment else 0.0)
     return ArchiveState(

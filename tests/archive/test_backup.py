@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,19 @@ from test_retention import info_at, put
 from wal_builders import SYSTEM
 
 from instance_manager.archive.backup.catalogue import list_backups
-from instance_manager.archive.backup.manifest import read_members
+from instance_manager.archive.backup.info import BackupInfo, render_info
+from instance_manager.archive.backup.manifest import Manifest, read_members
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import delete_backup
-from instance_manager.archive.backup.requests import Begun, Claim, Request, Requests
+from instance_manager.archive.backup.requests import Attempt, Begun, Claim, Ended, Request, Requests
+from instance_manager.archive.backup.retention import Policy
 from instance_manager.archive.backup.take import BackupFailed
 from instance_manager.archive.backup.tender import BackupTender, TenderSettings
 from instance_manager.archive.backup.verify import verify_backup
 from instance_manager.archive.content import MemoryContent
 from instance_manager.archive.lineage import Lineage
 from instance_manager.codec import to_json
+from instance_manager.ports import ObjectExists
 from instance_manager.postgres.server import LocalServer
 
 pytestmark = pytest.mark.timeout(240)
@@ -207,3 +212,161 @@ async def test_a_claim_that_fell_silent_is_cleared_up_and_its_request_taken_agai
     now_s = 600.0
     await tender.look()
     assert (await requests.listing())["r2"].attempts == {}
+
+
+def tender_of(desk: Desk, root: Path) -> BackupTender:
+    """Of an instance without a server: what it looks at is all in the store."""
+    server = LocalServer(root, root, root, "127.0.0.1", 5432, root, None)
+
+    async def switch_wal() -> None:
+        return
+
+    settings = TenderSettings(instance="orders-1", take=SETTINGS, policy=Policy(count=1))
+    return BackupTender(settings, server, desk.store, desk.layout, desk.archiver.orders, switch_wal)
+
+
+async def put_taken(desk: Desk, day: int) -> BackupInfo:
+    """A whole backup of ours, as its taker leaves it."""
+    info = info_at(day)
+    info = replace(info, backup_label=f"START TIMELINE: 1\nLABEL: instance-manager {info.backup_id}\n")
+    names = BackupNames(desk.layout, info.backup_id)
+    for name in (names.begun, names.tar("data", ".lz4")):
+        await put(desk.store, name)
+    await put(
+        desk.store,
+        names.manifest,
+        to_json(Manifest(backup_id=info.backup_id, instance="orders-2", was_standby=False, tars=())),
+    )
+    await put(desk.store, names.info, render_info(info))
+    return info
+
+
+async def test_a_backup_that_ends_while_it_is_given_up_for_dead_is_not_removed(
+    local_desk: Desk, tmp_path: Path
+) -> None:
+    requests = Requests(local_desk.store, local_desk.layout)
+    await requests.ask("r1", Request(None, "test", "now"))
+    await requests.claim("r1", 1, Claim("orders-2", "now"))
+    info = info_at(1)
+    await requests.begun("r1", 1, Begun(info.backup_id))
+    tender = tender_of(local_desk, tmp_path)
+
+    class Finishing(Requests):
+        """Its instance comes back between the look for its backup.info and the word that it is dead."""
+
+        async def end(self, request_id: str, number: int, ended: Ended) -> bool:
+            await put_taken(local_desk, 1)
+            await requests.end(request_id, number, Ended(info.backup_id))
+            return await super().end(request_id, number, ended)
+
+    tender._requests = Finishing(local_desk.store, local_desk.layout)
+    await tender._bury((await requests.listing())["r1"], Attempt(1))
+    (listed,) = await list_backups(local_desk.store, local_desk.layout, deadline_s=5)
+    assert listed.state == "done"
+
+
+async def test_a_backup_that_was_given_up_for_dead_lets_nothing_expire_when_it_ends_all_the_same(
+    local_desk: Desk, tmp_path: Path
+) -> None:
+    store, requests = local_desk.store, Requests(local_desk.store, local_desk.layout)
+    older = await put_taken(local_desk, 1)
+    await requests.ask("r1", Request(None, "test", "now"))
+    await requests.claim("r1", 1, Claim("orders-1", "now"))
+    await requests.end("r1", 1, Ended(None, "its instance fell silent"))
+    late = await put_taken(local_desk, 2)
+    await tender_of(local_desk, tmp_path)._end("r1", 1, Ended(late.backup_id))
+    left = await list_backups(store, local_desk.layout, deadline_s=5)
+    assert [(each.backup_id, each.state) for each in left] == [(older.backup_id, "done")]
+
+
+async def test_while_a_dead_instances_backup_is_removed_it_never_counts_as_whole(
+    local_desk: Desk, tmp_path: Path
+) -> None:
+    """Its instance may live after all, and write backup.info at any moment."""
+    store, requests = local_desk.store, Requests(local_desk.store, local_desk.layout)
+    await requests.ask("r1", Request(None, "test", "now"))
+    await requests.claim("r1", 1, Claim("orders-2", "now"))
+    info = info_at(1)
+    names = BackupNames(local_desk.layout, info.backup_id)
+    await requests.begun("r1", 1, Begun(info.backup_id))
+    for name in (names.begun, names.tar("data", ".lz4")):
+        await put(store, name)
+    seen: list[str] = []
+
+    class Late:
+        """At each deletion its instance finishes, and somebody looks."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        async def delete(self, name: str, *, deadline_s: float) -> None:
+            with contextlib.suppress(ObjectExists):
+                await put(store, names.info, render_info(info))
+            seen.extend(each.state for each in await list_backups(store, local_desk.layout, deadline_s=5))
+            await store.delete(name, deadline_s=deadline_s)
+
+    tender = tender_of(local_desk, tmp_path)
+    tender._store = Late()
+    await tender._bury((await requests.listing())["r1"], Attempt(1))
+    assert seen
+    assert set(seen) == {"deleting"}
+
+
+async def test_a_backup_of_ours_without_its_manifest_is_no_whole_one(local_desk: Desk) -> None:
+    info = await put_taken(local_desk, 1)
+    names = BackupNames(local_desk.layout, info.backup_id)
+    await local_desk.store.delete(names.manifest, deadline_s=5)
+    (listed,) = await list_backups(local_desk.store, local_desk.layout, deadline_s=5)
+    assert (listed.state, listed.is_restorable) == ("unreadable", False)
+
+
+async def test_an_error_that_nobody_thought_of_does_not_end_the_archiver(
+    local_desk: Desk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tender = tender_of(local_desk, tmp_path)
+    looked = asyncio.Event()
+
+    async def look() -> None:
+        looked.set()
+        raise RuntimeError("unthought of")
+
+    tender.look = look  # type: ignore[method-assign]
+    running = asyncio.create_task(tender.run())
+    await asyncio.wait_for(looked.wait(), 5)
+    await asyncio.sleep(0)
+    assert not running.done()
+    assert "unthought of" in caplog.text
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_what_a_failed_attempt_could_not_remove_is_removed_later_and_asked_about_once(
+    local_desk: Desk, tmp_path: Path
+) -> None:
+    """The store that failed the backup fails its removal too; while an unfinished one lies there no WAL expires."""
+    store, layout = local_desk.store, local_desk.layout
+    await store.create(
+        layout.lineage, MemoryContent.of(to_json(Lineage(str(SYSTEM), "uid-1", 1 << 20, "zstd"))), deadline_s=5
+    )
+    requests = Requests(store, layout)
+    names = BackupNames(layout, info_at(1).backup_id)
+    await requests.ask("r1", Request(None, "test", "now"))
+    for number in (1, 2, 3):
+        await requests.claim("r1", number, Claim("orders-2", "now"))
+        await requests.begun("r1", number, Begun(names.backup_id))
+        await requests.end("r1", number, Ended(None, "the store failed"))
+    for name in (names.begun, names.tar("data", ".lz4")):
+        await put(store, name)
+    tender = tender_of(local_desk, tmp_path)
+    await tender.look()
+    assert await list_backups(store, layout, deadline_s=5) == ()
+    asked: list[str] = []
+
+    class Counting(Requests):
+        async def ended(self, request_id: str, number: int) -> Ended | None:
+            asked.append(request_id)
+            return await super().ended(request_id, number)
+
+    tender._requests = Counting(store, layout)
+    await tender.look()
+    assert asked == [], "what is over stays so"

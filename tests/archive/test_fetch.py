@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import bz2
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,19 @@ async def test_another_systems_archive_is_not_one_that_ends_here(local_desk: Des
     for name in (A, "00000002.history"):
         with pytest.raises(NotFetched, match="of the system"):
             await fetch(local_desk, name)
+
+
+async def test_a_restored_copy_gets_nothing_of_the_log_that_its_source_wrote_on(local_desk: Desk) -> None:
+    """Both promote to the same timeline number: to a standby of the copy its source's segments would look right."""
+    await fill(local_desk, A)
+    local_desk.command(replace(local_desk.standby(epoch=2), cluster_uid="uid-2"))
+    modes: tuple[Mode, ...] = ("standby", "rewind")
+    for mode in modes:
+        with pytest.raises(NotFetched, match="another cluster of the same system"):
+            await fetch(local_desk, A, mode)
+    assert await fetch(local_desk, A, "recovery") is PRESENT, "that is how a copy is made"
+    with pytest.raises(NotFetched, match="another cluster of the same system"):
+        await fetch(local_desk, A, "standby")
 
 
 async def test_no_archive_at_all_is_not_one_that_ends_here(tmp_path: Path, desk: Desk) -> None:

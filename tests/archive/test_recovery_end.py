@@ -7,13 +7,30 @@ from typing import Any
 
 import pytest
 from archive_harness import Desk, chain_of
+from backup_harness import LAYOUT
+from test_retention import info_at, put, put_backup
 from wal_builders import SIZE, SYSTEM
 
 from instance_manager.archive.fetch import FetchSettings
+from instance_manager.archive.recovery.extract import Destination
 from instance_manager.archive.recovery.replay import Replay, ReplaySettings, TargetNotReached, _Seen
+from instance_manager.archive.recovery.restore import (
+    MARKER,
+    RestoreFailed,
+    _alone_in,
+    _empty,
+    _find_marker,
+    _last_known,
+    _make_roots,
+    _Marker,
+    _remove_unfinished,
+    make_plan,
+)
 from instance_manager.archive.recovery.serving import RecoveryArchive
 from instance_manager.archive.recovery.target import Target, make_target
-from instance_manager.core.types import Lsn
+from instance_manager.archive.wal_names import Segment
+from instance_manager.codec import to_json
+from instance_manager.core.types import Lsn, Timeline
 from instance_manager.postgres.server import LocalServer
 
 END = Lsn(7 * SIZE.size_bytes + 5000)
@@ -89,3 +106,63 @@ async def test_what_comes_into_the_archive_after_its_end_was_accepted_is_not_rep
         assert archive.ends_seen == 2
     finally:
         await archive.close()
+
+
+def test_a_directory_that_was_killed_as_it_opened_is_not_started_again(tmp_path: Path) -> None:
+    """Postgres has removed standby.signal: it would open by itself, perhaps on the timeline that it came from."""
+    (tmp_path / "global").mkdir()
+    (tmp_path / "global" / "pg_control").write_bytes(b"x")
+    (tmp_path / "standby.signal").write_bytes(b"")
+    (tmp_path / MARKER).write_bytes(to_json(_Marker("20251101T000000", str(SYSTEM), make_target())))
+    assert _find_marker(tmp_path) is not None
+    (tmp_path / "standby.signal").unlink()
+    with pytest.raises(RestoreFailed, match=r"killed as it opened.*Remove it"):
+        _find_marker(tmp_path)
+
+
+def test_files_of_a_restore_that_was_killed_are_removed_and_nobody_elses(tmp_path: Path) -> None:
+    """A pod that is killed while its files are restored begins anew, for ever refused it would be no cluster."""
+    data = tmp_path / "data"
+    roots = _make_roots(Destination(data, {}, None))
+    (data / "base").mkdir()
+    (data / "base" / "1").write_bytes(b"half")
+    _remove_unfinished(data)
+    assert list(data.iterdir()) == []
+    assert _find_marker(data) is None
+    _make_roots(Destination(data, {}, None))
+    (data / "global").mkdir()
+    (data / "global" / "pg_control").write_bytes(b"whole")
+    _remove_unfinished(data)
+    assert (data / "global" / "pg_control").exists()
+    _empty(roots)
+    (data / "somebody").write_bytes(b"else's")
+    _remove_unfinished(data)
+    with pytest.raises(RestoreFailed, match="is not empty"):
+        _find_marker(data)
+
+
+def test_two_restores_never_work_in_one_directory(tmp_path: Path) -> None:
+    """The agent that began one has died; the next one begins while the first is still ending."""
+    with (
+        _alone_in(tmp_path / "data"),
+        pytest.raises(RestoreFailed, match="another restore is at work"),
+        _alone_in(tmp_path / "data"),
+    ):
+        pass
+    with _alone_in(tmp_path / "data"):
+        pass
+
+
+async def test_all_of_an_old_timeline_is_held_against_what_the_archive_has_of_it(local_desk: Desk) -> None:
+    """Not only of the newest history: `latest` of any must not open before its last segment."""
+    store = local_desk.store
+    await put_backup(store, info_at(2))
+    for timeline, numbers in ((1, range(20, 26)), (2, range(23, 31))):
+        for number in numbers:
+            await put(store, LAYOUT.wal(SIZE.name(Segment(Timeline(timeline), number))))
+    history = b"1\t0/1710000\tno recovery target specified\n"
+    await put(store, LAYOUT.wal("00000002.history"), b"".join(LAYOUT.codec.compressed([history], len(history))))
+    newest = await make_plan(store, LAYOUT, make_target())
+    assert _last_known(newest) == 30 * SIZE.size_bytes
+    old = await make_plan(store, LAYOUT, make_target(timeline="1"))
+    assert _last_known(old) == 25 * SIZE.size_bytes

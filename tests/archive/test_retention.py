@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from archive_harness import Desk
+from archive_harness import Desk, chain_of
 from backup_harness import LAYOUT
 from wal_builders import SIZE
 
@@ -69,6 +69,21 @@ def test_count_keeps_the_newest_and_the_window_the_one_before_it_too() -> None:
     assert going(listed[:1], Policy(window_s=1, count=1)) == []
 
 
+def test_a_clock_that_has_leapt_ahead_lets_nothing_go_before_its_time() -> None:
+    """The server of the newest backup, or of all from then on, believes that it is a year later."""
+    listed = [listed_at(day) for day in range(5)]
+    for day in range(5, 8):
+        leapt = listed_at(day)
+        assert leapt.info is not None
+        assert leapt.info.end_time is not None
+        year = datetime.timedelta(days=365)
+        info = replace(leapt.info, begin_time=leapt.info.begin_time + year, end_time=leapt.info.end_time + year)
+        listed.append(replace(leapt, info=info))
+        assert going(listed, Policy(window_s=3 * DAY_S)) == list(range(day - 3))
+    with pytest.raises(RetentionRefused, match="a clock was wrong"):
+        expiry([*listed, listed_at(8)], Policy(window_s=3 * DAY_S))
+
+
 def test_only_good_backups_let_older_ones_go() -> None:
     listed = [listed_at(0), listed_at(1), listed_at(2, "damaged"), listed_at(3, "failed"), listed_at(4, "incomplete")]
     assert going(listed, Policy(count=1)) == [0]
@@ -111,6 +126,24 @@ def test_a_backup_of_an_older_timeline_at_a_later_position_costs_nobody_his_log(
     assert found.wal.from_number == 60
 
 
+def test_a_backup_of_a_dead_branch_lets_none_of_the_accepted_history_go() -> None:
+    """It lies behind the fork, further than the new history has come: the newest by position, and of use for nothing."""
+    chain = chain_of((2, 1, 55 * SIZE.size_bytes))
+    before, dead, after = listed_at(0, segment=50), listed_at(1, segment=90), listed_at(2, timeline=2, segment=60)
+    found = expiry([before, dead, after], Policy(count=1), chain)
+    assert [each.backup_id for each in found.backups] == [before.backup_id]
+    assert found.wal is not None
+    assert found.wal.from_number == 60
+    later = listed_at(3, timeline=2, segment=99)
+    gone = [each.backup_id for each in expiry([before, dead, after, later], Policy(count=1), chain).backups]
+    assert sorted(gone) == sorted(each.backup_id for each in (before, dead, after))
+
+
+def test_a_kept_backup_whose_deletion_broke_off_still_holds_its_log() -> None:
+    assert expiry([listed_at(1, "deleting", keep="full"), listed_at(2)], Policy(count=1)).wal is None
+    assert expiry([listed_at(1, "deleting"), listed_at(2)], Policy(count=1)).wal is not None
+
+
 def test_times_that_contradict_the_positions_stop_everything() -> None:
     with pytest.raises(RetentionRefused, match="a clock was wrong"):
         expiry([listed_at(0, segment=500), listed_at(9)], Policy(count=1))
@@ -139,7 +172,8 @@ async def test_expiring_deletes_backups_and_below_the_oldest_their_log_but_no_hi
     for number in (5, 10, 19, 20, 29, 30, 35):
         await put(store, LAYOUT.wal(SIZE.name(Segment(Timeline(1), number))))
     await put(store, LAYOUT.wal(f"{SIZE.name(Segment(Timeline(1), 10))}.00000028.backup"))
-    await put(store, LAYOUT.wal("00000002.history"))
+    history = b"1\t0/2800000\tno recovery target specified\n"
+    await put(store, LAYOUT.wal("00000002.history"), b"".join(LAYOUT.codec.compressed([history], len(history))))
     foreseen = await foresee(store, LAYOUT, Policy(count=2))
     assert foreseen.backups == (info_at(1).backup_id,)
     before = await left(store)
@@ -185,6 +219,46 @@ async def test_a_crash_while_deleting_shows_at_every_step_and_is_finished_by_the
     assert deletions >= 1
     (remaining,) = await list_backups(store, LAYOUT, deadline_s=5)
     assert (remaining.state, remaining.backup_id) == ("done", info_at(2).backup_id)
+
+
+async def test_a_kept_backup_is_never_marked_as_being_deleted(local_desk: Desk) -> None:
+    """For a moment it would hold no log, and somebody may just be expiring."""
+    store: Any = local_desk.store
+    names = await put_backup(store, info_at(1))
+    await keep_backup(store, names, "full", deadline_s=5)
+    with pytest.raises(BackupKept, match="unkeep"):
+        await delete_backup(Crashing(store, 0), names, deadline_s=5)
+    (listed,) = await list_backups(store, LAYOUT, deadline_s=5)
+    assert (listed.state, listed.keep) == ("done", "full")
+
+
+class Beginning:
+    """Somebody begins a backup when the first WAL has been deleted."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self.deleted = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def delete(self, name: str, *, deadline_s: float) -> None:
+        await self._store.delete(name, deadline_s=deadline_s)
+        self.deleted += "/wals/" in name
+        if self.deleted == 1 and "/wals/" in name:
+            await put(self._store, BackupNames(LAYOUT, info_at(3).backup_id).begun)
+
+
+async def test_a_long_expiry_stops_when_a_backup_is_begun_meanwhile(
+    local_desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instance_manager.archive.backup.expire.LOOK_EVERY", 2)
+    store: Any = Beginning(local_desk.store)
+    await put_backup(store, info_at(2))
+    for number in range(10):
+        await put(store, LAYOUT.wal(SIZE.name(Segment(Timeline(1), number))))
+    await expire(store, LAYOUT, Policy(count=1))
+    assert store.deleted == 2, "from where on the new one needs the log nobody knows"
 
 
 async def test_of_a_keep_and_a_deletion_at_once_one_sees_the_other(local_desk: Desk) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from instance_manager.archive.content import FileContent, MemoryContent, read_object, sha256_of
+from instance_manager.archive.stores.directory import DirectoryStore
 from instance_manager.archive.stores.probe import probe
 from instance_manager.ports import ContentDamaged, ObjectExists, ObjectInfo, ObjectStore
 
@@ -175,3 +177,35 @@ async def test_a_content_that_ends_before_its_size_is_not_stored(store: ObjectSt
 async def test_the_probe_is_content_and_leaves_nothing(store: ObjectStore) -> None:
     await probe(store, "s/probe")
     assert await names(store, "") == []
+
+
+class Waiting:
+    """Content whose reading takes until the test says."""
+
+    def __init__(self, over: threading.Event) -> None:
+        self._over = over
+
+    @property
+    def size_bytes(self) -> None:
+        return None
+
+    def chunks(self) -> Iterator[bytes]:
+        self._over.wait(30)
+        yield b"x"
+
+
+async def test_while_as_much_is_sent_as_may_be_configured_small_calls_are_answered(
+    directory_store: DirectoryStore,
+) -> None:
+    """archive.parallel 12, archive.backup.parallel 8: the archiver and its backups share a store."""
+    over = threading.Event()
+    sending = [
+        asyncio.create_task(directory_store.create(f"orders/{number}", Waiting(over), deadline_s=30))
+        for number in range(20)
+    ]
+    try:
+        await asyncio.sleep(0)
+        assert await directory_store.info("orders/other", deadline_s=10) is None
+    finally:
+        over.set()
+    await asyncio.gather(*sending)

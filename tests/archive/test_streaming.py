@@ -16,6 +16,7 @@ from instance_manager.archive.layout import Piece, joined_pieces
 from instance_manager.archive.streaming import LARGEST_PIECE_BYTES, Flushed, Ranked, next_piece, sweep_pieces
 from instance_manager.core.types import Lsn, Timeline
 from instance_manager.postgres.sql import SqlUnavailable
+from instance_manager.threads import TooManyCalls
 
 A, B = "000000010000000000000005", "000000010000000000000006"
 START = 5 * SIZE.size_bytes
@@ -52,6 +53,31 @@ async def test_what_was_flushed_is_in_the_archive_after_a_step_and_nothing_else(
     assert await joined(desk) == segment_content(A)[:70_000]
     assert not await desk.archiver.streamer.step()
     assert desk.archiver.status.stream.durable_lsn == START + 70_000
+
+
+async def test_what_is_told_never_passes_a_finished_segment_that_still_waits(local_desk: Desk) -> None:
+    """By what is told the next primary decides what it archives again: the end of the one that waits was never streamed."""
+    flush(local_desk, 5000)
+    assert await local_desk.archiver.streamer.step()
+    told = local_desk.archiver.status.stream
+    make_ready(local_desk.wal, A, segment_content(A))
+    (local_desk.wal / B).write_bytes(segment_content(B))
+    local_desk.flushed = Flushed(Timeline(1), Lsn(START + SIZE.size_bytes + 1000))
+    assert await local_desk.archiver.streamer.step()
+    assert not await local_desk.archiver.streamer.step()
+    assert told.durable_lsn == START + 5000
+    await local_desk.push(A)
+    assert not await local_desk.archiver.streamer.step()
+    assert told.durable_lsn == START + SIZE.size_bytes + 1000
+
+
+async def test_a_disk_that_answers_no_call_any_more_is_counted_and_waited_for(local_desk: Desk) -> None:
+    async def stuck() -> Flushed | None:
+        raise TooManyCalls("16 calls of streaming do not come back")
+
+    local_desk.archiver.streamer._flushed = stuck
+    assert not await local_desk.archiver.streamer.step()
+    assert "do not come back" in local_desk.archiver.status.stream.last_error
 
 
 async def test_many_steps_leave_few_pieces_and_lose_nothing(local_desk: Desk) -> None:

@@ -71,7 +71,7 @@ async def list_backups(store: ObjectStore, layout: Layout, *, deadline_s: float)
             names = BackupNames(layout, backup_id)
             listed = await look_at(store, names, deadline_s=deadline_s)
             # In a directory the folder outlives what was in it.
-            if listed.state == "incomplete" and not await _holds_anything(store, names, deadline_s):
+            if listed.state == "incomplete" and not await holds_anything(store, names, deadline_s):
                 return None
             return listed
 
@@ -79,7 +79,8 @@ async def list_backups(store: ObjectStore, layout: Layout, *, deadline_s: float)
     return tuple(each for each in found if each is not None)
 
 
-async def _holds_anything(store: ObjectStore, names: BackupNames, deadline_s: float) -> bool:
+async def holds_anything(store: ObjectStore, names: BackupNames, deadline_s: float) -> bool:
+    """Is there any object of it? ObjectStoreError."""
     for folder in (names.folder, names.own_folder):
         async for _ in store.entries(folder, deadline_s=deadline_s):
             return True
@@ -105,6 +106,10 @@ async def look_at(store: ObjectStore, names: BackupNames, *, deadline_s: float) 
         manifest = await read_manifest(store, names, deadline_s=deadline_s)
     except (InfoInvalid, ContentDamaged) as error:
         return Listed(backup_id=backup_id, state="unreadable", keep=keep, problem=str(error))
+    if manifest is None and info.is_own:
+        # Its instance was taken for dead, and wrote backup.info behind the removal of all else.
+        problem = f"its manifest is gone: it was removed while it was taken; `backup delete {backup_id}` finishes that"
+        return Listed(backup_id=backup_id, state="unreadable", keep=keep, problem=problem)
     problem, state = "", _state_of(info, manifest)
     if state == "damaged" and manifest is not None:
         problem = f"{manifest.damaged_count} pages had a wrong checksum when it was taken"
@@ -137,9 +142,12 @@ def find_backup(listed: Iterable[Listed], wanted: str) -> Listed:
     raise NoSuchBackup(f"there is no backup {wanted!r}; there are: {ids}")
 
 
-async def window_of(store: ObjectStore, layout: Layout, info: BackupInfo, *, deadline_s: float) -> Window:
-    """Along the newest history of the archive that the backup is part of. ObjectStoreError."""
-    chain = await chain_for(store, layout, info, deadline_s=deadline_s)
+async def window_of(
+    store: ObjectStore, layout: Layout, info: BackupInfo, *, chain: TimelineChain | None = None, deadline_s: float
+) -> Window:
+    """Along `chain`, by default the newest history of the archive, where the backup is part of it. ObjectStoreError."""
+    if chain is None or not is_part_of(info, chain):
+        chain = await chain_for(store, layout, info, deadline_s=deadline_s)
     size, there = info.segment_size, {}
     for timeline in (info.timeline, *(each.timeline for each in chain.switches if each.timeline > info.timeline)):
         found = await segments_of(store, layout, size, timeline, first=info.begin_segment.number, deadline_s=deadline_s)

@@ -11,6 +11,7 @@ from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import BackupKept, delete_backup
 from instance_manager.archive.backup.retention import Expiry, Policy, WalNeeded, expiry, wal_needed
 from instance_manager.archive.layout import Layout
+from instance_manager.archive.tail import chain_of_archive
 from instance_manager.archive.wal_names import SegmentSize, wal_kind
 from instance_manager.ports import ObjectStore
 
@@ -19,6 +20,8 @@ log = logging.getLogger("instance_manager.archive.backup")
 DEADLINE_S = 60.0
 NAMES_KEPT_MAX = 100_000
 """Of WAL objects that one run deletes; the next goes on."""
+LOOK_EVERY = 500
+"""After so many deletions the backups are looked at anew: a long run must not take the log of one that was begun meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,14 @@ class Doomed:
 async def foresee(store: ObjectStore, layout: Layout, policy: Policy) -> Doomed:
     """Nothing is deleted. RetentionRefused; ObjectStoreError."""
     listed = await list_backups(store, layout, deadline_s=DEADLINE_S)
-    decided = expiry(listed, policy)
+    chain = await chain_of_archive(store, layout, deadline_s=DEADLINE_S)
+    decided = expiry(listed, policy, chain)
     size = _segment_size(listed)
     names: list[str] = []
     size_bytes = 0
     if decided.wal is not None and size is not None:
-        names, size_bytes = await _unneeded(store, layout, size, decided.wal)
+        found = await _unneeded(store, layout, size, decided.wal)
+        names, size_bytes = [name for _, name, _ in found], sum(each for _, _, each in found)
     return Doomed(decided, tuple(each.backup_id for each in decided.backups), tuple(names), size_bytes)
 
 
@@ -55,18 +60,33 @@ async def expire(
             tell(str(error))
             continue
         tell(f"backup {backup_id} is deleted")
-    # Looked at anew: another may have been kept or begun meanwhile, and the log must be there for it.
-    listed = await list_backups(store, layout, deadline_s=DEADLINE_S)
-    needed, size = wal_needed(listed), _segment_size(listed)
-    if needed is None or size is None:
-        return doomed
-    names, size_bytes = await _unneeded(store, layout, size, needed)
-    for name in names:
-        # From the oldest on: what is left never has a gap but at its beginning.
-        await store.delete(name, deadline_s=DEADLINE_S)
+    names, size_bytes = await _expire_wal(store, layout)
     if names:
         tell(f"{len(names)} WAL objects ({size_bytes >> 20} MiB) are deleted, the last {names[-1].rpartition('/')[2]}")
     return Doomed(doomed.expiry, doomed.backups, tuple(names), size_bytes)
+
+
+async def _expire_wal(store: ObjectStore, layout: Layout) -> tuple[list[str], int]:
+    """What was deleted, and its bytes; from the oldest on: what is left never has a gap but at its beginning."""
+    deleted: list[str] = []
+    size_bytes = 0
+    unneeded: list[tuple[int, str, int]] | None = None
+    while True:
+        # Looked at anew: another may have been kept or begun meanwhile, and the log must be there for it.
+        listed = await list_backups(store, layout, deadline_s=DEADLINE_S)
+        needed, size = wal_needed(listed), _segment_size(listed)
+        if needed is None or size is None:
+            return deleted, size_bytes
+        if unneeded is None:
+            unneeded = await _unneeded(store, layout, size, needed)
+        part, unneeded = unneeded[:LOOK_EVERY], unneeded[LOOK_EVERY:]
+        for number, name, object_bytes in part:
+            if not needed.holds(number):
+                await store.delete(name, deadline_s=DEADLINE_S)
+                deleted.append(name)
+                size_bytes += object_bytes
+        if not unneeded:
+            return deleted, size_bytes
 
 
 def _segment_size(listed: tuple[Listed, ...]) -> SegmentSize | None:
@@ -74,8 +94,10 @@ def _segment_size(listed: tuple[Listed, ...]) -> SegmentSize | None:
     return SegmentSize(sizes.pop()) if len(sizes) == 1 else None
 
 
-async def _unneeded(store: ObjectStore, layout: Layout, size: SegmentSize, needed: WalNeeded) -> tuple[list[str], int]:
-    """Segments, partial ones and labels below the need, by number; histories stay for ever."""
+async def _unneeded(
+    store: ObjectStore, layout: Layout, size: SegmentSize, needed: WalNeeded
+) -> list[tuple[int, str, int]]:
+    """Segments, partial ones and labels below the need, as (number, name, bytes), by number; histories stay for ever."""
     found = []
     async for entry in store.entries(layout.wals, deadline_s=DEADLINE_S):
         name = layout.wal_of(entry.name)
@@ -86,5 +108,4 @@ async def _unneeded(store: ObjectStore, layout: Layout, size: SegmentSize, neede
             found.append((number, entry.name, entry.size_bytes))
             if len(found) >= NAMES_KEPT_MAX:
                 break
-    found.sort()
-    return [name for _, name, _ in found], sum(size_bytes for _, _, size_bytes in found)
+    return sorted(found)

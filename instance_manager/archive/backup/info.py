@@ -62,6 +62,11 @@ class BackupInfo:
         return self.status == DONE and self.end_lsn is not None and self.end_time is not None
 
     @property
+    def is_own(self) -> bool:
+        """Taken by this program, and so never without a manifest."""
+        return f"LABEL: {label_of(self.backup_id)}\n" in (self.backup_label or "")
+
+    @property
     def segment_size(self) -> SegmentSize:
         return SegmentSize(self.segment_bytes)
 
@@ -80,6 +85,11 @@ class BackupInfo:
     @property
     def major(self) -> int:
         return self.version_number // 10000
+
+
+def label_of(backup_id: str) -> str:
+    """What Postgres is told that the backup is."""
+    return f"instance-manager {backup_id}"
 
 
 def is_backup_id(text: str) -> bool:

@@ -21,13 +21,28 @@ class BackupKept(Exception):
 
 async def delete_backup(store: ObjectStore, names: BackupNames, *, deadline_s: float) -> None:
     """Gone when it returns. BackupKept: somebody keeps it, and nothing was deleted. ObjectStoreError: go on later."""
+    if await store.info(names.keep, deadline_s=deadline_s) is not None:
+        if await store.info(names.deleting, deadline_s=deadline_s) is not None:
+            await store.delete(names.deleting, deadline_s=deadline_s)
+        raise _kept(names)
     with contextlib.suppress(ObjectExists):
         await store.create(names.deleting, MemoryContent.of(to_json({"at": timestamp()})), deadline_s=deadline_s)
     # Whoever keeps a backup looks for the mark afterwards: one of both sees the other.
     if await store.info(names.keep, deadline_s=deadline_s) is not None:
         await store.delete(names.deleting, deadline_s=deadline_s)
-        raise BackupKept(f"backup {names.backup_id} is kept: `backup unkeep {names.backup_id}` first")
+        raise _kept(names)
     await store.delete(names.info, deadline_s=deadline_s)
+    await remove_unlisted(store, names, deadline_s=deadline_s)
+
+
+def _kept(names: BackupNames) -> BackupKept:
+    return BackupKept(f"backup {names.backup_id} is kept: `backup unkeep {names.backup_id}` first")
+
+
+async def discard_backup(store: ObjectStore, names: BackupNames, *, deadline_s: float) -> None:
+    """All of one whose attempt was given up. Whoever took it may live after all: marked first, it is no backup whatever he writes."""
+    with contextlib.suppress(ObjectExists):
+        await store.create(names.deleting, MemoryContent.of(to_json({"at": timestamp()})), deadline_s=deadline_s)
     await remove_unlisted(store, names, deadline_s=deadline_s)
 
 

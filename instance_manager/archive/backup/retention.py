@@ -1,9 +1,11 @@
 """What may be deleted: a pure function of what is in the archive.
 
-No clock decides: the window is counted back from the newest good backup, so where backups are no longer taken nothing expires,
-and a clock that is wrong by years on the deciding machine costs nothing.
+The deciding machine's clock has no part in it: the window is counted back from the newest good backup, so where backups are no
+longer taken nothing expires. The times are those of the servers that were backed up: one that runs behind is noticed and stops
+everything, and when one leaps ahead nothing grows old by that.
 
-- Good is what can be restored and has no damaged page. Only such a backup lets an older one go.
+- Good is what can be restored, has no damaged page, and is part of the accepted history. Only such a backup lets an older one go:
+  what lies behind a fork leads nowhere, however far it went.
 - `window_s`: kept are all good backups that ended within it, and the newest from before it: from that one its begin is reached.
 - `count`: the newest so many good ones are kept. With both, what either keeps.
 - A keep holds for ever: `full` with all of the log from its begin on, `standalone` with the log that makes it consistent.
@@ -14,11 +16,13 @@ and a clock that is wrong by years on the deciding machine costs nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from instance_manager.archive.backup.catalogue import Listed
+from instance_manager.archive.backup.catalogue import Listed, is_part_of
 from instance_manager.archive.backup.info import BackupInfo
+from instance_manager.core.types import TimelineChain
 
 STANDALONE = "standalone"
 
@@ -60,9 +64,13 @@ class Expiry:
     """None: all of it stays."""
 
 
-def expiry(listed: Sequence[Listed], policy: Policy) -> Expiry:
-    """RetentionRefused: times and positions are in a different order."""
-    good = [(each, each.info) for each in listed if each.state == "done" and each.info is not None]
+def expiry(listed: Sequence[Listed], policy: Policy, chain: TimelineChain | None = None) -> Expiry:
+    """`chain`: the accepted history; None: all are part of it. RetentionRefused: times and positions are in a different order."""
+    good = [
+        (each, each.info)
+        for each in listed
+        if each.state == "done" and each.info is not None and (chain is None or is_part_of(each.info, chain))
+    ]
     good.sort(key=lambda pair: (pair[1].begin_lsn, pair[0].backup_id))
     _require_order([info for _, info in good])
     staying = {each.backup_id for each, _ in good} if policy.keeps_all else _wanted(good, policy)
@@ -86,6 +94,9 @@ def wal_needed(staying: Sequence[Listed]) -> WalNeeded | None:
             # From where on such a one needs the log nobody knows: it may be one that is being taken right now.
             if each.state in ("unreadable", "incomplete"):
                 return None
+            # Of one that is kept the deletion takes its mark back.
+            if each.state == "deleting" and each.keep is not None:
+                return None
             continue
         if each.keep == STANDALONE and each.is_restorable:
             ranges.append((each.info.begin_segment.number, each.info.end_segment.number))
@@ -102,14 +113,25 @@ def _wanted(good: list[tuple[Listed, BackupInfo]], policy: Policy) -> set[str]:
     if policy.count is not None:
         wanted |= {each.backup_id for each, _ in counted[-policy.count :]}
     if policy.window_s is not None and counted:
-        newest_end = counted[-1][1].end_time
-        for each, info in reversed(counted):
+        for (each, _), age_s in zip(reversed(counted), _ages_s([info for _, info in counted]), strict=True):
             wanted.add(each.backup_id)
-            if newest_end is None or info.end_time is None:
-                continue
-            if (newest_end - info.end_time).total_seconds() >= policy.window_s:
+            if age_s >= policy.window_s:
                 break
     return wanted
+
+
+def _ages_s(infos: list[BackupInfo]) -> Iterator[float]:
+    """How much older than the newest each is, from that one back.
+
+    The longest time between two counts as the second longest: when a clock leaps ahead, nothing older grows old by that.
+    """
+    between_s = [
+        max(0.0, (after.end_time - before.end_time).total_seconds())
+        for before, after in itertools.pairwise(infos)
+        if before.end_time is not None and after.end_time is not None
+    ]
+    longest_s = sorted(between_s)[-2] if len(between_s) > 1 else math.inf
+    return itertools.accumulate((min(each_s, longest_s) for each_s in reversed(between_s)), initial=0.0)
 
 
 def _require_order(infos: list[BackupInfo]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import asyncpg
 
 from instance_manager.archive.backup.data_files import PG_CONTROL, TarPlan, data_files, planned, tablespace_files
-from instance_manager.archive.backup.info import DONE, BackupInfo, Tablespace, render_info
+from instance_manager.archive.backup.info import DONE, BackupInfo, Tablespace, label_of, render_info
 from instance_manager.archive.backup.manifest import Manifest, TarEntry, tar_entry, write_members
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import remove_unlisted
@@ -120,7 +120,7 @@ async def take_backup(
 ) -> Taken:
     """BackupFailed: there is none. Cancelled, it cleans up first.
 
-    `on_begun` is told the id before anything of it is in the store; what it raises ends the backup. `want_wal`: called on a standby with the
+    `on_begun` is told the id when only the id's mark is in the store; what it raises ends the backup. `want_wal`: called on a standby with the
     position that the primary must archive.
     """
     shown = progress or BackupProgress()
@@ -259,7 +259,7 @@ class _Backup:
     async def _start(self, sql: Session) -> Lsn:
         new = self._facts.version >= 150000
         query = "pg_backup_start($1, fast => true)" if new else "pg_start_backup($1, fast => true, exclusive => false)"
-        label = f"instance-manager {self._names.backup_id}"
+        label = label_of(self._names.backup_id)
         text = await sql.fetchval(f"SELECT {query}::text", label, deadline_s=self._settings.start_deadline_s)
         return parse_lsn(text)
 

@@ -1,7 +1,7 @@
 """The archiver's part in backups: takes what is asked for where it is best placed, ends what is dead, and expires.
 
 A standby that streams takes a request at once; a primary only after nobody else did for a while. Backups are rare: one at a
-time, and all of it yields to WAL, which has threads and requests of its own.
+time. They share the archiver's process, its store and its processor with WAL; `archive.backup.rate_limit_bytes_per_s` bounds what they take.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from instance_manager.archive.backup.catalogue import holds_anything
 from instance_manager.archive.backup.expire import expire
 from instance_manager.archive.backup.names import BackupNames
-from instance_manager.archive.backup.removal import remove_unlisted
+from instance_manager.archive.backup.removal import discard_backup
 from instance_manager.archive.backup.requests import (
     ATTEMPTS_MAX,
     Attempt,
@@ -99,6 +100,7 @@ class BackupTender:
         self._requests = Requests(store, layout)
         self._watched: dict[str, _Watched] = {}
         self._switched: set[str] = set()
+        self._over: set[str] = set()
         self._is_own: tuple[str, str] | None = None
         self.status = BackupState()
 
@@ -108,6 +110,9 @@ class BackupTender:
                 await self.look()
             except (ObjectStoreError, ForeignArchive) as error:
                 log.debug("requests for backups cannot be looked at: %s", error)
+            except Exception:
+                # Whatever is wrong with backups must not end the process that archives WAL.
+                log.exception("requests for backups cannot be looked at")
             await asyncio.sleep(self._settings.poll_s)
 
     async def look(self) -> None:
@@ -121,6 +126,7 @@ class BackupTender:
         for request in requests.values():
             if await self._attend(request, orders):
                 over.add(request.request_id)
+        self._over &= set(requests)
         self._watched = {key: value for key, value in self._watched.items() if key in requests}
         if self._orders.permitted() is not None:
             for request_id in outdated(list(requests), over):
@@ -148,9 +154,17 @@ class BackupTender:
         if last is None:
             await self._maybe_take(request, 1, orders)
             return False
+        if request.request_id in self._over:
+            return True
         if last.is_over:
             ended = await self._requests.ended(request.request_id, last.number)
-            if ended is None or ended.backup_id is not None or last.number >= ATTEMPTS_MAX:
+            has_failed = ended is not None and ended.backup_id is None
+            is_primary = self._orders.permitted() is not None
+            if has_failed and is_primary:
+                await self._clear_up(request, last)
+            if not has_failed or last.number >= ATTEMPTS_MAX:
+                if is_primary or not has_failed:
+                    self._over.add(request.request_id)
                 return True
             await self._maybe_take(request, last.number + 1, orders)
             return False
@@ -222,8 +236,14 @@ class BackupTender:
         await self._end(request_id, number, ended)
 
     async def _end(self, request_id: str, number: int, ended: Ended) -> None:
+        if not await self._requests.end(request_id, number, ended) and ended.backup_id is not None:
+            told = await self._requests.ended(request_id, number)
+            if told is not None and told.backup_id != ended.backup_id:
+                await discard_backup(
+                    self._store, BackupNames(self._layout, ended.backup_id), deadline_s=SMALL_DEADLINE_S
+                )
+                ended = Ended(None, "another instance has taken this one for dead")
         self.status.last_error, self.status.damaged_pages = ended.error, ended.damaged_pages
-        await self._requests.end(request_id, number, ended)
         if ended.backup_id is None:
             log.warning("no backup: %s", ended.error)
             return
@@ -269,8 +289,22 @@ class BackupTender:
         if names is not None and await self._store.info(names.info, deadline_s=SMALL_DEADLINE_S) is not None:
             await self._requests.end(request.request_id, attempt.number, Ended(names.backup_id))
             return
-        # First ended, which the other sees if it lives, then removed.
-        if await self._requests.end(request.request_id, attempt.number, Ended(None, "its instance fell silent")):
-            log.warning("request %s: attempt %d fell silent, and is given up", request.request_id, attempt.number)
+        # Who ends it first decides: an instance that comes back in this moment has a whole backup, or none at all.
+        if not await self._requests.end(request.request_id, attempt.number, Ended(None, "its instance fell silent")):
+            return
+        log.warning("request %s: attempt %d fell silent, and is given up", request.request_id, attempt.number)
         if names is not None:
-            await remove_unlisted(self._store, names, deadline_s=SMALL_DEADLINE_S)
+            await discard_backup(self._store, names, deadline_s=SMALL_DEADLINE_S)
+
+    async def _clear_up(self, request: Open, attempt: Attempt) -> None:
+        """What a failed attempt could not remove itself, because the store failed or it was killed: no WAL expires while it is there."""
+        begun = await self._requests.begun_of(request.request_id, attempt.number)
+        if begun is None:
+            return
+        names = BackupNames(self._layout, begun.backup_id)
+        # A listed one may be another's that got the same id, in the second in which it was free again.
+        if await self._store.info(names.info, deadline_s=SMALL_DEADLINE_S) is None and await holds_anything(
+            self._store, names, SMALL_DEADLINE_S
+        ):
+            log.warning("request %s: what attempt %d has left is removed", request.request_id, attempt.number)
+            await discard_backup(self._store, names, deadline_s=SMALL_DEADLINE_S)

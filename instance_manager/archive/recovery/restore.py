@@ -2,9 +2,9 @@
 
 | phase | a failure, or a kill, leaves |
 |---|---|
-| files | a directory without pg_control, which cannot be started; the next try begins anew |
+| files | nothing; after a kill a directory without pg_control, which cannot be started, and which the next try removes |
 | replay | a directory that resumes where it was, by the same command |
-| opening | the same, until Postgres has promoted |
+| opening | the same; from when Postgres has begun to promote, a directory that is refused, and has to be removed |
 
 The archive is only read. Whoever starts the result archives under another name: lineage.py refuses anything else.
 """
@@ -12,12 +12,13 @@ The archive is only read. Whoever starts the result archives under another name:
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,13 +46,15 @@ from instance_manager.archive.tail import chain_of_archive, histories_in
 from instance_manager.codec import from_json, to_json
 from instance_manager.core.types import Lsn, Timeline, TimelineChain, WalEnd
 from instance_manager.ports import ContentDamaged, ObjectStore, ObjectStoreError
-from instance_manager.postgres.directory import create_standby_signal, remove_files_of_source
+from instance_manager.postgres.directory import STANDBY_SIGNAL, create_standby_signal, remove_files_of_source
 from instance_manager.postgres.files import read_if_present, write_atomically
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
 
 log = logging.getLogger("instance_manager.archive.recovery")
 
 MARKER = "instance-manager.recovery.json"
+STARTED = "instance-manager.restoring"
+"""From before the first file until pg_control is there: what lies beside it is ours, and may be removed."""
 LOG_FILE = "instance-manager.recovery.log"
 LIST_DEADLINE_S = 60.0
 
@@ -112,7 +115,7 @@ async def make_plan(store: ObjectStore, layout: Layout, target: Target, *, backu
         raise RestoreFailed(f"backup {chosen.backup_id} cannot be restored: {chosen.problem}")
     if backup is not None and not is_before(info, target):
         raise RestoreFailed(f"backup {info.backup_id} is complete only at {info.end_time}, behind the target, {target}")
-    window = await window_of(store, layout, info, deadline_s=LIST_DEADLINE_S)
+    window = await window_of(store, layout, info, chain=chain, deadline_s=LIST_DEADLINE_S)
     if target.kind == "immediate":
         chain = await chain_of_archive(store, layout, timeline=info.timeline, deadline_s=LIST_DEADLINE_S)
     return Plan(chosen, info, chain, window)
@@ -156,18 +159,41 @@ async def restore(
     """
     try:
         plan = await make_plan(store, layout, target, backup=backup)
-        resumed = await asyncio.to_thread(_find_marker, server.data_directory)
-        if resumed is not None:
-            plan = await _resumed_plan(store, layout, target, resumed)
-            on_progress(f"going on with the restore of backup {plan.info.backup_id}")
-        else:
-            on_progress(
-                f"restoring backup {plan.info.backup_id} ({plan.info.end_time:%Y-%m-%d %H:%M:%S%z}), target: {target}"
-            )
-            await _restore_files(server, store, layout, target, settings, plan, on_progress)
-        return await _replay(server, store, layout, target, settings, plan, on_progress)
+        with _alone_in(server.data_directory):
+            await asyncio.to_thread(_remove_unfinished, server.data_directory)
+            resumed = await asyncio.to_thread(_find_marker, server.data_directory)
+            if resumed is not None:
+                plan = await _resumed_plan(store, layout, target, resumed)
+                on_progress(f"going on with the restore of backup {plan.info.backup_id}")
+            else:
+                on_progress(
+                    f"restoring backup {plan.info.backup_id} ({plan.info.end_time:%Y-%m-%d %H:%M:%S%z}), target: {target}"
+                )
+                await _restore_files(server, store, layout, target, settings, plan, on_progress)
+            return await _replay(server, store, layout, target, settings, plan, on_progress)
     except (ObjectStoreError, LocalPostgresError, OSError, RecoveryStopped, NoInterpreter) as error:
         raise RestoreFailed(str(error)) from error
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """RestoreFailed: another restore works there; it may be the last one's, still ending, which removes what it wrote."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RestoreFailed(f"another restore is at work in {directory}: wait for its end") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unfinished(data_directory: Path) -> None:
+    """The files of a restore that was killed before all were there; what is nobody's of ours stays."""
+    if (data_directory / STARTED).exists() and not (data_directory / "global" / "pg_control").exists():
+        _empty([data_directory])
 
 
 async def _resumed_plan(store: ObjectStore, layout: Layout, target: Target, marker: _Marker) -> Plan:
@@ -192,6 +218,11 @@ def _find_marker(data_directory: Path) -> _Marker | None:
         raise RestoreFailed(
             f"{data_directory} is not empty, and not from a restore that can go on: nothing is ever overwritten. "
             "Give another directory, or remove what is there"
+        )
+    if not (data_directory / STANDBY_SIGNAL).exists():
+        raise RestoreFailed(
+            f"{data_directory} was killed as it opened: whether that was whole is not known, and started again it would open by itself. "
+            "Remove it, and give the same command again"
         )
     return marker
 
@@ -247,12 +278,14 @@ def _make_roots(destination: Destination) -> list[Path]:
         root.chmod(0o700)
         if destination.run_as is not None:
             os.chown(root, destination.run_as.uid, destination.run_as.gid)
+    (destination.data_directory / STARTED).touch()
     return roots
 
 
 def _empty(roots: list[Path]) -> None:
+    """What says whose it is goes last."""
     for root in roots:
-        for entry in root.iterdir():
+        for entry in sorted(root.iterdir(), key=lambda each: each.name == STARTED):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
@@ -274,6 +307,7 @@ def _finish_files(
     if extracted.control is None:
         raise ContentDamaged("the backup holds no pg_control")
     write_control(destination, extracted.control)
+    (data / STARTED).unlink()
 
 
 def _make_directory(path: Path, destination: Destination) -> None:
@@ -344,6 +378,7 @@ def _keep_log(server: LocalServer, log_file: Path) -> Path:
 
 def _forget_recovery(data_directory: Path) -> None:
     (data_directory / LOG_FILE).unlink(missing_ok=True)
+    (data_directory / STARTED).unlink(missing_ok=True)
     (data_directory / MARKER).unlink(missing_ok=True)
 
 
