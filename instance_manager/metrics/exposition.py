@@ -92,11 +92,16 @@ def render(blocks: Iterable[Block]) -> bytes:
 
 
 class Counter:
-    """A value that only grows, for each combination of label values."""
+    """A value that only grows, for each combination of label values.
 
-    def __init__(self, name: str, help_: str, labels: tuple[str, ...] = ()) -> None:
+    Those that are `known` begin at 0: Prometheus's `increase` does not see the first step of a series that begins at 1.
+    """
+
+    def __init__(
+        self, name: str, help_: str, labels: tuple[str, ...] = (), *, known: Iterable[tuple[str, ...]] = ()
+    ) -> None:
         self.family = Family(name, "counter", help_, labels)
-        self._values: dict[tuple[str, ...], float] = {} if labels else {(): 0}
+        self._values: dict[tuple[str, ...], float] = dict.fromkeys(known if labels else [()], 0)
 
     def add(self, *labels: str, by: float = 1) -> None:
         if len(labels) != len(self.family.labels):

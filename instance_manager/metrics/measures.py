@@ -10,6 +10,8 @@ from instance_manager.metrics.exposition import Block, Counter, Histogram
 RENEWAL_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5)
 LAG_BOUNDS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 PHASE_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
+FENCE_REASONS = ("soft_deadline", "hard_deadline", "unhealthy", "lease_lost")
+TAKEOVER_KINDS = ("election", "handover", "time")
 PHASES = ("suspicion", "election", "promotion", "opening")
 """In their order: until it stood, until it had the Lease, until Postgres was promoted, until clients entered."""
 
@@ -31,6 +33,7 @@ class Measures:
             "instance_manager_self_fences_total",
             "Times that this instance stopped its own writable Postgres at once, by reason.",
             ("reason",),
+            known=[(reason,) for reason in FENCE_REASONS],
         )
         self.promises = Counter(
             "instance_manager_promises_total", "Answers to candidates that asked for a promise.", ("result",)
@@ -39,6 +42,7 @@ class Measures:
             "instance_manager_failovers_total",
             "Takeovers of the Lease that were completed here, by how: election, handover or time.",
             ("kind",),
+            known=[(kind,) for kind in TAKEOVER_KINDS],
         )
         self.takeover_seconds = Histogram(
             "instance_manager_failover_phase_seconds",
@@ -50,6 +54,11 @@ class Measures:
             "instance_manager_rejoins_total",
             "Rewinds and clones of the data directory, by how they ended.",
             ("kind", "result"),
+            known=[
+                (kind, result)
+                for kind in ("clone", "rewind", "set aside and clone")
+                for result in ("failed", "success")
+            ],
         )
         self.loop_lag = Histogram(
             "instance_manager_event_loop_lag_seconds", "How late the agent's loop came to its tick.", LAG_BOUNDS_S

@@ -169,6 +169,8 @@ def test_a_new_primary_archives_what_the_old_one_had_not_and_its_history_comes_f
     old = cluster.wait_primary()
     with Writer(cluster, "over_a_failover") as writer:
         writer.wait_for_more(5)
+        # Segments from before the standbys were cloned are on no other volume.
+        all_archived(cluster, finish_segments(cluster, old, 1))
         processes.send([archiver(cluster, old)], signal.SIGSTOP)
         never_archived = finish_segments(cluster, old, 3)
         writer.wait_for_more(5)

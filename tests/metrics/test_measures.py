@@ -98,3 +98,15 @@ def test_what_is_no_number_and_labels_that_do_not_fit_are_refused() -> None:
         number([1])
     with pytest.raises(ValueError, match="zip"):
         Block(Family("f", "gauge", "help", ("a", "b"))).add(1, "only one")
+
+
+def test_what_may_happen_for_the_first_time_is_told_as_never_before_it_does() -> None:
+    """Prometheus's `increase` does not see the first step of a series that begins at 1: the alert of a first fence would not fire."""
+    told = {line for block in Measures().blocks() for line in block.lines}
+    for series in (
+        'self_fences_total{reason="soft_deadline"}',
+        'self_fences_total{reason="hard_deadline"}',
+        'failovers_total{kind="election"}',
+        'rejoins_total{kind="rewind",result="failed"}',
+    ):
+        assert f"instance_manager_{series} 0\n" in told
