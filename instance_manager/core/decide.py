@@ -321,7 +321,8 @@ def _found_cluster(o: Observation) -> Decision:
 
 
 def _uninitialised(o: Observation, record: ClusterRecord) -> Decision:
-    if o.directory.exists:
+    # What an initdb of its own left behind is no reason to wait: no record ever named it, so nobody wrote into it.
+    if o.directory.exists and not o.volume.initialising:
         return Decision(
             "wait", "the cluster is being initialised elsewhere, but there is data here: move it away by hand"
         )
