@@ -28,8 +28,9 @@ from instance_manager.agent.rejoining import Rejoining
 from instance_manager.agent.reporting import Reporting
 from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.agent.volume import VolumeUnusable
-from instance_manager.core.decide import Decision, DirectoryView, Observation, decide, suspicion
+from instance_manager.core.decide import Decision, decide, suspicion
 from instance_manager.core.lease import repair
+from instance_manager.core.observation import DirectoryView, Observation
 from instance_manager.core.rest import is_at_rest
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, MemberId, MemberName, member_name_of

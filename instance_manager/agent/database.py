@@ -19,7 +19,7 @@ from instance_manager.agent.server_files import parse_set
 from instance_manager.agent.standby_watch import Walsender
 from instance_manager.agent.supervisor_link import SupervisorLink, SupervisorSilent
 from instance_manager.config import Configuration
-from instance_manager.core.decide import PostgresView
+from instance_manager.core.observation import PostgresView
 from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.types import Epoch, Lsn, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.ports import Clock

@@ -14,8 +14,8 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from instance_manager.core.decide import LeaseView
 from instance_manager.core.lease import Permit, permit_of_renewal, record_damage
+from instance_manager.core.observation import LeaseView
 from instance_manager.core.record import ClusterRecord, Holder, StoredRecord, renewed
 from instance_manager.core.timing import Timings
 from instance_manager.core.types import WalEnd

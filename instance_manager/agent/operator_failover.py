@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.agent.peering import EndAnswer, EndRequest
-from instance_manager.core.decide import PeerState
 from instance_manager.core.election import Candidate, taken_over
+from instance_manager.core.observation import PeerState
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.types import (
     Epoch,

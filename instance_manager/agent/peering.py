@@ -16,7 +16,7 @@ from typing import TypeVar
 import msgspec
 
 from instance_manager.codec import from_json, to_json
-from instance_manager.core.decide import PeerState, PeerView
+from instance_manager.core.observation import PeerState, PeerView
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd
 from instance_manager.ports import Clock, PeerCaller, PeerRefused, PeerSilent, PeerUnreachable

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from instance_manager.agent.context import Context
 from instance_manager.core.archive_state import ArchiveState
-from instance_manager.core.decide import PeerState, PeerView
+from instance_manager.core.observation import PeerState, PeerView
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, format_lsn

@@ -6,7 +6,8 @@ again and often. So this is a list of what must be *seen* to be well: what is mi
 
 from __future__ import annotations
 
-from instance_manager.core.decide import Decision, Observation, PeerView
+from instance_manager.core.decide import Decision
+from instance_manager.core.observation import Observation, PeerView
 from instance_manager.core.record import ClusterRecord
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from instance_manager.core.decide import PeerState
+from instance_manager.core.observation import PeerState
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.types import (
     Epoch,

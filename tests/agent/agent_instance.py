@@ -33,8 +33,8 @@ from instance_manager.config_sections import (
     MemberSection,
     SecretsSection,
 )
-from instance_manager.core.decide import PeerState, PostgresView
 from instance_manager.core.lease import Permit
+from instance_manager.core.observation import PeerState, PostgresView
 from instance_manager.core.quorum import SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import Role

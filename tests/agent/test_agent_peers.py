@@ -13,7 +13,7 @@ from agent_instance import FakeCaller
 
 from instance_manager.agent.peering import HEARTBEAT_S, EndAnswer, EndRequest, Peers, WatchAnswer, WatchRequest
 from instance_manager.codec import from_json, to_json
-from instance_manager.core.decide import PeerView
+from instance_manager.core.observation import PeerView
 from instance_manager.core.types import Epoch, MemberName
 from instance_manager.ports import PeerRefused, PeerRejected, PeerSilent
 

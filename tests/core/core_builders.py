@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from instance_manager.core.decide import DirectoryView, LeaseView, Observation, PeerState, PeerView, PostgresView
 from instance_manager.core.election import Candidate, VoteAnswer
+from instance_manager.core.observation import DirectoryView, LeaseView, Observation, PeerState, PeerView, PostgresView
 from instance_manager.core.record import ClusterRecord, Holder, Release
 from instance_manager.core.timing import Timings
 from instance_manager.core.types import (

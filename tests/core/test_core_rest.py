@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from core_builders import C, P, ids, observation, peer, record, released_record
 
-from instance_manager.core.decide import Observation, decide, suspicion
+from instance_manager.core.decide import decide, suspicion
+from instance_manager.core.observation import Observation
 from instance_manager.core.record import ClusterRecord, SwitchoverRequest
 from instance_manager.core.rest import is_at_rest
 from instance_manager.core.types import Epoch, MemberName

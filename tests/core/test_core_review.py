@@ -24,9 +24,10 @@ from core_builders import (
     voter,
 )
 
-from instance_manager.core.decide import Observation, decide
+from instance_manager.core.decide import decide
 from instance_manager.core.election import StandBack, Won, judge_promises, taken_from_release
 from instance_manager.core.lease import entitled_by_time, given_back, reaffirmed, record_damage, repair
+from instance_manager.core.observation import Observation
 from instance_manager.core.quorum import ALONE, NOBODY, SetSynchronous, Settled, SynchronousSet, next_step, wanted_set
 from instance_manager.core.record import ClusterRecord
 from instance_manager.core.timing import Timings

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from core_builders import holder, ids, observation, peer, record
 
-from instance_manager.core.decide import Observation, decide
+from instance_manager.core.decide import decide
+from instance_manager.core.observation import Observation
 from instance_manager.core.record import Release, SwitchoverRequest
 from instance_manager.core.types import Epoch, Lsn, MemberId, MemberName, Timeline, WalEnd
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import ModuleType
 
 MODULES = tuple(
-    f"instance_manager.core.{name}" for name in ("decide", "voting", "election", "lease", "quorum", "rejoin")
+    f"instance_manager.core.{name}"
+    for name in ("decide", "observation", "voting", "election", "lease", "quorum", "rejoin")
 )
 """Where decisions are made."""
 HITS: list[int] = []

@@ -13,7 +13,7 @@ from test_mended_defects import another_serves, primary_of, record_of, until, wh
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.database import Database
-from instance_manager.core.decide import Observation
+from instance_manager.core.observation import Observation
 from instance_manager.core.record import Release, StoredRecord
 
 SETTLES_WITHIN_S = 20.0
