@@ -10,30 +10,33 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 
+from instance_manager.agent import stopping
 from instance_manager.agent.archiving import Archiving
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.control import Control
 from instance_manager.agent.details import details_of
 from instance_manager.agent.elections import Elections
 from instance_manager.agent.extension import keep_extending
-from instance_manager.agent.giving_back import give_back, unopened_for_s
+from instance_manager.agent.giving_back import give_back
 from instance_manager.agent.lease_keeper import RenewalFacts, WriteRefused
-from instance_manager.agent.operator_failover import lossy_failover, lossy_failover_as_best
+from instance_manager.agent.membership import Membership
+from instance_manager.agent.observing import Observing
+from instance_manager.agent.operator_failover import lossy_failover
+from instance_manager.agent.own_verbs import reinitialise, restart_postgres
 from instance_manager.agent.peer_service import PeerService
 from instance_manager.agent.peering import HEARTBEAT_S
 from instance_manager.agent.primary import PrimaryDuties
+from instance_manager.agent.proof_of_death import look_for_death
 from instance_manager.agent.rejoining import Rejoining
+from instance_manager.agent.repairing import repair_lease
 from instance_manager.agent.reporting import Reporting
 from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.agent.volume import VolumeUnusable
-from instance_manager.core.decide import Decision, decide, suspicion
-from instance_manager.core.lease import repair
-from instance_manager.core.observation import DirectoryView, Observation
+from instance_manager.core.decide import Decision, decide
+from instance_manager.core.observation import Observation
 from instance_manager.core.rest import is_at_rest
 from instance_manager.core.roles import Role
-from instance_manager.core.types import Epoch, MemberId, MemberName, member_name_of
 from instance_manager.http.details import Details
 from instance_manager.http.ports import ControlProgress, ControlResult
 from instance_manager.ports import CoordinationError, PeerUnreachable
@@ -99,6 +102,8 @@ class Agent:
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        self.membership = Membership(context)
+        self.observing = Observing(context)
         self.elections = Elections(context)
         self.primary = PrimaryDuties(context)
         self.rejoining = Rejoining(context)
@@ -107,24 +112,20 @@ class Agent:
         self.control_verbs = Control(
             context,
             self.reporting,
-            restart_postgres=self.restart_postgres,
+            restart_postgres=lambda: restart_postgres(context),
             reload=self.reload,
-            reinitialise=self.reinitialise,
+            reinitialise=lambda: reinitialise(context),
             lossy_failover=lambda preview: lossy_failover(context, self.reporting.own_state(), preview=preview),
         )
         self.peer_service = PeerService(self)
         self._operation: asyncio.Task[None] | None = None
         self._operation_act = ""
         self._not_before_s: dict[str, float] = {}
-        self._suspected_since_s: float | None = None
-        self._released_since_s: float | None = None
-        self._release_seen: object = None
         self._left = asyncio.Event()
         self._last_tick_s = context.clock.now_s()
         self._was_running = False
         self._adopted = False
         self._announced: tuple[object, ...] = ()
-        self._peers_of: tuple[object, ...] = ()
         self.reload_configuration: Callable[[], Awaitable[str]] | None = None
         self.exposition: Callable[[], Awaitable[bytes]] | None = None
         """One scrape of this instance's metrics."""
@@ -165,7 +166,7 @@ class Agent:
                 tasks.create_task(c.database.run()),
                 tasks.create_task(c.health.run()),
                 tasks.create_task(self._tick()),
-                tasks.create_task(self._look_for_death()),
+                tasks.create_task(look_for_death(c)),
                 tasks.create_task(keep_extending(c)),
                 tasks.create_task(self.archiving.run()),
             ]
@@ -204,13 +205,13 @@ class Agent:
             c.wake.clear()
             self._notice_pause()
             self._follow_events()
-            self._follow_members()
-            self._notice_lost_data()
+            self.membership.follow()
+            self.membership.notice_lost_data()
             c.publish_role()
             self.archiving.look()
             if not self._adopted:
                 await self._adopt()
-            observation = self.observe()
+            observation = self.observing.observe()
             decision = decide(observation)
             await self._act(decision)
             if (urgent := self.reporting.urgent()) != self._announced:
@@ -289,100 +290,6 @@ class Agent:
             c.link.reload_asked = False
             task = asyncio.ensure_future(self.reload())
             task.add_done_callback(_log_outcome)
-
-    def _follow_members(self) -> None:
-        """Peers are the members of the configuration, and whoever the record names: of what it was, or is to be."""
-        c = self.context
-        record = c.keeper.record
-        holder = record.holder.name if record is not None and record.holder is not None else None
-        voters = record.voters if record is not None else frozenset()
-        if (holder, voters, c.configuration) != self._peers_of:
-            self._peers_of = (holder, voters, c.configuration)
-            named = [*([holder] if holder is not None else ()), *(member_name_of(voter) for voter in voters)]
-            names = {MemberName(member.name) for member in c.configuration.members}
-            names |= {name for name in named if c.configuration.member(name) is not None}
-            c.peers.set_names(frozenset(names - {c.configuration.name}))
-
-    def _notice_lost_data(self) -> None:
-        """A Lease that outlived its cluster, or a cluster that lost every volume: only a person can tell which (R14)."""
-        c = self.context
-        record = c.keeper.record
-        if record is None or record.system_identifier is None or c.database.has_data:
-            return
-        if c.keeper.view().unchanged_for_s < record.lease_duration_s:
-            return
-        peers = c.peers.views().values()
-        if all(peer.answers and peer.state is not None and not peer.state.has_data for peer in peers):
-            c.journal.note(
-                "no data anywhere",
-                f"the Lease is of the cluster {record.system_identifier}, and no instance has its data: bring the volumes "
-                "back; or, if the Lease is left over from a cluster that was deleted, delete it and a new one begins",
-            )
-
-    def observe(self) -> Observation:
-        c = self.context
-        now_s = c.clock.now_s()
-        lease = c.keeper.view()
-        record = lease.record
-        permit = c.link.permit
-        permit_ok = permit is not None and (record is None or permit.epoch >= record.epoch)
-        release = record.release if record is not None else None
-        if release != self._release_seen:
-            self._release_seen, self._released_since_s = release, now_s
-            # Whether this log ends where the release says is known by a look that is younger.
-            c.database.look_soon()
-        observation = Observation(
-            now_s=now_s,
-            agent_age_s=now_s - c.started_s,
-            name=c.configuration.name,
-            incarnation=c.link.incarnation,
-            priority=c.configuration.instance.priority,
-            lease=lease,
-            volume=c.volume.state,
-            directory=DirectoryView(
-                exists=c.database.has_data,
-                was_primary=c.volume.state.was_primary,
-                half_rewound=c.database.is_half_rewound,
-            ),
-            postgres=c.database.view(),
-            peers=c.peers.views(),
-            timings=c.configuration.timings,
-            maximum_lag_bytes=c.configuration.cluster.maximum_lag_on_failover_bytes,
-            terminating=c.link.terminating,
-            was_fenced=c.role is Role.FENCED,
-            unhealthy=self._unhealthy(),
-            permit_left_s=permit.soft_s - now_s if permit is not None and permit_ok else 0.0,
-            suspected_for_s=0.0,
-            proven_dead=c.is_proven_dead(record),
-            released_for_s=now_s - self._released_since_s
-            if release is not None and self._released_since_s is not None
-            else 0.0,
-            yielding_for_s=now_s - c.yielding_since_s if c.yielding_since_s is not None else None,
-            stand_again_in_s=c.stand_again_s - now_s,
-            reaffirm_again_in_s=c.reaffirm_again_s - now_s,
-            unopened_for_s=unopened_for_s(c),
-        )
-        c.suspects = suspicion(observation) if not c.holds_lease else None
-        if c.suspects is None:
-            self._suspected_since_s = None
-            return observation
-        if self._suspected_since_s is None:
-            self._suspected_since_s = now_s
-            log.info("suspicion: %s", c.suspects)
-        return replace(observation, suspected_for_s=now_s - self._suspected_since_s)
-
-    def _unhealthy(self) -> str | None:
-        """Why another should be primary; a full disk only where a voter's is not."""
-        c = self.context
-        reason = c.health.unhealthy()
-        record = c.keeper.record
-        if reason is not None or not c.health.is_full or record is None:
-            return reason
-        for peer in c.peers.views().values():
-            state = peer.state
-            if peer.answers and state is not None and state.member_id in record.voters and not state.disk_full:
-                return f"its volume is full, and {state.name}'s is not"
-        return None
 
     # Acting.
 
@@ -479,7 +386,9 @@ class Agent:
         if c.role in (Role.STOPPED, Role.STOPPING, Role.PROMOTING):
             c.take_role(Role.STANDBY, "Postgres runs as a standby")
         c.take_role(Role.CANDIDATE, reason)
-        c.measures.takeover_begins(TAKEOVER_KINDS[self._operation_act], c.clock.now_s(), self._suspected_since_s)
+        c.measures.takeover_begins(
+            TAKEOVER_KINDS[self._operation_act], c.clock.now_s(), self.observing.suspected_since_s
+        )
         try:
             await take(reason)
         finally:
@@ -517,127 +426,26 @@ class Agent:
         await self.primary.reaffirm(reason)
 
     async def _kill(self, reason: str) -> None:
-        c = self.context
-        self._count_self_fence("unhealthy" if c.holds_lease else "lease_lost")
-        c.take_role(Role.STOPPING, reason)
-        c.gate_open = False
-        if c.holds_lease:
-            # First: on a stalled disk the processes end only when it answers again; none of them can commit till then.
-            c.start_yielding(reason)
-        await c.database.kill()
-        c.take_role(Role.STOPPED, reason)
+        await stopping.kill(self.context, reason)
 
     async def _stop(self, reason: str) -> None:
-        """The soft deadline: stop fast; what does not stop, the supervisor kills at the hard one."""
-        c = self.context
-        self._count_self_fence("soft_deadline")
-        c.take_role(Role.STOPPING, reason)
-        if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
-            await c.database.kill()
-        c.gate_open = False
-        c.take_role(Role.STOPPED, reason)
-
-    def _count_self_fence(self, reason: str) -> None:
-        if self.context.database.running_read_write:
-            self.context.measures.self_fences.add(reason)
+        await stopping.stop(self.context, reason)
 
     async def _fence(self, reason: str) -> None:
-        c = self.context
-        if c.database.running:
-            c.take_role(Role.STOPPING, reason)
-            if not await c.database.stop(deadline_s=c.configuration.timings.stop_timeout_s):
-                await c.database.kill()
-        if c.role is not Role.FENCED:
-            if c.role not in (Role.STOPPING, Role.STOPPED, Role.STARTING):
-                c.take_role(Role.STOPPING, reason)
-            c.take_role(Role.FENCED, reason)
-        await c.clock.sleep(RETRY_S)
+        await stopping.fence(self.context, reason)
+        await self.context.clock.sleep(RETRY_S)
 
     async def _leave(self, reason: str) -> None:
-        c = self.context
-        if c.database.running:
-            c.take_role(Role.STOPPING, reason)
-            if not await c.database.stop(deadline_s=2 * c.configuration.timings.stop_timeout_s):
-                await c.database.kill()
+        await stopping.stop_to_leave(self.context, reason)
         self._left.set()
 
     async def _repair(self, reason: str) -> None:
-        """R3: only the last holder repairs a damaged Lease, after q of its own persisted voters confirm."""
-        c = self.context
-        last = c.volume.state.last_record
-        holder = c.holder
-        if last is None or holder is None:
-            raise OperationFailed("this instance cannot repair the Lease: it was not its last holder")
-        ends = await self.primary.ask_ends(last)
-        confirmations: dict[MemberId, Epoch | None] = {voter: answer.promised_epoch for voter, answer in ends.items()}
-        await c.keeper.read()
-        version = c.keeper.damaged_version
-        if c.keeper.view().damage is None:
-            return
-        permit = c.link.permit
-        permitted = permit is not None and permit.epoch == last.epoch and c.clock.now_s() < permit.soft_s
-        repaired = repair(c.volume.state, holder, confirmations, permitted=permitted)
-        if isinstance(repaired, str):
-            raise OperationFailed(f"{reason}; not repaired: {repaired}")
-        await c.volume.save(lambda state: state.seen(repaired.epoch))
-        stored = await c.keeper.repair(repaired, version)
-        await c.volume.save(lambda state: state.writing(stored.record, None))
-        c.journal.note("repair", f"{reason}; the Lease is at epoch {repaired.epoch} now")
-
-    # Beside the loop.
-
-    async def _look_for_death(self) -> None:
-        """Asynchronous clusters: proof that the holder's life is over (R9)."""
-        c = self.context
-        while True:
-            record = c.keeper.record
-            asynchronous = record is not None and record.mode == "asynchronous"
-            if asynchronous and record is not None and record.holder is not None and c.suspects is not None:
-                with contextlib.suppress(CoordinationError):
-                    dead = await c.coordination.is_proven_dead(record.holder, deadline_s=1.0)
-                    c.dead_holder = record.holder if dead else None
-            if asynchronous:
-                await c.clock.sleep(0.25)
-            else:
-                await c.beat.sleep(1.0)
-
-    # Verbs of this instance.
-
-    async def restart_postgres(self) -> str:
-        c = self.context
-        name = c.configuration.name
-        if not c.database.running:
-            return f"Postgres does not run on {name}"
-        await c.database.checkpoint(deadline_s=30)
-        if not await c.database.stop(deadline_s=30):
-            await c.database.kill()
-        ends_s = c.clock.now_s() + 60
-        c.wake.set()
-        while c.clock.now_s() < ends_s:
-            if c.database.view().answers and c.role in (Role.PRIMARY, Role.STANDBY):
-                return f"{name} was restarted and is {c.role.value}"
-            await c.clock.sleep(0.05)
-        raise OperationFailed(f"{name} was stopped, but does not answer again yet")
+        await repair_lease(self.context, self.primary.ask_ends, reason)
 
     async def reload(self) -> str:
         if self.reload_configuration is None:
             return "nothing to reload"
         return await self.reload_configuration()
-
-    async def reinitialise(self) -> str:
-        """Clone anew. Only a standby; it is no voter while it does, because its log is gone (R6)."""
-        c = self.context
-        record = c.record
-        member_id = c.member_id
-        if record.holder is None or record.holder.member_id == member_id:
-            # Also under an earlier life: its log may hold what no other does.
-            raise OperationFailed("only a standby with a serving primary can be cloned anew; switch over first")
-        await c.keeper.write(lambda current: replace(current, excluded=current.excluded | {member_id}))
-        await c.peers.nudge(c.peers.names)
-        return f"{c.configuration.name} will be set aside and cloned from {record.holder.name}"
-
-    async def lossy_failover_here(self) -> str:
-        return await lossy_failover_as_best(self.context, self.reporting.own_state())
 
     def renewal_facts(self) -> RenewalFacts:
         """What cannot be started is not held on to: without voters only the Lease's end lets another take it."""

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from instance_manager.agent.context import OperationFailed
+from instance_manager.agent.operator_failover import lossy_failover_as_best
+from instance_manager.agent.own_verbs import reinitialise, restart_postgres
 from instance_manager.agent.peering import EndAnswer, EndRequest, WatchAnswer, WatchRequest
 from instance_manager.codec import from_json, to_json
 from instance_manager.core.voting import ExtensionRequest, VoteRequest
@@ -56,11 +58,11 @@ class PeerService:
                 c.wake.set()
                 return to_json(True)
             case "restart":
-                return to_json(await self._verb(self._agent.restart_postgres))
+                return to_json(await self._verb(lambda: restart_postgres(c)))
             case "reinit":
-                return to_json(await self._verb(self._agent.reinitialise))
+                return to_json(await self._verb(lambda: reinitialise(c)))
             case "lossy_failover":
-                return to_json(await self._verb(self._agent.lossy_failover_here))
+                return to_json(await self._verb(lambda: lossy_failover_as_best(c, self._agent.reporting.own_state())))
         raise UnknownCall(call)
 
     async def _verb(self, verb: Callable[[], Awaitable[str]]) -> str:

@@ -12,10 +12,10 @@ from agent_fakes import Fault, HandClock, settle
 from agent_instance import Instance
 from msgspec.structs import replace as changed
 
-from instance_manager.agent.agent import Agent
 from instance_manager.agent.context import Journal, OperationFailed
 from instance_manager.agent.elections import Elections
 from instance_manager.agent.extension import _extend
+from instance_manager.agent.membership import Membership
 from instance_manager.agent.peering import WatchAnswer
 from instance_manager.agent.primary import PrimaryDuties
 from instance_manager.agent.publishing import publish_note
@@ -94,16 +94,16 @@ async def test_peers_come_and_go_and_what_is_known_of_those_that_stay_is_kept(tm
 
 async def test_whoever_the_record_names_is_a_peer_as_long_as_it_does(tmp_path: Path) -> None:
     async with Instance(tmp_path, "p", record()) as p:
-        agent = Agent(p.context)
+        membership = Membership(p.context)
         former = MemberId("demo_4_00000000")
         p.context.configuration = on_kubernetes(p.context.configuration, 3)
         p.store.put(replace(p.record, voters=frozenset({A, former})))
         await p.keeper.read()
-        agent._follow_members()
+        membership.follow()
         assert set(p.peers.names) == {"a", "b", "demo-4"}
         p.store.put(replace(p.record, voters=frozenset({A})))
         await p.keeper.read()
-        agent._follow_members()
+        membership.follow()
         assert set(p.peers.names) == {"a", "b"}
 
 

@@ -14,6 +14,7 @@ from agent_instance import Instance
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.context import OperationFailed
+from instance_manager.agent.own_verbs import reinitialise
 from instance_manager.agent.rejoining import Rejoining
 from instance_manager.core.decide import Decision
 from instance_manager.core.record import ClusterRecord, Holder
@@ -156,14 +157,14 @@ async def test_r6_r16_a_directory_is_not_cloned_anew_when(tmp_path: Path, found:
     before = record(holder=found, voters=frozenset({B}))
     async with Reinitialised(tmp_path, before) as a:
         with pytest.raises(OperationFailed, match="switch over first"):
-            await a.agent.reinitialise()
+            await reinitialise(a.context)
         assert a.record.excluded == frozenset()
         assert a.events == []
 
 
 async def test_r6_the_directory_of_a_standby_is_given_up_in_the_record_to_be_cloned_anew(tmp_path: Path) -> None:
     async with Reinitialised(tmp_path, record()) as a:
-        assert await a.agent.reinitialise() == "a will be set aside and cloned from p"
+        assert await reinitialise(a.context) == "a will be set aside and cloned from p"
         assert a.record.excluded == {A}
         # It is a voter until the primary has dropped it by the table.
         assert a.record.voters == {A, B}

@@ -11,8 +11,8 @@ from simulated_instance import SimulatedInstance
 from simulated_listening import HTTP
 from test_mended_defects import another_serves, primary_of, record_of, until, whole_cluster
 
-from instance_manager.agent.agent import Agent
 from instance_manager.agent.database import Database
+from instance_manager.agent.observing import Observing
 from instance_manager.core.observation import Observation
 from instance_manager.core.record import Release, StoredRecord
 
@@ -39,13 +39,13 @@ def test_at_rest_an_agent_looks_once_a_second_while_clients_write(
     cluster: SimulatedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observed: list[str] = []
-    observe = Agent.observe
+    observe = Observing.observe
 
-    def counted(agent: Agent) -> Observation:
-        observed.append(agent.context.configuration.name)
-        return observe(agent)
+    def counted(observing: Observing) -> Observation:
+        observed.append(observing.context.configuration.name)
+        return observe(observing)
 
-    monkeypatch.setattr(Agent, "observe", counted)
+    monkeypatch.setattr(Observing, "observe", counted)
     cluster.world.run(cluster.world.now_s + REST_S)
     for name, instance in cluster.instances.items():
         # One a second, and one for each read, renewal and change of the Lease that this store tells of.
@@ -71,13 +71,13 @@ def test_at_rest_each_look_at_postgres_is_judged_at_once(
     cluster: SimulatedCluster, looks: list[tuple[Database, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     observed: list[tuple[Database, float]] = []
-    observe = Agent.observe
+    observe = Observing.observe
 
-    def told(agent: Agent) -> Observation:
-        observed.append((agent.context.database, cluster.world.now_s))
-        return observe(agent)
+    def told(observing: Observing) -> Observation:
+        observed.append((observing.context.database, cluster.world.now_s))
+        return observe(observing)
 
-    monkeypatch.setattr(Agent, "observe", told)
+    monkeypatch.setattr(Observing, "observe", told)
     cluster.world.run(cluster.world.now_s + REST_S)
     assert len(looks) >= 3 * REST_S * 0.9
     for database, begun_s in looks[:-3]:
@@ -99,11 +99,11 @@ def test_whoever_sees_a_release_looks_at_postgres_at_once(
     released = StoredRecord(replace(record, holder=None, release=stamp), "released")
     asked: list[bool] = []
     monkeypatch.setattr(context.database, "look_soon", lambda: asked.append(True))
-    standby.agent.observe()
+    standby.agent.observing.observe()
     assert not asked
     monkeypatch.setattr(context.keeper, "_stored", released)
-    standby.agent.observe()
-    standby.agent.observe()
+    standby.agent.observing.observe()
+    standby.agent.observing.observe()
     assert asked == [True]
 
 
