@@ -19,6 +19,7 @@ from instance_manager.agent.details import details_of
 from instance_manager.agent.elections import Elections
 from instance_manager.agent.extension import keep_extending
 from instance_manager.agent.giving_back import give_back
+from instance_manager.agent.giving_up import GivingUp
 from instance_manager.agent.lease_keeper import RenewalFacts, WriteRefused
 from instance_manager.agent.membership import Membership
 from instance_manager.agent.observing import Observing
@@ -106,6 +107,7 @@ class Agent:
         self.observing = Observing(context)
         self.elections = Elections(context)
         self.primary = PrimaryDuties(context)
+        self.giving_up = GivingUp(context, self.primary)
         self.rejoining = Rejoining(context)
         self.archiving = Archiving(context)
         self.reporting = Reporting(context, self.archiving.state)
@@ -411,16 +413,16 @@ class Agent:
             await nudge
 
     async def _give_back(self, reason: str) -> None:
-        await give_back(self.context, self.primary.settled, reason)
+        await give_back(self.context, self.primary.writes.settled, reason)
 
     async def _serve(self, _: str) -> None:
         await self.primary.serve()
 
     async def _switch_over(self, _: str) -> None:
-        await self.primary.switch_over()
+        await self.giving_up.switch_over()
 
     async def _hand_over(self, reason: str) -> None:
-        await self.primary.hand_over(reason)
+        await self.giving_up.hand_over(reason)
 
     async def _reaffirm(self, reason: str) -> None:
         await self.primary.reaffirm(reason)

@@ -1,4 +1,4 @@
-"""The duties of a primary: the quorum, the gate for clients, slots, and giving up in order."""
+"""The duties of a primary: the quorum, the gate for clients, slots, and who could take over from it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import logging
 from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
-from instance_manager.agent.lease_keeper import Change, WriteRefused
 from instance_manager.agent.peering import EndAnswer, EndRequest
+from instance_manager.agent.record_writes import RecordWrites
 from instance_manager.agent.standby_watch import StandbyWatch
 from instance_manager.core.lease import (
     judge_restart,
     may_reaffirm,
     reaffirmed,
-    released,
     resumed,
     with_mode,
     with_switchover,
@@ -33,19 +32,16 @@ from instance_manager.core.quorum import (
     synchronous_for,
     wanted_set,
 )
-from instance_manager.core.record import ClusterRecord, Holder, StoredRecord
+from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import Role
-from instance_manager.core.types import Epoch, Lsn, MemberId, MemberName, Timeline, WalEnd, member_name_of
+from instance_manager.core.types import Epoch, Lsn, MemberId, MemberName, Timeline, member_name_of
 from instance_manager.postgres.synchronous import BarrierNotPassed
 
 log = logging.getLogger("instance_manager.agent.primary")
 
 SWITCHOVER_MAXIMUM_LAG_BYTES = 16 * 1024 * 1024
-CHECKPOINT_DEADLINE_S = 30.0
 BARRIER_DEADLINE_S = 5.0
 GATE_DEADLINE_S = 2.0
-ROLE_DEADLINE_S = 0.3
-"""How long a handover waits at most until no new client is led here any more: usually 10 ms, beside the checkpoint."""
 
 
 class PrimaryDuties:
@@ -53,6 +49,7 @@ class PrimaryDuties:
         self._c = context
         timings = context.configuration.timings
         self.watch = StandbyWatch(stable_s=timings.stable_s, silent_after_s=timings.relax_after_s)
+        self.writes = RecordWrites(context)
         self._reaffirm_pause_s = 0.5
         self._mode_changed_s: float | None = None
         self.quorum_state = ""
@@ -219,7 +216,7 @@ class PrimaryDuties:
                 # Its voters may be away: then the quorum changes first, like that of any primary.
                 c.journal.note("not open yet", str(error))
         if record.switchover is not None and record.switchover.epoch != record.epoch:
-            await self._write(record, without_switchover)
+            await self.writes.write(record, without_switchover)
         elif record.switchover is None and await self._leave_to_a_member(record):
             return
         await self._quorum_step(record)
@@ -230,7 +227,7 @@ class PrimaryDuties:
         if c.configuration.is_member or record.paused or not c.gate_open or self.best_target(record, None) is None:
             return False
         request_id = f"{c.chance.getrandbits(64):016x}"
-        await self._write(record, lambda current: with_switchover(current, request_id=request_id, target=None))
+        await self.writes.write(record, lambda current: with_switchover(current, request_id=request_id, target=None))
         c.journal.note("scale down", f"{c.configuration.name} is beyond cluster.instances {c.configuration.instances}")
         return True
 
@@ -262,7 +259,7 @@ class PrimaryDuties:
         if first:
             await c.database.create_roles()
         # Recorded first: a record that says "never opened" may be given back (R13).
-        await self._write(record, lambda current: replace(current, opened=True))
+        await self.writes.write(record, lambda current: replace(current, opened=True))
         await c.database.open_gate()
         c.gate_open = True
         c.measures.opened(c.clock.now_s())
@@ -280,7 +277,7 @@ class PrimaryDuties:
         if record.mode != wanted_mode:
             # Before and after: an unknown outcome may be a change too.
             self._mode_changed_s = c.clock.now_s()
-            await self._record(record, with_mode(record, "asynchronous" if asynchronous else "synchronous"))
+            await self.writes.write_voters(record, with_mode(record, "asynchronous" if asynchronous else "synchronous"))
             self._mode_changed_s = c.clock.now_s()
             return
         if asynchronous:
@@ -326,45 +323,7 @@ class PrimaryDuties:
             await self._record_voters(record, members, 0)
 
     async def _record_voters(self, record: ClusterRecord, voters: frozenset[MemberId], quorum: int) -> None:
-        await self._record(record, with_voters(record, voters, quorum))
-
-    async def _record(self, record: ClusterRecord, wanted: ClusterRecord) -> None:
-        """Write (N, q) and mode, with the intention on the volume before and the success after: a Lease that is restored
-        or edited is known by it, and repaired by what was really acted on (R3)."""
-        c = self._c
-        await c.volume.save(lambda state: state.writing(record, wanted))
-        stored = await c.keeper.write(
-            lambda current: replace(current, voters=wanted.voters, quorum=wanted.quorum, mode=wanted.mode),
-            grounds=record.grounds(),
-        )
-        await c.volume.save(lambda state: state.writing(stored.record, None))
-
-    async def settled(self, record: ClusterRecord) -> ClusterRecord:
-        """The record once it is known what became of the last intention: by a write of our own (R1). A second intention
-        before that would make the volume forget the first, and take what this holder wrote for edited (R3)."""
-        c = self._c
-        if c.volume.state.intended_record is None:
-            return record
-        stored = await c.keeper.write(lambda current: self._still_held(current, record))
-        await c.volume.save(lambda state: state.writing(stored.record, None))
-        return stored.record
-
-    def _still_held(self, current: ClusterRecord, record: ClusterRecord) -> ClusterRecord:
-        """`current`, if this life holds it in the epoch of `record`. WriteRefused."""
-        if current.holder is None or current.holder != self._c.holder or current.epoch != record.epoch:
-            raise WriteRefused(f"the Lease is at epoch {current.epoch}, not this instance's of {record.epoch}")
-        return current
-
-    async def _write(self, record: ClusterRecord, change: Change) -> StoredRecord:
-        """A change by the holder of this epoch, and never on a successor's record, whatever happened meanwhile."""
-
-        def guarded(current: ClusterRecord) -> ClusterRecord:
-            self._still_held(current, record)
-            if (current.voters, current.quorum, current.mode) != (record.voters, record.quorum, record.mode):
-                raise WriteRefused("the voters have changed meanwhile")
-            return change(current)
-
-        return await self._c.keeper.write(guarded)
+        await self.writes.write_voters(record, with_voters(record, voters, quorum))
 
     def _wanted(self, record: ClusterRecord) -> SynchronousSet:
         c = self._c
@@ -432,8 +391,6 @@ class PrimaryDuties:
         c.journal.note("reaffirm", f"epoch {stored.record.epoch}: {reason}")
         await c.peers.nudge(c.peers.names)
 
-    # Giving up.
-
     def best_target(self, record: ClusterRecord, asked: MemberName | None) -> tuple[MemberName, MemberId] | None:
         """Who may take over in a planned way: streams, is near, answers, and is neither fenced nor leaving."""
         c = self._c
@@ -455,120 +412,6 @@ class PrimaryDuties:
             return None
         best = max(candidates, key=lambda candidate: candidate[:3])
         return MemberName(best[3]), best[4]
-
-    async def switch_over(self) -> None:
-        c = self._c
-        record = c.record
-        request = record.switchover
-        if request is None:
-            return
-        self.look()
-        if await self._wait_for_extension():
-            return
-        target = self.best_target(record, request.target)
-        if target is None:
-            who = request.target or "any standby"
-            c.journal.note("switchover refused", f"{who} does not stream or is too far behind")
-            await self._write(record, without_switchover)
-            return
-        await self._give_up(record, target, f"switchover to {target[0]}")
-
-    async def hand_over(self, reason: str) -> None:
-        """Shutdown or fence: a switchover where somebody fit is there, else a clean stop with a stamp for ourselves (R14)."""
-        c = self._c
-        record = c.record
-        self.look()
-        if c.database.running and await self._wait_for_extension():
-            return
-        await self._give_up(record, self.best_target(record, None) if not record.paused else None, reason)
-
-    async def _wait_for_extension(self) -> bool:
-        """Those that promised not to take over while the store was away would not take a release either (R11)."""
-        c = self._c
-        left_s = c.extended_until_s - c.clock.now_s()
-        if left_s <= 0:
-            return False
-        c.journal.note("hand over", f"later: the voters are bound for {left_s:.1f} s yet by their promise (R11)")
-        await c.clock.sleep(min(left_s, 1.0))
-        return True
-
-    async def _give_up(self, record: ClusterRecord, target: tuple[MemberName, MemberId] | None, reason: str) -> None:
-        c = self._c
-        timings = c.configuration.timings
-        c.journal.note("hand over", f"{reason}; target {target[0] if target else 'nobody'}")
-        if not c.database.running:
-            c.start_yielding(reason)
-            return
-        c.giving_up = True
-        c.publish_role()
-        try:
-            if target is not None:
-                # Before anything stops, so that the shutdown's own checkpoint is short.
-                await c.database.checkpoint(deadline_s=CHECKPOINT_DEADLINE_S)
-            await c.publication.role_is_published(deadline_s=ROLE_DEADLINE_S)
-            c.take_role(Role.STOPPING, reason)
-        finally:
-            c.giving_up = False
-        # Whoever takes over archives what is left. Where nobody does it is now or after the next start, if there is one.
-        c.archives_to_the_end = target is None
-        try:
-            clean = await c.database.stop(
-                deadline_s=timings.stop_timeout_s if target else 4 * timings.stop_timeout_s,
-                archive_for_s=0.0 if target else 2 * timings.stop_timeout_s,
-            )
-        finally:
-            c.archives_to_the_end = False
-        c.gate_open = False
-        if not clean:
-            await c.database.kill()
-            c.start_yielding(f"{reason}: Postgres did not stop in time and was killed")
-            c.take_role(Role.STOPPED, "killed")
-            return
-        end = await c.database.shutdown_end(record.chain)
-        c.take_role(Role.STOPPED, "Postgres has stopped clean")
-        if end is None:
-            # P12: not a clean end on the claimed timeline: no handover on it, the voters elect or it starts again.
-            c.start_yielding(f"{reason}: the shutdown was not clean")
-            return
-        holding = await self._who_holds(record, end, target)
-        if target is not None and target[1] not in holding:
-            c.journal.note("hand over", f"{target[0]} does not hold the end of the log")
-            target = None
-        named = target[1] if target is not None else c.member_id
-        await c.link.revoke(record.epoch)
-        record = await self.settled(record)
-        # Persisted before: after this nobody may take the release for lost and repair the Lease (R3).
-        await c.volume.save(lambda state: state.writing(record, _released(record, end, holding, named, c.member_id)))
-        await self._write(record, lambda current: _released(current, end, holding, named, c.member_id))
-        c.journal.note("release", f"the log ends at {end}; released to {named}")
-        if target is not None:
-            await c.peers.nudge((target[0],))
-
-    async def _who_holds(
-        self, record: ClusterRecord, end: WalEnd, target: tuple[MemberName, MemberId] | None
-    ) -> frozenset[MemberId]:
-        """The standbys that hold the shutdown checkpoint; the target is asked until its deadline, the others once."""
-        c = self._c
-        deadline_s = c.clock.now_s() + (1.5 if target is not None else 0.0)
-        while True:
-            answers = await c.peers.ask_all(
-                c.peers.names, "end", EndRequest(cluster_uid=record.cluster_uid), EndAnswer, deadline_s=1.5
-            )
-            holding = frozenset(
-                answer.member_id for answer in answers.values() if answer.member_id is not None and answer.end == end
-            )
-            if target is None or target[1] in holding or c.clock.now_s() >= deadline_s:
-                return holding
-            await c.clock.sleep(0.02)
-
-
-def _released(
-    record: ClusterRecord, end: WalEnd, holding: frozenset[MemberId], named: MemberId, me: MemberId
-) -> ClusterRecord:
-    changed = released(record, end=end, holding=holding, target=named if named in holding else None)
-    if named == me and changed.release is not None:
-        return replace(changed, release=replace(changed.release, target=me))
-    return changed
 
 
 def c_alone(context: Context) -> bool:

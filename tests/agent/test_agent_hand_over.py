@@ -58,7 +58,7 @@ async def test_r1_r3_a_hand_over_closes_an_unknown_write_by_one_of_its_own_befor
     async with Unsettled(tmp_path) as p:
         await p.raises_q(lands_after_s=lands_after_s)
         assert (p.intended_quorum, p.record.quorum) == (1, quorum)
-        await p.duties.hand_over("shutdown was asked for")
+        await p.giving_up.hand_over("shutdown was asked for")
         assert p.events == ["checkpoint", "stop", "revoke", "record", "volume", "volume", "record"]
         settled, releasing = p.volume_states[-2:]
         # What it found is what it acted on; only then the release is intended.
@@ -79,7 +79,7 @@ async def test_r1_r3_a_hand_over_closes_an_unknown_write_by_one_of_its_own_befor
 async def test_r1_r3_without_an_unknown_write_a_hand_over_writes_the_release_only(tmp_path: Path) -> None:
     async with Unsettled(tmp_path) as p:
         await p.looks(1.9)
-        await p.duties.hand_over("shutdown was asked for")
+        await p.giving_up.hand_over("shutdown was asked for")
         assert p.events == ["checkpoint", "stop", "revoke", "volume", "record"]
         assert intentions_replaced(p.volume_states) == []
 
@@ -89,7 +89,7 @@ async def test_r1_r3_a_hand_over_whose_closing_write_is_unknown_too_intends_no_r
         await p.raises_q(lands_after_s=None)
         p.store.faults_of_writes.append(unknown())
         with pytest.raises(OutcomeUnknown):
-            await p.duties.hand_over("shutdown was asked for")
+            await p.giving_up.hand_over("shutdown was asked for")
         assert p.events == ["checkpoint", "stop", "revoke"]
         assert p.intended_quorum == 1
         assert (p.record.holder, p.record.release) == (p.holder, None)
@@ -100,7 +100,7 @@ async def test_r1_r4_a_hand_over_closes_nothing_on_the_record_of_a_successor(tmp
         await p.raises_q(lands_after_s=None)
         p.database.on["stop"] = p.meanwhile(taken_by_a())
         with pytest.raises(WriteRefused):
-            await p.duties.hand_over("shutdown was asked for")
+            await p.giving_up.hand_over("shutdown was asked for")
         assert p.record == taken_by_a()
         assert p.record.holder == OTHER
         assert p.intended_quorum == 1

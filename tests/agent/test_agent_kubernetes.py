@@ -15,6 +15,7 @@ from msgspec.structs import replace as changed
 from instance_manager.agent.context import Journal, OperationFailed
 from instance_manager.agent.elections import Elections
 from instance_manager.agent.extension import _extend
+from instance_manager.agent.giving_up import GivingUp
 from instance_manager.agent.membership import Membership
 from instance_manager.agent.peering import WatchAnswer
 from instance_manager.agent.primary import PrimaryDuties
@@ -209,8 +210,8 @@ async def test_new_clients_are_led_elsewhere_before_a_primary_stops_writing(tmp_
         p.knows("a", "b")
         assert p.database.at is not None
         p.caller.ends_at("a", p.database.at)
-        duties = PrimaryDuties(p.context)
-        await duties._give_up(p.record, (MemberName("a"), A), "switchover")
+        giving_up = GivingUp(p.context, PrimaryDuties(p.context))
+        await giving_up._give_up(p.record, (MemberName("a"), A), "switchover")
         order = [event for event in p.events if event in ("role replica", "role seen", "checkpoint", "stop")]
         assert order == ["role replica", "checkpoint", "role seen", "stop"]
 
@@ -225,7 +226,7 @@ async def test_a_handover_that_fails_before_anything_stopped_leads_clients_here_
 
         p.database.on["checkpoint"] = fail
         with pytest.raises(OperationFailed):
-            await PrimaryDuties(p.context)._give_up(p.record, (MemberName("a"), A), "switchover")
+            await GivingUp(p.context, PrimaryDuties(p.context))._give_up(p.record, (MemberName("a"), A), "switchover")
         p.context.publish_role()
         assert told.role == "primary"
 

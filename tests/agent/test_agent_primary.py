@@ -14,6 +14,7 @@ from agent_fakes import Fault, settle, unknown
 from agent_instance import Instance
 
 from instance_manager.agent.context import OperationFailed
+from instance_manager.agent.giving_up import GivingUp
 from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.agent.primary import PrimaryDuties
 from instance_manager.core.quorum import ALONE, SynchronousSet
@@ -34,6 +35,7 @@ class Primary(Instance):
         self.database.senders = {A: 0, B: 0}
         self.context.synchronous, self.context.synchronous_confirmed = told, True
         self.duties = PrimaryDuties(self.context)
+        self.giving_up = GivingUp(self.context, self.duties)
         self.steps: list[str] = []
 
     async def serve(self, times: int = 1) -> list[str]:
@@ -251,7 +253,7 @@ async def test_p12_r3_a_hand_over_stops_first_revokes_remembers_and_only_then_re
         await p.looks(2)
         p.caller.ends_at("a", end(200))
         p.caller.ends_at("b", end(200))
-        await p.duties.hand_over("shutdown was asked for")
+        await p.giving_up.hand_over("shutdown was asked for")
         assert p.events == ["checkpoint", "stop", "revoke", "volume", "record"]
         release = p.record.release
         assert release is not None
@@ -265,7 +267,7 @@ async def test_p12_a_target_that_does_not_hold_the_end_is_not_named(tmp_path: Pa
         await p.looks(2)
         p.caller.ends_at("a", end(190))
         p.caller.ends_at("b", end(190))
-        await p.duties.hand_over("shutdown was asked for")
+        await p.giving_up.hand_over("shutdown was asked for")
         release = p.record.release
         assert release is not None
         assert release.target == p.member_id
@@ -279,7 +281,7 @@ async def test_r4_a_hand_over_never_releases_the_lease_of_a_successor(tmp_path: 
         await p.looks(2)
         p.database.on["stop"] = p.meanwhile(taken_by_a())
         with pytest.raises((WriteRefused, OperationFailed, ValueError)):
-            await p.duties.hand_over("shutdown was asked for")
+            await p.giving_up.hand_over("shutdown was asked for")
         assert p.record.holder == OTHER
         assert p.record.release is None
 

@@ -11,8 +11,8 @@ from simulated_volume import PostgresBehaviour
 
 from instance_manager.agent import extension, operator_failover
 from instance_manager.agent.elections import Elections
+from instance_manager.agent.giving_up import GivingUp
 from instance_manager.agent.lease_keeper import LeaseKeeper
-from instance_manager.agent.primary import PrimaryDuties
 from instance_manager.core import decide, election, lease
 
 HANGS = PostgresBehaviour(hanging_stop=1.0)
@@ -283,9 +283,9 @@ LEASE = (
         rule="P12",
         what="The walsender's connection died at the shutdown: its standby lacks the end, and is recorded as holding it.",
         patch=bent(
-            PrimaryDuties,
+            GivingUp,
             "_give_up",
-            ("holding = await self._who_holds(record, end, target)", "holding = self._everybody()"),
+            ("holding = await self._who_holds(record, end, target)", "holding = self._primary._everybody()"),
         ),
         scenario=Scenario(
             durability="preferred",
