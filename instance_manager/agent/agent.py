@@ -283,7 +283,7 @@ class Agent:
         holds = record is not None and record.holder is not None and record.holder.member_id == c.volume.state.member_id
         if not holds:
             c.stop_yielding()
-        elif record is not None and record.system_identifier is not None and not c.database.is_startable:
+        elif record is not None and record.system_identifier is not None and not c.database.directory.is_startable:
             c.start_yielding("its data directory cannot be started")
         if c.database.running_read_write:
             self.primary.look()
@@ -455,7 +455,7 @@ class Agent:
         refusal = c.health.unhealthy()
         record = c.keeper.record
         known = record is not None and record.system_identifier is not None
-        if refusal is None and known and not c.database.running and not c.database.is_startable:
+        if refusal is None and known and not c.database.running and not c.database.directory.is_startable:
             refusal = "its data directory cannot be started"
         running = c.link.postgres is not None and c.link.postgres.mode == "read_write"
         position = c.database.view().end if running else None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from instance_manager.agent.postgres_port import LocalPostgres
+from instance_manager.core.types import Lsn
 from instance_manager.postgres.archive_commands import Allowed
 from instance_manager.postgres.server import LocalPostgresError
 from instance_manager.threads import TooManyCalls
@@ -62,3 +63,13 @@ class Allowing:
             raise NotWithheld("what restore_command may do cannot be written: it may yet bring WAL (P9)")
         await self._postgres.nothing_is_restored(postmaster_pid, deadline_s=deadline_s)
         self._is_clear = self._allowed is None
+
+    async def ask_to_archive_again(self, archived_to: Lsn | None) -> None:
+        """Of what a primary before this one wrote. `archived_to`: as it told; None: nothing is known."""
+        try:
+            await self._postgres.ask_to_archive_again(archived_to, deadline_s=ALLOW_DEADLINE_S)
+        except (TimeoutError, TooManyCalls, OSError) as error:
+            # No promotion waits for the archive: its backfill looks for the same, as long as it is there.
+            log.warning(
+                "what the last primary had not archived is not asked for again: %s", str(error) or type(error).__name__
+            )

@@ -50,9 +50,9 @@ class Archiving:
             while True:
                 await self._news.wait()
                 self._news.clear()
-                if self._segment_bytes is None and c.database.is_startable:
+                if self._segment_bytes is None and c.database.directory.is_startable:
                     try:
-                        self._segment_bytes = await c.database.wal_segment_bytes()
+                        self._segment_bytes = await c.database.directory.wal_segment_bytes()
                     except (LocalPostgresError, OSError, ValueError) as error:
                         log.info("the size of WAL segments is not known yet: %s", error)
                         await c.clock.sleep(SIZE_RETRY_S)
@@ -68,7 +68,7 @@ class Archiving:
         if not c.archiver.is_configured:
             return
         if self._segment_bytes is None:
-            if c.database.is_startable:
+            if c.database.directory.is_startable:
                 self._news.set()
             return
         self._remember_primary()

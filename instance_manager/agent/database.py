@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
-from instance_manager.agent.allowing import ALLOW_DEADLINE_S, Allowing
+from instance_manager.agent.allowing import Allowing
 from instance_manager.agent.beat import Beat
+from instance_manager.agent.data_directory import DataDirectory
 from instance_manager.agent.postgres_port import LocalPostgres, Upstream
 from instance_manager.agent.server_files import parse_set
+from instance_manager.agent.server_view import ServerView
+from instance_manager.agent.slots import Slots
 from instance_manager.agent.standby_watch import Walsender
 from instance_manager.agent.supervisor_link import SupervisorLink, SupervisorSilent
 from instance_manager.config import Configuration
@@ -26,8 +28,6 @@ from instance_manager.ports import Clock
 from instance_manager.postgres import promotion, voting
 from instance_manager.postgres.archive_commands import Allowed
 from instance_manager.postgres.configuration import NOBODY_CAN_SATISFY
-from instance_manager.postgres.control_data import ControlData
-from instance_manager.postgres.directory import DirectoryState
 from instance_manager.postgres.dynamic_settings import DynamicSettings
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.hot_standby import RestartOrder, restart_order
@@ -35,8 +35,6 @@ from instance_manager.postgres.observation import PostgresObservation
 from instance_manager.postgres.server import LocalPostgresError
 from instance_manager.postgres.sql import SqlUnavailable
 from instance_manager.postgres.synchronous import SynchronousReplication
-from instance_manager.postgres.wal_dump import PositionUnknown, WalMissing
-from instance_manager.threads import TooManyCalls
 
 log = logging.getLogger("instance_manager.agent.database")
 
@@ -49,25 +47,6 @@ FOLLOW_DEADLINE_S = 5.0
 ASK_ARCHIVE_AFTER_S = 2.0
 """A standby that is told to follow and receives nothing for this time may ask the archive for what its primary lacks."""
 SYNCHRONOUS_DEADLINE_S = 5.0
-SLOTS_INTERVAL_S = 10.0
-"""A slot that is missing keeps its member from streaming: the primary looks again this often."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoppedFacts:
-    """What is known of a directory on which no server runs."""
-
-    exists: bool
-    half_rewound: bool
-    foreign: str | None
-    system_identifier: str | None
-    end: WalEnd | None
-    needs: WalEnd | None = None
-    """What recovery must reach and the log on this disk does not."""
-    recovers_along: Timeline | None = None
-    """The timeline of a read-write start: pg_control's. It lags behind the log while the end of a promotion is written."""
-    histories: tuple[Timeline, ...] = ()
-    """The timelines whose histories are there."""
 
 
 class NotAllowed(LocalPostgresError):
@@ -97,27 +76,13 @@ class Database:
         self._on_change = on_change
         self._settings = DynamicSettings(postgres.running.settings_file)
         self._synchronous = SynchronousReplication(postgres.running, self._settings)
-        self._seen: PostgresObservation | None = None
-        self._seen_of_pid: int | None = None
-        self._answers = False
-        self._message: str | None = None
-        self._message_changed_s = float("-inf")
-        self._timeline = Timeline(0)
+        self.seen = ServerView(clock)
         self._following: tuple[MemberId, Epoch] | None = None
         self._starts_with: tuple[MemberId, Epoch] | None = None
         """Whom a server follows from its start, however late that comes."""
-        self._received_s = clock.now_s()
-        self._proven: WalEnd | None = None
-        """The end of the last complete record, since nothing more can be received (`stop_following`)."""
         self._gate = asyncio.Lock()
         """A reload that finds the gate open and writes it anew does not open one that was closed meanwhile (P8)."""
-        self._slots = asyncio.Lock()
-        """Slots are dropped and made one after another, whoever asks."""
-        self._slots_for: frozenset[MemberId] = frozenset()
-        self._slots_of_pid: int | None = None
-        """Which server's slots were last made so."""
-        self._slots_tried_of_pid: int | None = None
-        self._slots_kept_s = float("-inf")
+        self._slots = Slots(postgres, clock, lambda: self._pid)
         self._stopping_since_s: float | None = None
         self._checkpoint: asyncio.Task[None] | None = None
         self._allowing = Allowing(postgres, may_fetch=lambda: self._following is not None)
@@ -126,7 +91,7 @@ class Database:
         """Not from the moment that archiving is cut off for a stop."""
         self._asked_s = clock.now_s()
         """When this server was last told to follow somebody else than before."""
-        self._report = postgres.inspect_at_start()
+        self.directory = DataDirectory(postgres)
         self._wake = asyncio.Event()
 
     # The view.
@@ -145,95 +110,50 @@ class Database:
 
     @property
     def answers(self) -> bool:
-        return self.running and self._answers
-
-    @property
-    def has_data(self) -> bool:
-        return self._report.state in (
-            DirectoryState.INITIALISED,
-            DirectoryState.HALF_REWOUND,
-            DirectoryState.FOREIGN,
-        )
-
-    @property
-    def is_startable(self) -> bool:
-        return self._report.state is DirectoryState.INITIALISED
-
-    @property
-    def is_half_rewound(self) -> bool:
-        return self._report.state is DirectoryState.HALF_REWOUND
+        return self.running and self.seen.answers
 
     def start_advances(self) -> bool:
         """Postgres runs and has not answered yet: recovery, or not yet. Bounded by the startup probe's own patience."""
-        return self.running and self._seen is None
+        return self.running and self.seen.last is None
 
     def view(self) -> PostgresView:
-        process, seen = self._link.postgres, self._seen
+        process, seen = self._link.postgres, self.seen.last
         silent_for_s = float("inf")
         receiving = False
         if process is not None and seen is not None and seen.is_receiving:
-            receiving = self._answers
-            silent_for_s = self._clock.now_s() - self._message_changed_s
+            receiving = self.seen.answers
+            silent_for_s = self._clock.now_s() - self.seen.message_changed_s
         return PostgresView(
             running=process is not None,
             mode=process.mode if process is not None else None,
             answers=self.answers,
             in_recovery=seen.in_recovery if process is not None and seen is not None else None,
-            end=self._end() if process is not None else None,
+            end=self.seen.end() if process is not None else None,
             receiving=receiving,
             silent_for_s=silent_for_s,
             following=self._following if process is not None else None,
-            system_identifier=self._system_identifier() if process is not None else None,
+            system_identifier=self.seen.system_identifier() if process is not None else None,
             stopping_for_s=self._clock.now_s() - self._stopping_since_s if self._stopping_since_s is not None else 0.0,
         )
 
-    def _system_identifier(self) -> str | None:
-        return str(self._seen.system_identifier) if self._seen is not None else None
-
-    def _end(self) -> WalEnd | None:
-        seen = self._seen
-        if seen is None:
-            return None
-        if not seen.in_recovery:
-            return WalEnd(seen.timeline, seen.flush_lsn) if seen.flush_lsn is not None else None
-        if self._proven is not None:
-            return self._proven
-        # What it has flushed may end amid a record (P11): good for a lag, not for a vote or a comparison.
-        known = [lsn for lsn in (seen.receive_lsn, seen.replay_lsn) if lsn is not None]
-        return WalEnd(max(self._timeline, seen.timeline), max(known)) if known else None
-
     def not_receiving_for_s(self) -> float:
         """How long a standby that is told to follow has received nothing; 0 for everybody else."""
-        if self._following is None or self._seen is None:
+        if self._following is None or self.seen.last is None:
             return 0.0
-        return max(0.0, self._clock.now_s() - self._received_s)
+        return max(0.0, self._clock.now_s() - self.seen.received_s)
 
     def walsenders(self) -> tuple[Walsender, ...]:
-        if self._seen is None or not self.answers:
+        if self.seen.last is None or not self.answers:
             return ()
         return tuple(
             Walsender(sender.application_name, sender.state, sender.flush_lsn, sender.reply_time)
-            for sender in self._seen.walsenders
+            for sender in self.seen.last.walsenders
         )
 
     @property
     def last_look(self) -> PostgresObservation | None:
         """What the running server told last; None: it does not answer."""
-        return self._seen if self.answers else None
-
-    def lag_bytes(self, position: WalEnd | None) -> int | None:
-        """Behind the last position that the primary told: never more exact than its last renewal."""
-        end = self._end()
-        if end is None or position is None:
-            return None
-        return max(0, position.lsn - end.lsn)
-
-    def replay_lag_bytes(self) -> int | None:
-        """Received and not yet replayed."""
-        seen, end = self._seen, self._end()
-        if seen is None or end is None or not seen.in_recovery or seen.replay_lsn is None:
-            return None
-        return max(0, end.lsn - seen.replay_lsn)
+        return self.seen.last if self.answers else None
 
     async def run(self) -> None:
         """Look again and again; at once when asked to."""
@@ -252,28 +172,29 @@ class Database:
 
     async def _look(self) -> None:
         process = self._link.postgres
-        before = (self._answers, self._seen.is_receiving if self._seen else None)
+        before = (self.seen.answers, self.seen.last.is_receiving if self.seen.last else None)
         if process is None:
             self._forget()
         else:
-            if process.pid != self._seen_of_pid:
+            if process.pid != self.seen.of_pid:
                 self._forget()
-                self._seen_of_pid = process.pid
+                self.seen.of_pid = process.pid
                 self._following = self._starts_with
                 self._asked_s = self._clock.now_s()
             try:
-                self._take(await self._postgres.observe(deadline_s=LOOK_DEADLINE_S))
-                if self._slots_of_pid != process.pid and process.mode == "standby":
-                    await self._drop_old_slots(process.pid)
+                seen = await self._postgres.observe(deadline_s=LOOK_DEADLINE_S)
+                self.seen.take(seen, follows=self._following is not None)
+                if self._slots.of_pid != process.pid and process.mode == "standby":
+                    await self._slots.drop_old(process.pid)
             except (LocalPostgresError, OSError) as error:
-                self._answers = False
+                self.seen.answers = False
                 if SHUTTING_DOWN in str(error) and self._stopping_since_s is None:
                     self._stopping_since_s = self._clock.now_s()
         # Looked at anew: it may have been promoted meanwhile, and then it archives. What a slow disk did not take is tried again.
         if not self._promoting and self._link.postgres is not None:
             standby = self._link.postgres.mode == "standby"
             await self._allowing.allow(self._standby_may() if standby else self._primary_may())
-        if before != (self._answers, self._seen.is_receiving if self._seen else None):
+        if before != (self.seen.answers, self.seen.last.is_receiving if self.seen.last else None):
             self._on_change()
 
     def _standby_may(self) -> Allowed | None:
@@ -284,22 +205,10 @@ class Database:
     def _primary_may(self) -> Allowed | None:
         return "push" if self._may_push else None
 
-    def _take(self, seen: PostgresObservation) -> None:
-        self._seen, self._answers = seen, True
-        receiver = seen.walreceiver
-        message = f"{receiver.pid} {receiver.last_message}" if receiver is not None else None
-        if message != self._message:
-            self._message, self._message_changed_s = message, self._clock.now_s()
-        if seen.is_receiving or not seen.in_recovery or self._following is None:
-            self._received_s = self._clock.now_s()
-        if receiver is not None and receiver.received_timeline is not None:
-            self._timeline = max(self._timeline, receiver.received_timeline)
-
     def _forget(self) -> None:
-        if self._seen is not None or self._seen_of_pid is not None:
+        if self.seen.last is not None or self.seen.of_pid is not None:
             self._postgres.forget()
-        self._seen, self._seen_of_pid, self._answers = None, None, False
-        self._message, self._timeline, self._proven = None, Timeline(0), None
+        self.seen.forget()
         self._following = None
         self._stopping_since_s = None
 
@@ -313,13 +222,6 @@ class Database:
                 raise
 
     # Starting and stopping.
-
-    async def initialise(self) -> ControlData:
-        await self._refresh_report()
-        if self._report.state is not DirectoryState.INITIALISED:
-            await self._postgres.initialise()
-        await self._refresh_report()
-        return await self._postgres.control_data()
 
     async def start_standby(self, upstream: Upstream | None = None, *, chain: TimelineChain | None = None) -> None:
         """Nobody can satisfy the list, clients may read, and nobody is followed (P1, R5).
@@ -353,7 +255,7 @@ class Database:
         # Look often while it starts: each look is an event somebody waits for.
         for _ in range(100):
             await self._look()
-            if self._answers or not self.running:
+            if self.seen.answers or not self.running:
                 break
             await self._clock.sleep(0.05)
         self._on_change()
@@ -410,12 +312,12 @@ class Database:
             upstream.member_id,
             deadline_s=FOLLOW_DEADLINE_S,
         )
-        self._proven = None
+        self.seen.proven = None
         if self._following is None or self._following[0] != upstream.holder:
             self._asked_s = self._clock.now_s()
         self._following = (upstream.holder, upstream.epoch)
         # A winner that gave the Lease back has slots that nobody will stream through.
-        self._slots_of_pid = None
+        self._slots.of_pid = None
         self.look_soon()
 
     async def adopt(self, upstream: Upstream, *, promised: bool) -> None:
@@ -441,23 +343,23 @@ class Database:
         await voting.stop_following(self._postgres.running, self._settings, deadline_s=deadline_s)
         left_s = max(0.1, deadline_s - (self._clock.now_s() - began_s))
         end = await self._postgres.position(chain, deadline_s=left_s)
-        self._timeline = max(self._timeline, end.timeline)
-        self._proven = end
+        self.seen.timeline = max(self.seen.timeline, end.timeline)
+        self.seen.proven = end
         self.look_soon()
         return end
 
     async def proven_end(self, chain: TimelineChain) -> WalEnd | None:
         """The end of the log on this disk; None while it still receives, for then it is only a lower bound."""
-        if self._link.postgres is None and self.is_startable:
-            end = (await self.stopped_facts(chain)).end
+        if self._link.postgres is None and self.directory.is_startable:
+            end = (await self.directory.stopped_facts(chain)).end
             return end if self._link.postgres is None else None
         if self._link.postgres is None or self._link.postgres.mode != "standby":
             return None
         await self._look()
-        if not self._answers or self._seen is None or self._seen.walreceiver is not None:
+        if not self.seen.answers or self.seen.last is None or self.seen.last.walreceiver is not None:
             return None
-        if self._proven is not None:
-            return self._proven
+        if self.seen.proven is not None:
+            return self.seen.proven
         # Not remembered: until it is told to stop, a walreceiver may come and go between two looks.
         return await self._postgres.position(chain, deadline_s=1.0)
 
@@ -475,8 +377,8 @@ class Database:
         try:
             # Before: the new timeline's history waits to be archived from the first moment.
             await self._allowing.allow("push")
-            await self._ask_to_archive_again(archived_to)
-            self._timeline = await self._postgres.promote(
+            await self._allowing.ask_to_archive_again(archived_to)
+            self.seen.timeline = await self._postgres.promote(
                 chain, lambda: self._link.promote(epoch), deadline_s=deadline_s
             )
         except (promotion.PromotedWrong, promotion.PromotionFailed) as error:
@@ -486,15 +388,6 @@ class Database:
         finally:
             self._promoting = False
         await self._look()
-
-    async def _ask_to_archive_again(self, archived_to: Lsn | None) -> None:
-        try:
-            await self._postgres.ask_to_archive_again(archived_to, deadline_s=ALLOW_DEADLINE_S)
-        except (TimeoutError, TooManyCalls, OSError) as error:
-            # No promotion waits for the archive: its backfill looks for the same, as long as it is there.
-            log.warning(
-                "what the last primary had not archived is not asked for again: %s", str(error) or type(error).__name__
-            )
 
     # Serving.
 
@@ -522,28 +415,8 @@ class Database:
         return await self._postgres.lets_clients_in()
 
     async def prepare_slots(self, members: frozenset[MemberId]) -> None:
-        """A slot for each member, none for others. Cheap while nothing changed; what is there is seen again at times."""
-        if members == self._slots_for and self._slots_of_pid == self._pid and self._slots_are_fresh:
-            return
-        async with self._slots:
-            await self._keep_slots(members)
-
-    async def _drop_old_slots(self, pid: int) -> None:
-        """Of the time when this was the primary: they would keep WAL for ever. Never those of a promotion that has begun."""
-        async with self._slots:
-            just_tried = self._slots_tried_of_pid == pid and self._slots_are_fresh
-            if pid == self._pid and pid != self._slots_of_pid and not just_tried:
-                await self._keep_slots(frozenset())
-
-    @property
-    def _slots_are_fresh(self) -> bool:
-        return self._clock.now_s() - self._slots_kept_s < SLOTS_INTERVAL_S
-
-    async def _keep_slots(self, members: frozenset[MemberId]) -> None:
-        pid = self._pid
-        self._slots_tried_of_pid, self._slots_kept_s = pid, self._clock.now_s()
-        await self._postgres.keep_slots(members)
-        self._slots_for, self._slots_of_pid = members, pid
+        """A slot for each member, none for others."""
+        await self._slots.prepare(members)
 
     async def fill_gaps(self, chain: TimelineChain) -> None:
         """Whoever follows asks for every history; a promotion that was cut off, or a clone, may lack some (P4)."""
@@ -567,68 +440,10 @@ class Database:
 
         self._checkpoint = asyncio.create_task(run())
 
-    # Stopped directories.
-
-    async def stopped_facts(self, chain: TimelineChain | None) -> StoppedFacts:
-        await self._refresh_report()
-        report = self._report
-        exists = report.state in (DirectoryState.INITIALISED, DirectoryState.HALF_REWOUND)
-        foreign = report.reason if report.state is DirectoryState.FOREIGN else None
-        if foreign is None and exists and report.major != self._postgres.major:
-            foreign = f"it is of Postgres {report.major}, the programs are {self._postgres.major}"
-        facts = StoppedFacts(
-            exists=exists,
-            half_rewound=report.state is DirectoryState.HALF_REWOUND,
-            foreign=foreign,
-            system_identifier=None,
-            end=None,
-        )
-        if not exists or foreign is not None:
-            return facts
-        control = await self._postgres.control_data()
-        facts = replace(
-            facts,
-            system_identifier=str(control.system_identifier),
-            recovers_along=max(control.timeline, control.minimum_recovery_end_timeline),
-            histories=await self._postgres.histories(),
-        )
-        if chain is None or facts.half_rewound:
-            return facts
-        try:
-            end = await self._postgres.end_of_stopped(control, chain)
-        except WalMissing as error:
-            return replace(facts, needs=error.needed)
-        except PositionUnknown as error:
-            log.warning("the end of the stopped directory's log cannot be told: %s", error)
-            return facts
-        return replace(facts, end=end)
-
-    async def shutdown_end(self, chain: TimelineChain | None) -> WalEnd | None:
-        """Behind the shutdown checkpoint of a clean end on the claimed timeline (P12); None otherwise."""
-        if chain is None:
-            return None
-        control = await self._postgres.control_data()
-        end = await self._postgres.shutdown_end(control, chain)
-        if isinstance(end, str):
-            log.warning("no handover on this log: %s", end)
-            return None
-        return end
-
-    async def clone(self, host: str, port: int, system_identifier: str, on_progress: Callable[[str], None]) -> None:
-        await self._postgres.clone(host, port, int(system_identifier), on_progress)
-        await self._refresh_report()
-
     async def rewind(self, host: str, port: int, timeline: Timeline) -> None:
         async with self._gate:
             await self._postgres.write_files(NOBODY, Access.CLOSED, standby=False)
-        try:
-            log.info("pg_rewind from %s:%s: %s", host, port, await self._postgres.rewind(host, port, timeline))
-        finally:
-            await self._refresh_report()
-
-    async def set_aside(self) -> None:
-        log.warning("the data directory was set aside as %s", await self._postgres.set_aside())
-        await self._refresh_report()
+        await self.directory.rewind(host, port, timeline)
 
     async def reload_configuration(self, configuration: Configuration) -> tuple[str, ...]:
         """Take over changed parameters and access rules; returns the names that need a restart."""
@@ -641,10 +456,6 @@ class Database:
             await self._reload()
         return names
 
-    async def wal_segment_bytes(self) -> int:
-        """Of the data directory; the same for all of the cluster."""
-        return (await self._postgres.control_data()).wal_segment_bytes
-
     async def wake_archiving(self) -> None:
         """A reload ends the minute's pause that Postgres's archiver makes after three failures."""
         if self.running:
@@ -652,12 +463,9 @@ class Database:
 
     def restart_order(self) -> RestartOrder:
         """Who must be restarted first for the configuration to take effect everywhere without stopping replay."""
-        if self._seen is None:
+        if self.seen.last is None:
             return RestartOrder.ANY
-        return restart_order(self._seen.hot_standby, self._postgres.wanted_hot_standby())
-
-    async def _refresh_report(self) -> None:
-        self._report = await self._postgres.inspect()
+        return restart_order(self.seen.last.hot_standby, self._postgres.wanted_hot_standby())
 
     async def _reload(self) -> None:
         await self._settings.file.reload()

@@ -27,7 +27,7 @@ def details_of(context: Context, postgres: str) -> Details:
         cluster=c.configuration.cluster.name,
         role=c.role.value,
         postgres=postgres,
-        has_data=c.database.has_data,
+        has_data=c.database.directory.has_data,
         receiving=view.receiving,
         voter=voter,
         holds_every_commit=voter and record is not None and record.quorum == len(record.voters),

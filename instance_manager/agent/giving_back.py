@@ -36,7 +36,7 @@ async def give_back(
     if taken is None or found_chain is None or chain is None or not c.holds_lease:
         raise OperationFailed("there is nothing to be given back")
     found = taken.found
-    end = c.database.view().end if c.database.running else (await c.database.stopped_facts(chain)).end
+    end = c.database.view().end if c.database.running else (await c.database.directory.stopped_facts(chain)).end
     # Others may have followed it there, under this claim or one before it.
     promoted = end is not None and not found_chain.knows(end.timeline) and chain.knows(end.timeline)
     await c.link.revoke(c.record.epoch)

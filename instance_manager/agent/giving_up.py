@@ -90,7 +90,7 @@ class GivingUp:
             c.start_yielding(f"{reason}: Postgres did not stop in time and was killed")
             c.take_role(Role.STOPPED, "killed")
             return
-        end = await c.database.shutdown_end(record.chain)
+        end = await c.database.directory.shutdown_end(record.chain)
         c.take_role(Role.STOPPED, "Postgres has stopped clean")
         if end is None:
             # P12: not a clean end on the claimed timeline: no handover on it, the voters elect or it starts again.

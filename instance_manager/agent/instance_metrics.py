@@ -238,10 +238,12 @@ class InstanceMetrics:
             gauge(
                 f"{P}replication_lag_bytes",
                 "Of a standby: behind the last position that the primary told.",
-                None if primary else c.database.lag_bytes(record.position if record is not None else None),
+                None if primary else c.database.seen.lag_bytes(record.position if record is not None else None),
             ),
             gauge(
-                f"{P}replay_lag_bytes", "Of a standby: received and not yet replayed.", c.database.replay_lag_bytes()
+                f"{P}replay_lag_bytes",
+                "Of a standby: received and not yet replayed.",
+                c.database.seen.replay_lag_bytes(),
             ),
             gauge(
                 f"{P}not_receiving_seconds",

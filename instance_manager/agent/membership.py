@@ -29,7 +29,7 @@ class Membership:
         """A Lease that outlived its cluster, or a cluster that lost every volume: only a person can tell which (R14)."""
         c = self._c
         record = c.keeper.record
-        if record is None or record.system_identifier is None or c.database.has_data:
+        if record is None or record.system_identifier is None or c.database.directory.has_data:
             return
         if c.keeper.view().unchanged_for_s < record.lease_duration_s:
             return

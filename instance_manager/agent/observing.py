@@ -45,9 +45,9 @@ class Observing:
             lease=lease,
             volume=c.volume.state,
             directory=DirectoryView(
-                exists=c.database.has_data,
+                exists=c.database.directory.has_data,
                 was_primary=c.volume.state.was_primary,
-                half_rewound=c.database.is_half_rewound,
+                half_rewound=c.database.directory.is_half_rewound,
             ),
             postgres=c.database.view(),
             peers=c.peers.views(),

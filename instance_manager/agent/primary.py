@@ -109,7 +109,7 @@ class PrimaryDuties:
             raise OperationFailed(damage)
         if c.database.running:
             await c.database.kill()
-        facts = await c.database.stopped_facts(record.chain)
+        facts = await c.database.directory.stopped_facts(record.chain)
         if facts.half_rewound or facts.end is None or record.chain is None:
             raise OperationFailed("the data directory cannot be started as a primary: its log's end is not known")
         ends = await self.ask_ends(record)

@@ -65,7 +65,7 @@ class Rejoining:
             lambda state: replace(state.saw_record(record), initialising=True, cluster_uid=record.cluster_uid)
         )
         grounds = c.record.grounds()
-        control = await c.database.initialise()
+        control = await c.database.directory.initialise()
         stored = await c.keeper.write(
             lambda record: initialised(
                 record,
@@ -88,7 +88,7 @@ class Rejoining:
         known = [each for each in (c.keeper.record, state.remembered()) if each is not None]
         record = max(known, key=lambda each: each.epoch, default=None)
         if record is not None and record.chain is not None:
-            facts = await c.database.stopped_facts(record.chain)
+            facts = await c.database.directory.stopped_facts(record.chain)
             if facts.needs is not None:
                 raise OperationFailed(f"it must receive up to {facts.needs} before it is consistent, from nobody yet")
             if facts.end is None:
@@ -178,7 +178,7 @@ class Rejoining:
             if record.needs_vote_of(c.volume.state.member_id):
                 raise OperationFailed(f"{reason}; but it is still a voter: the primary drops it first (R6)")
             await self._stop(reason)
-        stopped = await c.database.stopped_facts(record.chain)
+        stopped = await c.database.directory.stopped_facts(record.chain)
         facts = DirectoryFacts(
             exists=stopped.exists,
             half_rewound=stopped.half_rewound,
@@ -272,10 +272,10 @@ class Rejoining:
                     raise
             else:
                 if rejoin is Rejoin.SET_ASIDE_AND_CLONE:
-                    await c.database.set_aside()
+                    await c.database.directory.set_aside()
                 c.take_role(Role.CLONING, f"from {source}")
                 c.operation = f"cloning from {source}"
-                await c.database.clone(
+                await c.database.directory.clone(
                     member.host, member.postgres_port, record.system_identifier or "", self._progress
                 )
                 self.failed_rewinds = 0

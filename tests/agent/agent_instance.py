@@ -15,7 +15,8 @@ from agent_fakes import Keeping, MemoryCoordination
 
 from instance_manager.agent.beat import Beat
 from instance_manager.agent.context import Context, Journal
-from instance_manager.agent.database import Database, StoppedFacts
+from instance_manager.agent.data_directory import StoppedFacts
+from instance_manager.agent.database import Database
 from instance_manager.agent.health import Health
 from instance_manager.agent.peering import HEARTBEAT_S, EndAnswer, Peers, WatchAnswer
 from instance_manager.agent.postgres_port import Upstream
@@ -85,6 +86,10 @@ class FakeDatabase:
         self.exists = True
         self.left: tuple[Timeline, ...] = ()
         """Timelines of histories that are not the cluster's."""
+
+    @property
+    def directory(self) -> Self:
+        return self
 
     def view(self) -> PostgresView:
         return PostgresView(

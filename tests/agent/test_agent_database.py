@@ -17,8 +17,9 @@ from agent_fakes import VirtualClock, settle
 from agent_instance import configuration
 
 from instance_manager.agent.beat import Beat
-from instance_manager.agent.database import SLOTS_INTERVAL_S, Database
+from instance_manager.agent.database import Database
 from instance_manager.agent.postgres_port import LocalPostgres, Upstream
+from instance_manager.agent.slots import SLOTS_INTERVAL_S
 from instance_manager.agent.supervisor_link import PostgresProcess, SupervisorError, SupervisorLink, SupervisorSilent
 from instance_manager.core.quorum import NOBODY
 from instance_manager.core.types import Epoch, MemberId

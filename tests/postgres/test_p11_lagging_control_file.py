@@ -73,7 +73,7 @@ async def test_p11_with_its_own_control_file_a_read_write_start_goes_on_along_th
     cluster: Cluster,
 ) -> None:
     a, chain = await killed_after_promotion(cluster, control_file_of="afterwards")
-    facts = await (await database_of(a)).stopped_facts(chain)
+    facts = await (await database_of(a)).directory.stopped_facts(chain)
     assert (facts.recovers_along, facts.histories) == (2, (2,))
     await start_read_write(a)
     assert await timeline_of(a) == 2
@@ -84,7 +84,7 @@ async def test_p11_the_facts_of_the_stopped_directory_tell_that_the_control_file
     cluster: Cluster, control_file_of: str
 ) -> None:
     a, chain = await killed_after_promotion(cluster, control_file_of=control_file_of)
-    facts = await (await database_of(a)).stopped_facts(chain)
+    facts = await (await database_of(a)).directory.stopped_facts(chain)
     control = await read_control_data(a.server)
     told_by = {"stopped": ClusterState.SHUT_DOWN_IN_RECOVERY, "running": ClusterState.IN_ARCHIVE_RECOVERY}
     assert control.state is told_by[control_file_of]
@@ -96,7 +96,7 @@ async def test_p11_the_facts_of_the_stopped_directory_tell_that_the_control_file
 
 async def test_p11_p4_a_log_ahead_of_its_control_file_is_promoted_again_under_the_next_claim(cluster: Cluster) -> None:
     a, chain = await killed_after_promotion(cluster, control_file_of="running")
-    facts = await (await database_of(a)).stopped_facts(chain)
+    facts = await (await database_of(a)).directory.stopped_facts(chain)
     assert facts.end is not None
     holder = Holder(member_id=A, incarnation="life")
     record = ClusterRecord(
