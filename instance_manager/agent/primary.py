@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
@@ -36,8 +35,6 @@ from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, Lsn, MemberId, MemberName, Timeline, member_name_of
 from instance_manager.postgres.synchronous import BarrierNotPassed
-
-log = logging.getLogger("instance_manager.agent.primary")
 
 SWITCHOVER_MAXIMUM_LAG_BYTES = 16 * 1024 * 1024
 BARRIER_DEADLINE_S = 5.0
