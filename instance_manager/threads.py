@@ -73,6 +73,15 @@ class InOrder:
         finally:
             attempt.give_up()
 
+    def after(self, change: Callable[[], object]) -> Callable[[], None]:
+        """What the thread is to run behind whatever has begun, also when nobody waits for it any more."""
+
+        def run() -> None:
+            with self._turn:
+                change()
+
+        return run
+
 
 class Threads:
     """Runs blocking calls in threads of their own."""

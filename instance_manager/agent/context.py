@@ -22,7 +22,7 @@ from instance_manager.config import Configuration
 from instance_manager.core.quorum import NOBODY, SynchronousSet
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import TRANSITIONS, Role
-from instance_manager.core.types import Epoch, Lsn, MemberId
+from instance_manager.core.types import Lsn, MemberId
 from instance_manager.metrics.measures import Measures
 from instance_manager.ports import Clock, Coordination, Publication
 from instance_manager.status import CertificateStatus, DecisionLine, ManagedStatus
@@ -89,17 +89,6 @@ def _without_numbers(text: str) -> str:
     return text.translate(_NO_DIGITS)
 
 
-@dataclass(frozen=True, slots=True)
-class Takeover:
-    """A write by which this agent took the Lease, or may have."""
-
-    found: ClusterRecord
-    """The record that it stood on."""
-    epoch: Epoch
-    at_s: float
-    """When it was about to be sent, CLOCK_BOOTTIME."""
-
-
 @dataclass(slots=True)
 class Context:
     configuration: Configuration
@@ -146,8 +135,8 @@ class Context:
     suspects: str | None = None
     yielding: str | None = None
     yielding_since_s: float | None = None
-    taken: Takeover | None = None
-    """The last that this agent wrote, until it has promoted by it (R13)."""
+    took_at_s: float | None = None
+    """When this agent was about to take the Lease, CLOCK_BOOTTIME; None: an agent before it was, if anybody (R13)."""
     remarks: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """What a part of this instance wants somebody to look at, a sentence each, by the name of the part."""
     certificates: Callable[[], tuple[CertificateStatus, ...]] = tuple

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable
 from dataclasses import replace
 
-from instance_manager.agent.context import Context, OperationFailed, Takeover
+from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.core.election import (
@@ -86,14 +86,21 @@ class Elections:
                 )
         return verdict
 
-    async def _promise(self, epoch: Epoch, candidate: MemberId) -> WalEnd:
+    async def _promise(self, epoch: Epoch, candidate: MemberId, stands_on: ClusterRecord | None = None) -> WalEnd:
+        """`stands_on`: a promise to itself, by which it is about to take the Lease; persisted in one."""
         chain = self._c.record.chain
         if chain is None:
             raise OperationFailed("the cluster has no history yet")
         async with self._c.voting:
             if self._c.clock.now_s() < self._c.volume.state.extension_until_s:
                 raise OperationFailed("this member has just promised the primary not to promise (R11)")
-            await self._c.volume.save(lambda state: state.promising(epoch, candidate))
+            await self._c.volume.save(
+                lambda state: (
+                    state.promising(epoch, candidate)
+                    if stands_on is None
+                    else state.promising(epoch, candidate).taking(stands_on, epoch)
+                )
+            )
             end = await self._c.database.stop_following(
                 chain, deadline_s=self._c.configuration.timings.promise_timeout_s
             )
@@ -195,7 +202,7 @@ class Elections:
         c.takeover_open = True
         # Both at once: what counts is judged only when this log is final and the others have told theirs.
         async with asyncio.TaskGroup() as tasks:
-            own = tasks.create_task(_caught(self._promise(stand.epoch, request.candidate)))
+            own = tasks.create_task(_caught(self._promise(stand.epoch, request.candidate, record)))
             others = tasks.create_task(
                 c.peers.ask_all(
                     self._other_voters(record),
@@ -243,9 +250,8 @@ class Elections:
                 acquired_at=timestamp(),
             )
 
-        # Persisted first: an epoch is never acted on before it is remembered (R3).
-        await c.volume.save(lambda state: state.seen(taken.epoch))
-        c.taken = Takeover(record, taken.epoch, c.clock.now_s())
+        c.took_at_s = c.clock.now_s()
+        await c.volume.save(lambda state: state.taking(record, taken.epoch))
         stored = await c.keeper.write(change, grounds=grounds)
         c.journal.note(
             "take the Lease",

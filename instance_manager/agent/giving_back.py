@@ -13,14 +13,21 @@ PAUSE_S = 10.0
 
 
 def unopened_for_s(context: Context) -> float | None:
-    """How long ago this agent took the Lease that it holds, has not opened and could leave to another; None otherwise."""
+    """How long ago this instance took the Lease that it holds, has not opened and could leave to another; None otherwise.
+
+    An agent that restarted since counts from its own start.
+    """
     c = context
-    record, taken = c.keeper.record, c.taken
-    if record is None or taken is None or not c.holds_lease or record.opened or record.epoch < taken.epoch:
+    record, took = c.keeper.record, c.volume.state.took
+    if record is None or took is None or not c.holds_lease or record.opened or record.epoch < took.epoch:
         return None
-    if not helps_to_give_back(record, taken.found, c.member_id):
+    if not helps_to_give_back(record, took.found, c.member_id):
         return None
-    return c.clock.now_s() - taken.at_s
+    return c.clock.now_s() - taken_at_s(c)
+
+
+def taken_at_s(context: Context) -> float:
+    return context.took_at_s if context.took_at_s is not None else context.started_s
 
 
 async def give_back(
@@ -31,11 +38,11 @@ async def give_back(
     Nobody was let in, so nothing was acknowledged since the takeover, and the N and q that it found elect as before.
     """
     c = context
-    taken, chain = c.taken, c.record.chain
-    found_chain = taken.found.chain if taken is not None else None
-    if taken is None or found_chain is None or chain is None or not c.holds_lease:
+    took, chain = c.volume.state.took, c.record.chain
+    found_chain = took.found.chain if took is not None else None
+    if took is None or found_chain is None or chain is None or not c.holds_lease:
         raise OperationFailed("there is nothing to be given back")
-    found = taken.found
+    found = took.found
     end = c.database.view().end if c.database.running else (await c.database.directory.stopped_facts(chain)).end
     # Others may have followed it there, under this claim or one before it.
     promoted = end is not None and not found_chain.knows(end.timeline) and chain.knows(end.timeline)
@@ -45,7 +52,6 @@ async def give_back(
     back = given_back(record, found, promoted=promoted)
     await c.volume.save(lambda state: state.writing(record, back))
     await c.keeper.write(lambda current: given_back(current, found, promoted=promoted), grounds=record.grounds())
-    c.taken = None
     c.stand_again_s = c.clock.now_s() + PAUSE_S
     c.stop_yielding()
     c.journal.note("give back", reason)

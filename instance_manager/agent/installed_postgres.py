@@ -71,7 +71,7 @@ class InstalledPostgres:
         self._threads = Threads("what the archive's commands may do")
         self._words = InOrder()
         self.major = version.major
-        self.running = SqlServer(server, reload)
+        self.running = SqlServer(server, reload, self._files.writes)
 
     # The running server.
 

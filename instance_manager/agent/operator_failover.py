@@ -240,7 +240,7 @@ async def _wait_and_take(c: Context, ground: Ground, found: Survey, holder: Hold
         return taken
 
     # Nothing that another takeover found is given back instead of this one.
-    c.taken = None
+    await c.volume.save(lambda state: state.opening())
     if ground.damage is None:
         await c.keeper.write(change, grounds=record.grounds())
     else:

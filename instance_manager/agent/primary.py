@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
+from instance_manager.agent.giving_back import taken_at_s
 from instance_manager.agent.peering import EndAnswer, EndRequest
 from instance_manager.agent.record_writes import RecordWrites
 from instance_manager.agent.standby_watch import StandbyWatch
@@ -76,13 +77,13 @@ class PrimaryDuties:
         )
         c.opened_s = c.clock.now_s()
         c.measures.takeover_reached("promotion", c.opened_s)
-        c.taken = None
         c.journal.note("promoted", f"timeline {switch.timeline} from {switch.parent}, epoch {record.epoch}")
 
     def _archived_to(self) -> Lsn | None:
         """What the primary before this one told of its archive; None: nothing, or it is not known who that was."""
         c = self._c
-        before = c.taken.found.holder or c.taken.found.release if c.taken is not None else None
+        took = c.volume.state.took
+        before = took.found.holder or took.found.release if took is not None else None
         if before is None or c.archived_to is None:
             return None
         member = before.member_id if isinstance(before, Holder) else before.releaser
@@ -92,7 +93,7 @@ class PrimaryDuties:
         """A first promotion ends when the Lease would be given back; a later one, of a holder that cannot, has its own time."""
         c = self._c
         timeout_s = c.configuration.timings.promote_timeout_s
-        left_s = c.taken.at_s + timeout_s - c.clock.now_s() if c.taken is not None else timeout_s
+        left_s = taken_at_s(c) + timeout_s - c.clock.now_s() if c.volume.state.took is not None else timeout_s
         return left_s if left_s > 0 else timeout_s
 
     async def resume(self) -> None:
@@ -255,7 +256,9 @@ class PrimaryDuties:
         first = record.chain is not None and not record.chain.switches
         if first:
             await c.database.create_roles()
-        # Recorded first: a record that says "never opened" may be given back (R13).
+        # Before: nothing is given back any more, whatever a repair of the Lease makes of "never opened" (R13).
+        await c.volume.save(lambda state: state.opening())
+        # Recorded first: a record that says "never opened" may be given back.
         await self.writes.write(record, lambda current: replace(current, opened=True))
         await c.database.open_gate()
         c.gate_open = True

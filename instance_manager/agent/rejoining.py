@@ -148,10 +148,12 @@ class Rejoining:
         """A standby that an agent before this one started may wait for a primary that is none any more, and a server that
         is not consistent yet cannot be asked."""
         c = self._c
-        state = c.volume.state
-        upstream = self._upstream(record)
-        promised = (state.promised_epoch, state.promised_to) == (record.epoch, upstream.holder)
-        await c.database.adopt(upstream, promised=promised)
+        # No promise meanwhile: what it stopped from following would be taken for what follows still.
+        async with c.voting:
+            state = c.volume.state
+            upstream = self._upstream(record)
+            promised = (state.promised_epoch, state.promised_to) == (record.epoch, upstream.holder)
+            await c.database.adopt(upstream, promised=promised)
 
     async def rejoin(self, reason: str) -> None:
         """Postgres does not run, or runs on a log that left the cluster's history."""

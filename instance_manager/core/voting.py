@@ -13,6 +13,15 @@ from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import Epoch, MemberId, WalEnd
 
 
+@dataclass(frozen=True, slots=True)
+class TookOver:
+    """A write by which this member took the Lease, or may have: what R13 gives back if it cannot open."""
+
+    found: ClusterRecord
+    """The record that it stood on."""
+    epoch: Epoch
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VolumeState:
     """What one volume must never forget. Lost with the volume, which is then another voter."""
@@ -40,6 +49,8 @@ class VolumeState:
     """A primary's last written record: with it a damaged Lease is repaired (R3)."""
     intended_record: ClusterRecord | None = None
     """What it was about to write after that; whether it did is not known until it is `last_record`."""
+    took: TookOver | None = None
+    """The last takeover, until clients are about to be let in: an agent that restarts in between gives it back as well."""
     starts: int = 0
     extension_epoch: Epoch = Epoch(0)
     extension_until_s: float = 0.0
@@ -64,6 +75,14 @@ class VolumeState:
         if epoch < self.promised_epoch or (epoch == self.promised_epoch and candidate != self.promised_to):
             raise ValueError(f"promised epoch {self.promised_epoch} to {self.promised_to}")
         return replace(self.seen(epoch), promised_epoch=epoch, promised_to=candidate)
+
+    def taking(self, found: ClusterRecord, epoch: Epoch) -> VolumeState:
+        """Before the Lease is taken under `epoch`: an epoch is never acted on before it is remembered (R3)."""
+        return replace(self.seen(epoch), took=TookOver(found, epoch))
+
+    def opening(self) -> VolumeState:
+        """Before clients are let in: what is acknowledged from then on no earlier N and q would elect (R13)."""
+        return replace(self, took=None)
 
     def following(self, record: ClusterRecord) -> VolumeState:
         """The state of a follower of the record's holder; ValueError if a promise forbids it.

@@ -65,13 +65,15 @@ def _end_of(segment: Path) -> int:
 async def nothing_is_restored(server: LocalServer, postmaster: int, deadline: Deadline) -> None:
     """After `allow(None)`: return once no restore_command runs, and what the last one brought was taken over.
 
-    StillRestoring: not seen in time.
+    StillRestoring: not seen in time, or the disk does not answer.
     """
     pause = Pause(0.02)
-    while await asyncio.to_thread(_is_restoring, server, postmaster):
-        if deadline.passed:
-            raise StillRestoring(f"restore_command has not ended within {deadline.whole_s:g} s")
-        await pause(deadline)
+    try:
+        async with asyncio.timeout(deadline.left_s):
+            while await asyncio.to_thread(_is_restoring, server, postmaster):
+                await pause(deadline)
+    except TimeoutError:
+        raise StillRestoring(f"restore_command has not ended within {deadline.whole_s:g} s") from None
 
 
 def _is_restoring(server: LocalServer, postmaster: int) -> bool:

@@ -12,6 +12,7 @@ import importlib.resources
 import shlex
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import asyncpg
 
@@ -30,6 +31,7 @@ from instance_manager.postgres.histories import (
 from instance_manager.postgres.observation import identify_system
 from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError, LocalServer
 from instance_manager.postgres.wal_dump import end_of_wal
+from instance_manager.threads import InOrder
 
 Relay = Callable[[], Awaitable[None]]
 """Port: SIGUSR1 to the postmaster, by whoever owns it (the supervisor)."""
@@ -144,12 +146,18 @@ async def promote(server: LocalServer, chain: TimelineChain, relay: Relay, *, de
     if not chain.switches:
         raise ValueError("nothing was claimed: the chain has one timeline only")
     triggered = False
+    files = InOrder()
+
+    def ask() -> None:
+        # This order: the script answers only while the claim is there and Postgres has consumed the signal file.
+        write_atomically(server.data_directory / PROMOTE_SIGNAL, b"", run_as=server.run_as)
+        write_claim(server, claim)
+
     try:
         try:
             await _require_parent_history(server, chain, deadline)
-            # This order: the script answers only while the claim is there and Postgres has consumed the signal file.
-            await asyncio.to_thread(write_atomically, server.data_directory / PROMOTE_SIGNAL, b"", run_as=server.run_as)
-            await asyncio.to_thread(write_claim, server, claim)
+            with files.one(ask) as written:
+                await asyncio.to_thread(written)
             triggered = True
             async with asyncio.timeout(deadline.left_s):
                 await relay()
@@ -160,7 +168,8 @@ async def promote(server: LocalServer, chain: TimelineChain, relay: Relay, *, de
         except (DeadlinePassed, sql.SqlUnavailable, asyncpg.PostgresError, OSError) as error:
             raise PromotionFailed(str(error), triggered=triggered) from error
     except BaseException:
-        await asyncio.to_thread(_withdraw, server)
+        # Behind what a slow disk has not taken yet: else a signal file could come after this.
+        await asyncio.to_thread(files.after(partial(_withdraw, server)))
         raise
     await asyncio.to_thread(fill_gap, server, chain.switches[-1].parent, claim)
     await asyncio.to_thread(clear_claim, server)

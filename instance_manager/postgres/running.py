@@ -145,9 +145,10 @@ class RunningServer(Protocol):
 class SqlServer:
     """The real one: SQL over the local socket, and /proc."""
 
-    def __init__(self, server: LocalServer, reload: Reload) -> None:
+    def __init__(self, server: LocalServer, reload: Reload, writes: InOrder | None = None) -> None:
+        """`writes`: the turns that whoever else writes these files takes."""
         self._server = server
-        self.settings_file = _ConfFile(server, reload)
+        self.settings_file = _ConfFile(server, reload, writes if writes is not None else InOrder())
 
     @contextlib.asynccontextmanager
     async def replication(self, deadline: Deadline) -> AsyncIterator[ReplicationSession]:
@@ -164,12 +165,12 @@ class SqlServer:
 
 
 class _ConfFile:
-    def __init__(self, server: LocalServer, reload: Reload) -> None:
+    def __init__(self, server: LocalServer, reload: Reload, writes: InOrder) -> None:
         self._path = server.data_directory / REPLICATION_CONF
         self._server = server
         self._reload = reload
-        self._writes = InOrder()
-        """Of whom to follow: what a cut off `follow` writes late must not come after a vote (P2)."""
+        self._writes = writes
+        """Of whom to follow: what a cut off start or `follow` writes late must not come after a vote (P2)."""
 
     async def read(self) -> dict[str, str]:
         content = await asyncio.to_thread(read_if_present, self._path)

@@ -135,6 +135,15 @@ class FakeDatabase:
     async def barrier(self, timeline: Timeline, *, deadline_s: float) -> None:
         await self._do("barrier")
 
+    async def open_gate(self) -> None:
+        await self._do("open gate")
+
+    def checkpoint_soon(self) -> None:
+        return None
+
+    async def create_roles(self) -> None:
+        return None
+
     async def initialise(self) -> Any:
         await self._do("initdb")
         return SimpleNamespace(system_identifier=7002, timeline=Timeline(1), checkpoint_lsn=Lsn(40))

@@ -19,6 +19,7 @@ from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.agent.primary import PrimaryDuties
 from instance_manager.core.quorum import ALONE, SynchronousSet
 from instance_manager.core.record import ClusterRecord
+from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch
 from instance_manager.ports import OutcomeUnknown
 
@@ -66,6 +67,17 @@ async def test_r3_what_an_agent_before_this_one_wrote_is_remembered_before_it_is
         await p.looks(2.5)
         assert (await p.serve())[0] == "volume"
         assert p.volume.state.remembers(p.record)
+
+
+async def test_r13_what_the_takeover_found_is_forgotten_before_a_client_is_let_in(tmp_path: Path) -> None:
+    """A repair of the Lease may bring back a record that says "never opened": nothing acknowledged is given back by it."""
+    async with Primary(tmp_path, record(opened=False)) as p:
+        p.volume.state = p.volume.state.taking(record(), Epoch(5))
+        p.context.gate_open = False
+        p.context.role = Role.PROMOTING
+        assert (await p.serve())[:4] == ["barrier", "volume", "record", "open gate"]
+        assert p.volume.state.took is None
+        assert p.record.opened
 
 
 async def test_section_4_a_settled_primary_writes_nothing(tmp_path: Path) -> None:

@@ -74,6 +74,19 @@ async def test_p9_a_restore_that_hangs_is_seen_until_it_has_ended(cluster: Clust
     await nothing_is_restored(standby.server, process.pid, Deadline(10))
 
 
+async def test_p9_a_disk_that_does_not_answer_is_no_proof_that_nothing_is_restored(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A promise would wait for it, and hold up every other."""
+    goes_on = threading.Event()
+    monkeypatch.setattr(archive_commands, "_is_restoring", lambda *_: goes_on.wait(60) is None)
+    try:
+        with pytest.raises(StillRestoring):
+            await nothing_is_restored(cluster.add("x").server, 1, Deadline(0.1))
+    finally:
+        goes_on.set()
+
+
 async def test_p9_a_word_that_hung_on_the_disk_does_not_come_after_the_one_that_took_it_back(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,13 +16,16 @@ from typing import Any
 
 import asyncpg
 import pytest
+from agent_database import installed_postgres_of
 from harness import Cluster, PostgresProcess, conninfo, freeze, frozen, thaw, wait_until
 
-from instance_manager.core.types import MemberId, Timeline, parse_lsn
-from instance_manager.postgres import running
+from instance_manager.agent.postgres_port import Upstream
+from instance_manager.core.quorum import NOBODY
+from instance_manager.core.types import Epoch, MemberId, Timeline, parse_lsn
+from instance_manager.postgres import directory, running
 from instance_manager.postgres.dynamic_settings import DynamicSettings
 from instance_manager.postgres.files import write_atomically
-from instance_manager.postgres.running import SqlServer
+from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.voting import NotFollowing, NotStopped, follow, stop_following
 from instance_manager.postgres.wal_dump import segment_file_name
 
@@ -287,16 +290,18 @@ async def test_p2_following_again_waits_until_the_startup_process_has_let_go_of_
     assert standby.child_pid("walreceiver") == walreceiver
 
 
-async def test_p2_what_a_cut_off_follow_writes_late_does_not_come_after_the_vote(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cut_off", ["follow", "start"])
+async def test_p2_what_is_cut_off_and_written_late_does_not_come_after_the_vote(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, cut_off: str
 ) -> None:
     """Its flush takes long, its operation is ended, and the next reload would start a walreceiver after the promise."""
     one = cluster.add("x")
-    file = SqlServer(one.server, one.reload).settings_file
+    postgres = await installed_postgres_of(one)
+    file = postgres.running.settings_file
     hangs, goes_on, landed = threading.Event(), threading.Event(), threading.Event()
 
     def slow(path: Path, content: bytes, **options: Any) -> None:
-        late = b"host=old" in content
+        late = b"old-primary" in content
         if late:
             hangs.set()
             assert goes_on.wait(60)
@@ -305,7 +310,13 @@ async def test_p2_what_a_cut_off_follow_writes_late_does_not_come_after_the_vote
             landed.set()
 
     monkeypatch.setattr(running, "write_atomically", slow)
-    following = asyncio.create_task(file.write({"primary_conninfo": "host=old"}))
+    monkeypatch.setattr(directory, "write_atomically", slow)
+    old = Upstream(holder=MemberId("p_00000000"), host="old-primary", port=5432, member_id=A, epoch=Epoch(1))
+    following = asyncio.create_task(
+        file.write({"primary_conninfo": "host=old-primary"})
+        if cut_off == "follow"
+        else postgres.write_files(NOBODY, Access.CLOSED, standby=True, upstream=old)
+    )
     assert await asyncio.to_thread(hangs.wait, 30)
     following.cancel()
     await asyncio.gather(following, return_exceptions=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import subprocess
+import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import Cluster, PostgresProcess, conninfo, run_as, wait_until
 
 from instance_manager.core.types import Epoch, Lsn, MemberId, Timeline, TimelineChain, TimelineSwitch
+from instance_manager.postgres import promotion
 from instance_manager.postgres.dynamic_settings import DynamicSettings
+from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.promotion import (
     PromotedWrong,
     PromotionFailed,
@@ -147,6 +153,37 @@ async def test_p4_without_the_script_or_the_signal_nothing_is_promoted(cluster: 
     assert await a.fetchval("SELECT pg_is_in_recovery()")
     assert not (a.data / "promote").exists()
     assert not (a.state / "claim").exists()
+
+
+async def test_p4_a_signal_file_that_hung_on_the_disk_is_taken_back_when_it_lands(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A postmaster that finds it at any later signal of a backend would promote to a timeline that nobody claims."""
+    _, a = await ready(cluster, A)
+    chain = await claimed(a, FIRST, 9)
+    hangs, goes_on, landed = threading.Event(), threading.Event(), threading.Event()
+
+    def slow(path: Path, content: bytes, **options: Any) -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+        write_atomically(path, content, **options)
+        landed.set()
+
+    monkeypatch.setattr(promotion, "write_atomically", slow)
+    promoting = asyncio.create_task(promote(a.server, chain, a.relay, deadline_s=10))
+
+    async def hung() -> bool:
+        return hangs.is_set()
+
+    await wait_until(hung, deadline_s=10, what="the signal file's write hangs")
+    promoting.cancel()
+    asyncio.get_running_loop().call_later(0.2, goes_on.set)
+    with pytest.raises(asyncio.CancelledError):
+        await promoting
+    assert await asyncio.to_thread(landed.wait, 10)
+    assert not (a.data / "promote").exists()
+    assert not (a.state / "claim").exists()
+    assert await a.fetchval("SELECT pg_is_in_recovery()")
 
 
 async def test_p4_a_paused_standby_and_one_in_conflict_are_promoted(cluster: Cluster) -> None:

@@ -92,8 +92,11 @@ def test_a_lone_holder_whose_directory_vanished_leaves_the_way_to_the_verb_with_
         until(cluster, lambda: another_serves(cluster, primary), 40)
 
 
-def test_r13_a_winner_that_cannot_open_gives_the_lease_back_promote_timeout_after_it_took_it() -> None:
-    """Also while nobody else can take it from it, and in whatever way its Postgres fails."""
+@pytest.mark.parametrize("agent_restarts", [False, True])
+def test_r13_a_winner_that_cannot_open_gives_the_lease_back_promote_timeout_after_it_took_it(
+    agent_restarts: bool,
+) -> None:
+    """Also while nobody else can take it from it, in whatever way its Postgres fails, and when its agent restarted since."""
     with whole_cluster() as cluster:
         former, found = primary_of(cluster), record_of(cluster)
         former.crash()
@@ -102,6 +105,14 @@ def test_r13_a_winner_that_cannot_open_gives_the_lease_back_promote_timeout_afte
         for name in cluster.names:
             if name != winner.name:
                 cluster.network.block(name, "store", "store")
+
+        if agent_restarts:
+            cluster.world.run(cluster.world.now_s + LOOK_S)
+            assert winner.server is not None
+            winner.server.crash("it cannot open")
+            agent = supervisor_of(winner).agent
+            assert agent is not None
+            agent.kill()
 
         def gave_back() -> bool:
             if winner.server is not None:
