@@ -27,6 +27,7 @@ from instance_manager.core.types import Epoch, MemberId, MemberName, WalEnd, mem
 from instance_manager.core.voting import (
     ExtensionRequest,
     Verdict,
+    VolumeState,
     VoteRequest,
     VoterView,
     judge_extension,
@@ -91,16 +92,15 @@ class Elections:
         chain = self._c.record.chain
         if chain is None:
             raise OperationFailed("the cluster has no history yet")
+
+        def promised(state: VolumeState) -> VolumeState:
+            after = state.promising(epoch, candidate)
+            return after if stands_on is None else after.taking(stands_on, epoch)
+
         async with self._c.voting:
             if self._c.clock.now_s() < self._c.volume.state.extension_until_s:
                 raise OperationFailed("this member has just promised the primary not to promise (R11)")
-            await self._c.volume.save(
-                lambda state: (
-                    state.promising(epoch, candidate)
-                    if stands_on is None
-                    else state.promising(epoch, candidate).taking(stands_on, epoch)
-                )
-            )
+            await self._c.volume.save(promised)
             end = await self._c.database.stop_following(
                 chain, deadline_s=self._c.configuration.timings.promise_timeout_s
             )

@@ -132,8 +132,8 @@ ELECTIONS = (
             Elections,
             "_promise",
             (
-                "await self._c.volume.save(lambda state: state.promising(epoch, candidate))",
-                "self._c.volume.state = self._c.volume.state.promising(epoch, candidate)",
+                "await self._c.volume.save(promised)",
+                "self._c.volume.state = promised(self._c.volume.state)",
             ),
         ),
         scenario=Scenario(
