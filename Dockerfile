@@ -13,7 +13,7 @@ COPY image/apt-install.sh /usr/local/sbin/apt-install
 
 # The package and what it imports, in a virtual environment that holds no pip.
 FROM debian AS package
-RUN apt-install python3 python3-pip python3-venv
+RUN apt-install binutils python3 python3-pip python3-venv
 COPY image/requirements.txt image/build-requirements.txt image/install-package.sh /build/image/
 RUN --mount=type=secret,id=certificates sh /build/image/install-package.sh dependencies
 COPY pyproject.toml README.md /build/

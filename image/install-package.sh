@@ -20,6 +20,9 @@ dependencies)
     # Of AWS's services only the store and what logs in to it: the rest is 27 MB of descriptions.
     find "$venv"/lib/python3*/site-packages/botocore/data -mindepth 1 -maxdepth 1 -type d \
         ! -name s3 ! -name sts ! -name sso ! -name sso-oidc ! -name signin -exec rm -rf {} +
+    # zstandard's second back end, which needs cffi, and what a debugger would want to know: another 40 MB.
+    rm "$venv"/lib/python3*/site-packages/zstandard/_cffi.cpython-*.so
+    find "$venv" -name '*.cpython-*.so' -exec strip --strip-debug {} +
     ;;
 package)
     cd /build

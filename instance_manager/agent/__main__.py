@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import gc
 import logging
 import random
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+import instance_manager.agent.small_aiohttp  # noqa: F401 - before whatever else imports aiohttp
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.archiver_client import ArchiverClient
 from instance_manager.agent.archiver_port import Archiver, NoArchiver
@@ -44,6 +46,8 @@ from instance_manager.metrics.postgres import Options, PostgresMetrics
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
 from instance_manager.tls import CertificateUnusable
+
+_M_ARENA_MAX = -8
 
 log = logging.getLogger("instance_manager.agent")
 
@@ -217,10 +221,18 @@ def _fixed(configuration: Configuration) -> tuple[object, ...]:
     )
 
 
+def _use_one_heap() -> None:
+    """To be called before the first thread: glibc would give each a heap of its own, and what is freed in those stays. 1 MiB less."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="instance_manager.agent", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the instance's configuration file")
     arguments = parser.parse_args()
+    _use_one_heap()
     # Before it is read: what comes into its place meanwhile is read again.
     seen = signature(arguments.config)
     try:

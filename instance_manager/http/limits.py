@@ -17,6 +17,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from instance_manager.http.answers import ErrorBody, Handler, errors_in_json, json_response, without_server_version
+from instance_manager.http.at_once import Answer, AtOnce
 
 BODY_BYTES_MAX = 64 * 1024
 HEAD_LINE_BYTES_MAX = 4096
@@ -42,13 +43,17 @@ class Limits:
         keepalive_s: float = KEEPALIVE_S,
         requests_per_s: float = REQUESTS_PER_S,
         burst: float = BURST,
+        at_once: AtOnce | None = None,
     ) -> None:
+        """`at_once`: what need not go through aiohttp, within the same limits."""
         self._connections_max = connections_max
         self._head_within_s = head_within_s
         self.keepalive_s = keepalive_s
         self._requests_per_s = requests_per_s
         self._burst = burst
-        self._guards: dict[asyncio.Protocol, _Guard] = {}
+        self._at_once = at_once
+        self._guards: set[_Guard] = set()
+        self._handed_over: dict[asyncio.Protocol, _Guard] = {}
         """By aiohttp's own protocol, as a request knows it."""
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
@@ -58,12 +63,12 @@ class Limits:
 
     def guarded(self, make: Callable[[], asyncio.Protocol]) -> Callable[[], asyncio.Protocol]:
         """The same protocols, each behind a guard."""
-        return lambda: _Guard(make(), self)
+        return lambda: _Guard(make, self)
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """To be the application's first: the head has arrived, and is counted."""
-        guard = self._guards.get(cast("asyncio.Protocol", request.protocol))
+        guard = self._handed_over.get(cast("asyncio.Protocol", request.protocol))
         if guard is not None:
             guard.begin_work()
         try:
@@ -87,28 +92,50 @@ class Limits:
             self._buckets.popitem(last=False)
         return takes
 
+    def answer_at_once(self, data: bytes, address: str) -> Answer | None:
+        """None: aiohttp's to answer, with its refusal where there were too many."""
+        if self._at_once is None:
+            return None
+        try:
+            answer = self._at_once(data)
+        except Exception:
+            return None  # which fails there too, and is told as every error is
+        return answer if answer is not None and self._takes_from_bucket(address) else None
+
+    def end_waiting(self) -> None:
+        """Connections that aiohttp does not know of; its own it ends itself."""
+        for guard in [guard for guard in self._guards if guard.inner is None]:
+            guard.abort()
+
     def admit(self, guard: _Guard) -> None:
-        self._guards[guard.inner] = guard
+        self._guards.add(guard)
         guard.begin_wait(self._head_within_s)
         if len(self._guards) > self._connections_max:
             self._victim().abort()
 
+    def hand_over(self, guard: _Guard, inner: asyncio.Protocol) -> None:
+        self._handed_over[inner] = guard
+
     def forget(self, guard: _Guard) -> None:
-        self._guards.pop(guard.inner, None)
+        self._guards.discard(guard)
+        if guard.inner is not None:
+            self._handed_over.pop(guard.inner, None)
 
     def _victim(self) -> _Guard:
         """Who has waited longest, of the address that holds the most connections; one at work only if all are."""
-        waiting = [guard for guard in self._guards.values() if guard.waits] or list(self._guards.values())
+        waiting = [guard for guard in self._guards if guard.waits] or list(self._guards)
         held = Counter(guard.address for guard in waiting)
         greediest = held.most_common(1)[0][0]
         return min((guard for guard in waiting if guard.address == greediest), key=lambda guard: guard.since_s)
 
 
 class _Guard(asyncio.Protocol):
-    """Hands everything on, and ends the connection of a client that lets it wait too long."""
+    """Hands on all that is not answered at once, and ends the connection of a client that lets it wait too long."""
 
-    def __init__(self, inner: asyncio.Protocol, limits: Limits) -> None:
-        self.inner = inner
+    def __init__(self, make: Callable[[], asyncio.Protocol], limits: Limits) -> None:
+        self.inner: asyncio.Protocol | None = None
+        """aiohttp's, from the first request on that is for it."""
+        self._make = make
         self.address = ""
         self.waits = True
         self.since_s = 0.0
@@ -120,25 +147,43 @@ class _Guard(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         self.address = str(peer[0]) if isinstance(peer, tuple) else ""
-        self.inner.connection_made(transport)
         self._limits.admit(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel_timer()
         self._limits.forget(self)
-        self.inner.connection_lost(exc)
+        if self.inner is not None:
+            self.inner.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        if self.inner is None:
+            answer = self._limits.answer_at_once(data, self.address)
+            if answer is not None:
+                transport.write(answer.response)
+                if answer.closes:
+                    transport.close()
+                self.begin_wait(self._limits.keepalive_s)
+                return
+            self.inner = self._make()
+            self._limits.hand_over(self, self.inner)
+            self.inner.connection_made(transport)
         self.inner.data_received(data)
 
     def eof_received(self) -> bool | None:
-        return self.inner.eof_received()
+        return self.inner.eof_received() if self.inner is not None else None
 
     def pause_writing(self) -> None:
-        self.inner.pause_writing()
+        if self.inner is not None:
+            self.inner.pause_writing()
+        elif self._transport is not None:
+            self._transport.abort()  # who asks and asks, and takes no answer
 
     def resume_writing(self) -> None:
-        self.inner.resume_writing()
+        if self.inner is not None:
+            self.inner.resume_writing()
 
     def begin_work(self) -> None:
         """A request has arrived; who answers it has deadlines of its own."""
@@ -202,6 +247,10 @@ class LimitedRunner(web.AppRunner):
             **settings,
         )
         self._limits = limits
+
+    async def cleanup(self) -> None:
+        await super().cleanup()
+        self._limits.end_waiting()
 
     @property
     def server(self) -> web.Server | None:

@@ -18,6 +18,7 @@ from instance_manager.certificate_sets import Certificates
 from instance_manager.config import Configuration
 from instance_manager.http import openapi, telling
 from instance_manager.http.answers import ErrorBody, json_response
+from instance_manager.http.at_once import probes_at_once
 from instance_manager.http.callers import NetworkCallers, certificate_of, is_member
 from instance_manager.http.control import control_application
 from instance_manager.http.lag_history import LagHistory
@@ -102,7 +103,7 @@ async def serve(
         async def locally(runner: web.AppRunner) -> None:
             await web.SockSite(runner, control_socket, backlog=BACKLOG).start()
 
-        public_limits, control_limits = Limits(), Limits()
+        public_limits, control_limits = Limits(at_once=probes_at_once(service)), Limits()
         sites: list[_Site] = [
             (public_application(service, token if plain_peers else None, public_limits), public_limits, plainly),
             (control_application(service, control_limits), control_limits, locally),

@@ -56,7 +56,12 @@ def main() -> ExitCode:
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m instance_manager.supervisor", description=__doc__)
+    # With a width it need not import shutil, and with that the libraries of all compressions, to ask a terminal for one.
+    parser = argparse.ArgumentParser(
+        prog="python -m instance_manager.supervisor",
+        description=__doc__,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=100),
+    )
     parser.add_argument("--name", required=True, help="the instance's name, for the log")
     parser.add_argument(
         "--lock-file", required=True, help="locked until the supervisor and every Postgres process is gone"

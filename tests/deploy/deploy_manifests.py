@@ -18,7 +18,7 @@ from instance_manager.config import Configuration, load_configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
-KUSTOMIZATIONS = ("base", "overlays/small", "overlays/production")
+KUSTOMIZATIONS = ("base", "overlays/small", "overlays/production", "overlays/tls")
 
 Plain = dict[str, Any]
 

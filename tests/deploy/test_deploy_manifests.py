@@ -71,13 +71,15 @@ def test_the_headless_service_names_every_pod_also_one_that_is_not_ready(manifes
             assert "publishNotReadyAddresses" not in service["spec"]
 
 
-def test_ports_are_those_that_the_instances_listen_on(manifests: Manifests) -> None:
+def test_ports_are_those_that_the_instances_listen_on(manifests: Manifests, tmp_path: Path) -> None:
     ports = {each["name"]: each["containerPort"] for each in manifests.container["ports"]}
-    assert ports == {
+    control = manifests.configuration(tmp_path).control
+    among_members = {
         "postgres": kubernetes_names.POSTGRES_PORT,
         "http": kubernetes_names.HTTP_PORT,
         "peers": kubernetes_names.PEER_PORT,
     }
+    assert ports == among_members | ({"control": control.address[1]} if control is not None else {})
     for service in manifests.of_kind("Service"):
         for port in service["spec"]["ports"]:
             assert ports[port["targetPort"]] == port["port"]
@@ -85,10 +87,10 @@ def test_ports_are_those_that_the_instances_listen_on(manifests: Manifests) -> N
     for rule in policy["ingress"]:
         assert {each["port"] for each in rule["ports"]} <= ports.keys()
     to_own_pods = policy["egress"][0]
-    assert {each["port"] for each in to_own_pods["ports"]} == set(ports.values())
+    assert {each["port"] for each in to_own_pods["ports"]} == set(among_members.values())
 
 
-def test_applications_reach_postgres_only_and_only_with_a_label(manifests: Manifests) -> None:
+def test_applications_reach_postgres_only_and_only_with_a_label(manifests: Manifests, tmp_path: Path) -> None:
     reachable: dict[str, set[str]] = {}
     for rule in manifests.one("NetworkPolicy")["spec"]["ingress"]:
         assert rule["from"], "everybody"
@@ -100,6 +102,7 @@ def test_applications_reach_postgres_only_and_only_with_a_label(manifests: Manif
         CLUSTER_LABEL: {"postgres", "http", "peers"},
         "instance-manager.dev/client": {"postgres"},
         "instance-manager.dev/monitoring": {"http"},
+        **({"instance-manager.dev/control": {"control"}} if manifests.configuration(tmp_path).control else {}),
     }
 
 

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import pytest
 from aiohttp import web
 from http_harness import TOKEN, FakeService, make_configuration
 
+from instance_manager.http.at_once import probes_at_once
 from instance_manager.http.limits import BODY_BYTES_MAX, LimitedRunner, Limits
 from instance_manager.http.server import control_application, public_application
 from instance_manager.http.token import PeerToken
@@ -268,3 +270,88 @@ async def test_no_answer_tells_what_serves(directory: Path) -> None:
         for path in ("/livez", "/", "/nowhere"):
             async with session.get(path) as response:
                 assert response.headers["Server"] == "instance-manager"
+
+
+PROBE = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+AT_ONCE = probes_at_once(FakeService())
+"""The same limits hold for who is answered before aiohttp knows of it."""
+
+
+async def _answer(reader: asyncio.StreamReader) -> int:
+    status = int((await reader.readuntil(b"\r\n")).split()[1])
+    head = await reader.readuntil(b"\r\n\r\n")
+    length = re.search(rb"Content-Length: (\d+)", head)
+    assert length is not None
+    await reader.readexactly(int(length[1]))
+    return status
+
+
+async def test_probes_answered_at_once_are_counted(directory: Path) -> None:
+    async with served(directory, Limits(requests_per_s=0.001, burst=20, at_once=AT_ONCE)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        codes = []
+        for _ in range(22):
+            writer.write(PROBE)
+            codes.append(await _answer(reader))
+        assert codes == [200] * 20 + [429] * 2
+        writer.close()
+
+
+async def test_a_connection_answered_at_once_is_held_to_its_silence(directory: Path) -> None:
+    limits = Limits(keepalive_s=0.3, at_once=AT_ONCE)
+    async with served(directory, limits) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(PROBE)
+        assert await _answer(reader) == 200
+        assert await _closed_after(reader, within_s=10) > 0.2
+        async with asyncio.timeout(5):
+            await _none_left(limits)
+        writer.close()
+
+
+async def test_connections_answered_at_once_make_room_as_all_do(directory: Path) -> None:
+    limits = Limits(connections_max=5, at_once=AT_ONCE)
+    async with served(directory, limits) as port:
+        held = []
+        for _ in range(20):
+            held.append(await asyncio.open_connection("127.0.0.1", port))
+            held[-1][1].write(PROBE)
+            assert await _answer(held[-1][0]) == 200
+        assert limits.connections <= 5
+        assert await _closed_after(held[0][0], within_s=5) < 1
+        for _, writer in held:
+            writer.close()
+
+
+async def test_who_asks_at_once_and_takes_no_answer_is_let_go() -> None:
+    limits = Limits(requests_per_s=1e6, burst=1e6, at_once=AT_ONCE)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        guarded = limits.guarded(asyncio.Protocol)
+        transport, protocol = await asyncio.get_running_loop().connect_accepted_socket(guarded, ours)
+        assert isinstance(protocol, asyncio.Protocol)
+        for _ in range(2000):
+            if not transport.is_closing():
+                protocol.data_received(PROBE)
+        assert transport.is_closing()
+        async with asyncio.timeout(5):
+            await _none_left(limits)
+
+
+async def test_the_end_of_a_server_ends_connections_answered_at_once(directory: Path) -> None:
+    async with served(directory, Limits(at_once=AT_ONCE)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(PROBE)
+        assert await _answer(reader) == 200
+    assert await _closed_after(reader, within_s=5) < 1
+    writer.close()
+
+
+async def test_a_connection_answered_at_once_may_ask_anything_next(directory: Path) -> None:
+    async with served(directory, Limits(at_once=AT_ONCE)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for request, code in [(PROBE, 200), (b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n", 404), (PROBE, 200)]:
+            writer.write(request)
+            assert await _answer(reader) == code
+        writer.close()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from dataclasses import replace
 
 import aiohttp
 import pytest
 from http_harness import FakeService, now_s, primary_probes, standby_probes
 
+from instance_manager.config import Configuration
+from instance_manager.http.at_once import probes_at_once
 from instance_manager.http.probes import MalformedSize, parse_size_bytes
 from instance_manager.status import Probes
 
@@ -127,3 +131,72 @@ def test_sizes_are_read_as_postgres_reads_them(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(MalformedSize, match="16MB"):
         parse_size_bytes(text)
+
+
+KUBELET = b"GET /readyz HTTP/1.1\r\nHost: 10.0.0.7:8008\r\nUser-Agent: kube-probe/1.34\r\nAccept: */*\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("snapshot", [primary_probes(), STOPPED], ids=["yes", "no"])
+@pytest.mark.parametrize("path", [b"/readyz", b"/livez", b"/startupz"])
+@pytest.mark.parametrize("connection", [b"Connection: close\r\n", b"Connection: keep-alive\r\n", b""])
+async def test_what_is_answered_at_once_is_what_the_route_answers(
+    service: FakeService, configuration: Configuration, snapshot: Probes, path: bytes, connection: bytes
+) -> None:
+    service.snapshot = replace(snapshot, taken_s=now_s())
+    request = KUBELET.replace(b"/readyz", path).replace(b"Connection: close\r\n", connection)
+    assert probes_at_once(service)(request) is not None
+    longer = request.replace(b"Accept", b"X-Other: 1\r\nAccept")
+    assert probes_at_once(service)(longer) is None
+    answers = [await _whole_answer(configuration.me.http_port, sent) for sent in (request, longer)]
+    at_once, by_route = (re.sub(rb"Date: [^\r]+ GMT\r\n", b"", answer, count=1) for answer in answers)
+    assert at_once == by_route
+
+
+async def test_what_a_kubelet_asks_is_answered_before_aiohttp_knows_of_it() -> None:
+    answer = probes_at_once(FakeService(snapshot=replace(primary_probes(), taken_s=now_s())))(KUBELET)
+    assert answer is not None
+    assert answer.response.startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        KUBELET[:-1],
+        KUBELET + b"x",
+        KUBELET + KUBELET,
+        KUBELET.replace(b"GET", b"POST"),
+        KUBELET.replace(b"1.1", b"1.0"),
+        KUBELET.replace(b"/readyz", b"/readyz?a=b"),
+        KUBELET.replace(b"/readyz", b"/status"),
+        KUBELET.replace(b"/readyz", b"//readyz"),
+        KUBELET.replace(b"Host: 10.0.0.7:8008\r\n", b""),
+        KUBELET.replace(b"Host:", b"Host: a\r\nHost:"),
+        KUBELET.replace(b"Accept: */*", b"Content-Length: 5"),
+        KUBELET.replace(b"Accept: */*", b"Transfer-Encoding: chunked"),
+        KUBELET.replace(b"Accept: */*", b"Connection: keep-alive"),
+        KUBELET.replace(b"close", b"upgrade"),
+        KUBELET.replace(b"Accept: */*", b"Accept : */*"),
+        KUBELET.replace(b"Accept: */*", b"Accept: a\r\n b"),
+        KUBELET.replace(b"*/*", b"\x00"),
+        KUBELET.replace(b"*/*", b"\n"),
+        KUBELET.replace(b"*/*", b"*" * 1024),
+        KUBELET.replace(b"\r\n", b"\n"),
+    ],
+)
+async def test_a_request_of_any_other_form_is_left_to_aiohttp(request_bytes: bytes) -> None:
+    assert request_bytes != KUBELET
+    assert probes_at_once(FakeService())(request_bytes) is None
+
+
+async def _whole_answer(port: int, request: bytes) -> bytes:
+    """To the end of its body, which need not be the connection's."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(5):
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"Content-Length: (\d+)", head)
+            assert length is not None
+            return head + await reader.readexactly(int(length[1]))
+    finally:
+        writer.close()

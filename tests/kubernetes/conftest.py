@@ -11,6 +11,7 @@ from typing import NoReturn
 import pod_network
 import pytest
 from control_plane import ControlPlane, Ports
+from custom_resources import define
 from kube_binaries import Programs, Unavailable, find
 from kubernetes_cluster import KubernetesCluster
 from pod_image import instance_manager_image
@@ -64,6 +65,12 @@ def control_plane(
         connect=network.connect,
     ) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def custom_resources(control_plane: ControlPlane) -> None:
+    """The server takes the kinds of cert-manager and of the Prometheus operator."""
+    define(control_plane)
 
 
 @pytest.fixture(scope="session")

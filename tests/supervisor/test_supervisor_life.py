@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -252,3 +253,14 @@ def test_as_pid_1_it_refuses_to_run_beside_processes_of_others() -> None:
 def test_it_refuses_a_proc_of_another_namespace() -> None:
     with Harness(wrapper=("unshare", "--pid", "--fork", "--kill-child")) as harness:
         assert harness.exit_code() == ExitCode.SHARED_PID_NAMESPACE
+
+
+def test_the_supervisor_does_not_load_what_only_a_terminal_needs() -> None:
+    """Its memory is locked, and each pod pays for it: reading its command line loaded the libraries of all compressions."""
+    program = (
+        "import sys; from instance_manager.supervisor import __main__ as program; "
+        "sys.argv = ['supervisor', '--name', 'a', '--lock-file', 'b', '--', 'agent']; program._parse_arguments(); "
+        "print(*sorted({'shutil', 'lzma', 'bz2', 'zlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
