@@ -102,7 +102,8 @@ async def serve(
         async def locally(runner: web.AppRunner) -> None:
             await web.SockSite(runner, control_socket, backlog=BACKLOG).start()
 
-        public_limits, control_limits = Limits(), Limits()
+        public_limits = Limits(is_peer=token.matches) if plain_peers else Limits()
+        control_limits = Limits()
         sites: list[_Site] = [
             (public_application(service, token if plain_peers else None, public_limits), public_limits, plainly),
             (control_application(service, control_limits), control_limits, locally),
@@ -121,7 +122,7 @@ async def serve(
                 listeners.peers = TlsListener(runner, peer_socket)
                 stack.push_async_callback(listeners.peers.close)
 
-            peer_limits = Limits()
+            peer_limits = Limits(is_peer=token.matches)
             sites.append((peer_application(service, token, configuration, peer_limits), peer_limits, peers))
         if configuration.control is not None:
             host, port = configuration.control.address
