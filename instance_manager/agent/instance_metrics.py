@@ -269,7 +269,7 @@ class InstanceMetrics:
         c = self._c
         disk = self._disk
         restarts = Counter(f"{P}agent_restarts_total", "Times that the supervisor started an agent, but the first.")
-        restarts.add(by=max(0, c.link.agent_restarts - 1))
+        restarts.add(by=c.link.agent_restarts)
         reaped = Counter(f"{P}reaped_children_total", "Processes that the supervisor has reaped.")
         reaped.add(by=c.link.reaped)
         flush = Block(
