@@ -23,7 +23,7 @@ import aiohttp
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "cluster"))
 
-from cluster_harness import FAST, START_DEADLINE_S
+from cluster_harness import FAST
 from cluster_tools import done, stopped
 
 from instance_manager.demo import plan
@@ -35,6 +35,8 @@ REQUESTS_PER_S = 200
 ANSWER_WITHIN_S = 10.0
 LIMIT_LOADED_S = 0.020
 LIMIT_BROKEN_S = 1.0
+REDUNDANT_WITHIN_S = 240.0
+"""Also on a machine that is busy with other work: three clones, and a rejoin after each situation."""
 
 FLOOR = """
 import asyncio, sys
@@ -119,7 +121,7 @@ def cluster_on_volumes() -> Iterator[tuple[LocalCluster, Volumes]]:
         volumes.open([(name, cluster.layout.instance(name)) for name in cluster.names])
         stack.callback(cluster.stop_all)
         cluster.start_all()
-        cluster.wait_redundant(START_DEADLINE_S)
+        cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield cluster, volumes
 
 
@@ -172,16 +174,16 @@ def situations(seconds: float) -> Iterator[tuple[str, float, dict[str, list[floa
             with situation:
                 return asyncio.run(measure(urls, seconds))
 
-        yield "idle", LIMIT_LOADED_S, asked(contextlib.nullcontext(), cluster.wait_redundant(90))
-        primary = cluster.wait_redundant(90)
+        yield "idle", LIMIT_LOADED_S, asked(contextlib.nullcontext(), cluster.wait_redundant(REDUNDANT_WITHIN_S))
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "pgbench", LIMIT_LOADED_S, asked(pgbench(cluster, seconds), primary)
-        primary = cluster.wait_redundant(90)
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "store away", LIMIT_BROKEN_S, asked(store_away(cluster), primary)
-        primary = cluster.wait_redundant(90)
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "Postgres frozen", LIMIT_BROKEN_S, asked(postgres_frozen(cluster, primary), primary)
-        primary = cluster.wait_redundant(90)
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "Postgres stopped", LIMIT_BROKEN_S, asked(postgres_stopped(cluster, primary), primary)
-        primary = cluster.wait_redundant(90)
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "disk hung", LIMIT_BROKEN_S, asked(disk_hung(volumes, primary), primary)
 
 
