@@ -153,9 +153,12 @@ def public_application(
     """Probes, status and peer calls; nothing here changes what a user decides. Without `token` no peer calls: they are by TLS."""
     application = limited_application(limits)
     lags = lags or LagHistory()
-    routes = (*read_routes(service, lags), _metrics_route(service), _peer_route(service, token))
+    reading = read_routes(service, lags)
+    routes = (*reading, _metrics_route(service), _peer_route(service, token))
     for route in (*routes, openapi.route("Instance manager: reading", routes)):
         route.add_to(application.router)
+    for route in reading:
+        route.add_doubled_to(application.router)
 
     async def keep_lags(_: web.Application) -> AsyncIterator[None]:
         keeping = asyncio.create_task(lags.keep(service.status))
