@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from instance_manager.core.archive_state import ArchiveState
+from instance_manager.core.archive_state import ArchiveState, BackupsState
 from instance_manager.core.types import format_lsn
 from instance_manager.status import ClusterStatus, DecisionLine, InstanceStatus
 
@@ -82,6 +82,8 @@ def _head(status: ClusterStatus, width: int, colour: bool) -> Iterable[str]:
     yield _cut(f"voters: {', '.join(status.voters) or 'none'}; q = {_or_dash(status.quorum)}", width)
     if status.archive is not None:
         yield _cut(_archive(status.archive), width)
+        if status.archive.backups is not None:
+            yield _cut(_backups(status.archive.backups), width)
     if status.certificates:
         lives = (f"{_plain(each.use)} {_life(each.days_left)}" for each in status.certificates)
         yield _cut(f"certificates: {', '.join(lives)}", width)
@@ -110,6 +112,20 @@ def _archive(archive: ArchiveState) -> str:
         parts.append(f"behind {format_bytes(archive.lag_bytes)}, {format_seconds(archive.lag_s)}")
     if archive.waiting:
         parts.append(f"{archive.waiting} wait, the oldest for {format_seconds(archive.oldest_age_s)}")
+    return ", ".join(parts)
+
+
+def _backups(backups: BackupsState) -> str:
+    if not backups.good:
+        return "backups: none that can be restored"
+    age = f" {format_seconds(backups.newest_age_s)} ago" if backups.newest_age_s is not None else ""
+    parts = [f"backups: {backups.good} good, the newest{age}"]
+    if backups.recoverable_from:
+        parts.append(f"recoverable since {_plain(backups.recoverable_from)} UTC")
+    if backups.first_gap:
+        parts.append(f"gap at {_plain(backups.first_gap)}")
+    if backups.problem:
+        parts.append("not looked at anew: the store fails")
     return ", ".join(parts)
 
 

@@ -52,6 +52,14 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(title="Fence in", kind="stat", width=4, unit="s", queries=((f"max({P}seconds_to_fence{ALL})", ""),)),
             Panel(
+                title="Newest backup",
+                kind="stat",
+                width=4,
+                unit="s",
+                queries=((f"time() - max({P}archive_newest_backup_timestamp_seconds{ALL})", ""),),
+                description="Its age. Empty without an archive, or without a backup.",
+            ),
+            Panel(
                 title="Archive waits since",
                 kind="stat",
                 width=4,
@@ -236,14 +244,57 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 queries=((f"rate({P}archive_archived_files_total{SELECT}[$__rate_interval])", "{{pod}}"),),
             ),
             Panel(
-                title="Not streamed yet",
+                title="Behind in the archive",
+                unit="s",
+                queries=(
+                    (f"{P}archive_lag_seconds{SELECT}", "{{pod}}"),
+                    (f"{P}archive_stream_lag_seconds{SELECT} and {P}lease_held{SELECT} == 1", "{{pod}} streaming"),
+                ),
+                description="What the loss of every volume would cost.",
+            ),
+            Panel(
+                title="Behind in the archive, bytes",
                 unit="bytes",
                 queries=(
+                    (f"{P}archive_lag_bytes{SELECT}", "{{pod}}"),
+                    (f"{P}archive_ready_bytes{SELECT}", "{{pod}} finished files"),
+                ),
+            ),
+            Panel(
+                title="Time of uploads by phase",
+                unit="s",
+                queries=((f"rate({P}archive_upload_seconds_total{SELECT}[$__rate_interval])", "{{pod}} {{phase}}"),),
+                description="Seconds in a second; parallel uploads each count.",
+            ),
+            Panel(
+                title="Gaps and conflicts",
+                queries=(
+                    (f"{P}archive_gap_segments{SELECT}", "{{pod}} missing segments"),
+                    (f"{P}archive_gap_behind_newest_backup{SELECT}", "{{pod}} gap behind the newest backup"),
+                    (f"increase({P}archive_conflicts_total{SELECT}[$__rate_interval])", "{{pod}} conflicts"),
+                ),
+            ),
+            Panel(
+                title="Recoverable window",
+                unit="s",
+                queries=(
+                    (f"time() - max by (cluster) ({P}archive_recoverable_from_timestamp_seconds{ALL})", "back to"),
                     (
-                        f"({P}lsn_bytes{SELECT} - {P}archive_durable_lsn_bytes{SELECT}) and {P}lease_held{SELECT} == 1",
-                        "{{pod}}",
+                        f"time() - max by (cluster) ({P}archive_newest_backup_timestamp_seconds{ALL})",
+                        "newest backup's age",
                     ),
                 ),
+            ),
+            Panel(
+                title="Volume full in",
+                unit="s",
+                queries=((f"{P}archive_seconds_until_full{SELECT}", "{{pod}}"),),
+                description="By the growth of what waits for the archive.",
+            ),
+            Panel(
+                title="Certificates, days left",
+                unit="d",
+                queries=((f"{P}certificate_days_left{SELECT}", "{{pod}} {{use}}"),),
             ),
         ),
     ),

@@ -107,7 +107,9 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
         ending.push_async_callback(statistics.close)
         agent.reload_configuration = _reloader(agent, configuration_file, members, statistics)
         asked = partial(ask_archiver, configuration.archive_socket) if configuration.archive is not None else None
-        agent.exposition = InstanceMetrics(agent.context, statistics, disk, archiver=asked).exposition
+        agent.exposition = InstanceMetrics(
+            agent.context, statistics, disk, archiver=asked, archive=agent.archiving.state
+        ).exposition
         disk.start()
         async with (
             serve(agent, configuration, certificates) as listeners,

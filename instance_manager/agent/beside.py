@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 from instance_manager.agent.agent import Agent
+from instance_manager.agent.context import Context
 from instance_manager.agent.installed_postgres import InstalledPostgres
 from instance_manager.agent.managed import Managed
-from instance_manager.agent.secret_files import SecretFiles, keep_certificates, supervised
+from instance_manager.agent.secret_files import EXPECTED, SecretFiles, keep_certificates, supervised
 from instance_manager.certificate_sets import Certificates
 from instance_manager.config import Configuration
 from instance_manager.http.server import Listeners
 from instance_manager.postgres.server import LocalServer
 from instance_manager.wall_clock import now_utc
+
+log = logging.getLogger("instance_manager.agent.beside")
 
 
 def certificates_of(configuration: Configuration, server: LocalServer) -> Certificates | None:
@@ -38,6 +42,28 @@ def certificates_of(configuration: Configuration, server: LocalServer) -> Certif
     )
     certificates.load()
     return certificates
+
+
+async def pay_owed_reload(c: Context, *, look_every_s: float = 1.0) -> None:
+    """Once: an agent that died between writing a file and the reload left a server that knows nothing of it, for ever.
+
+    What is in the files is what was decided, and a reload at any time is harmless; so a server that outlived an agent gets one,
+    with settings and access rules as this agent's configuration has them, without asking a clock which of the two is newer.
+    """
+    while True:
+        # Before its start is done a HUP ends it.
+        if c.database.answers:
+            if c.link.agent_restarts == 0:
+                return
+            try:
+                restart = await c.database.reload_configuration(c.configuration)
+            except EXPECTED as error:
+                log.warning("what an agent before may not have told Postgres: %s; tried again", error)
+            else:
+                if restart:
+                    c.journal.note("configuration", f"these need a restart of Postgres: {', '.join(restart)}")
+                return
+        await c.clock.sleep(look_every_s)
 
 
 @contextlib.asynccontextmanager
@@ -62,6 +88,7 @@ async def running_beside(
 
         duties["certificates"] = lambda: keep_certificates(c, kept, listeners.renew, reload)
     tasks = [asyncio.create_task(supervised(name, keep, c.clock), name=name) for name, keep in duties.items()]
+    tasks.append(asyncio.create_task(pay_owed_reload(c), name="owed reload"))
     try:
         yield
     finally:

@@ -12,9 +12,10 @@ from instance_manager.agent.archiver_status import ArchiverAnswer
 from instance_manager.agent.context import Context
 from instance_manager.agent.health import DiskHealth
 from instance_manager.config import Configuration
+from instance_manager.core.archive_state import ArchiveState
 from instance_manager.core.roles import Role
 from instance_manager.metrics import process
-from instance_manager.metrics.archive import archive_blocks
+from instance_manager.metrics.archive import TimeUntilFull, archive_blocks, state_blocks
 from instance_manager.metrics.custom import load_all
 from instance_manager.metrics.exposition import Block, Counter, Family, gauge, gauges, render
 from instance_manager.metrics.postgres import Options
@@ -64,7 +65,10 @@ def certificate_blocks(certificates: Iterable[CertificateStatus]) -> list[Block]
 
 
 class InstanceMetrics:
-    """`exposition` is one scrape. `archiver` asks the archiver for its status; None: no archive is configured."""
+    """`exposition` is one scrape. `archiver` asks the archiver for its status; None: no archive is configured.
+
+    `archive`: what this agent knows of it anyway.
+    """
 
     def __init__(
         self,
@@ -73,12 +77,15 @@ class InstanceMetrics:
         disk: DiskHealth,
         *,
         archiver: Callable[[], Awaitable[ArchiverAnswer]] | None = None,
+        archive: Callable[[], ArchiveState | None] = lambda: None,
     ) -> None:
         self._c = context
         self._postgres = postgres
         self._disk = disk
         self._archiver = archiver
+        self._archive_state = archive
         self._archiver_pid: int | None = None
+        self._until_full = TimeUntilFull()
 
     async def exposition(self) -> bytes:
         """Both parts are asked at once, each with its own limit, so that the answer is there within a second."""
@@ -101,7 +108,15 @@ class InstanceMetrics:
             self._archiver_pid = None
             return archive_blocks(None)
         self._archiver_pid = answer.pid
-        return archive_blocks(answer.status)
+        c = self._c
+        state, taken, now_s = self._archive_state(), c.archiver.taken, c.clock.now_s()
+        size_bytes = taken.wal_segment_bytes if taken is not None and taken.role == "primary" else None
+        waiting_bytes = state.waiting * size_bytes if state is not None and size_bytes is not None else None
+        return [
+            *archive_blocks(answer.status, now_s),
+            *state_blocks(state, size_bytes),
+            self._until_full.block(now_s, waiting_bytes, self._disk.free_bytes),
+        ]
 
     def _blocks(self) -> list[Block]:
         c = self._c
@@ -256,7 +271,7 @@ class InstanceMetrics:
         c = self._c
         disk = self._disk
         restarts = Counter(f"{P}agent_restarts_total", "Times that the supervisor started an agent, but the first.")
-        restarts.add(by=max(0, c.link.agent_restarts - 1))
+        restarts.add(by=c.link.agent_restarts)
         reaped = Counter(f"{P}reaped_children_total", "Processes that the supervisor has reaped.")
         reaped.add(by=c.link.reaped)
         flush = Block(

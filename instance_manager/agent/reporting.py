@@ -260,5 +260,12 @@ def archive_risks(archive: ArchiveState) -> Iterable[str]:
         yield (
             f"the archive lacks {archive.gaps} segments, {archive.first_gap} first: no recovery passes them; take a base backup"
         )
+    backups = archive.backups
+    if backups is not None and not backups.good:
+        yield "the archive has no backup that can be restored: take one with `instance-manager backup`"
+    if backups is not None and backups.first_gap and not archive.gaps:
+        yield (
+            f"the archive lacks {backups.first_gap} behind its newest backup: no recovery passes it; take a base backup"
+        )
     if archive.conflicts:
         yield "other content is in the archive under a name of this log: see the log of the archiver"

@@ -17,6 +17,7 @@ import asyncpg
 from instance_manager.archive.archiver import Archiver, ArchiverSettings
 from instance_manager.archive.backup.configured import tender_settings
 from instance_manager.archive.backup.tender import BackupTender
+from instance_manager.archive.backup.watch import BackupWatch
 from instance_manager.archive.fetch import FetchSettings
 from instance_manager.archive.streaming import FLUSHED_QUERY, Flushed
 from instance_manager.archive.where import make_store
@@ -93,11 +94,19 @@ async def run(configuration: Configuration, archive: ArchiveSection) -> None:
         sql.switch_wal,
     )
     archiver.status.backup = backups.status
+    watch = BackupWatch(
+        store,
+        archiver.layout,
+        archiver.orders,
+        archiver.status,
+        news=lambda: (backups.status.last_backup, backups.over),
+    )
 
     async def both() -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(archiver.run(), name="archiver")
             tasks.create_task(backups.run(), name="backups")
+            tasks.create_task(watch.run(), name="what can be recovered")
 
     task = asyncio.create_task(both())
     loop = asyncio.get_running_loop()

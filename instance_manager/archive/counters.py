@@ -24,6 +24,10 @@ class PushCounters:
     wal_bytes: int = 0
     stored_bytes: int = 0
     look_ahead_hits: int = 0
+    prepare_seconds: float = 0.0
+    """In which files were read, checked and compressed; of parallel ones each counts."""
+    store_seconds: float = 0.0
+    """In which the store was asked to keep them, retries included."""
     last_archived: str = ""
     last_error: str = ""
 
@@ -109,6 +113,21 @@ class BackupState:
     """Of the last one."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackupsSeen:
+    """What can be recovered, at the last look of `backup.watch`; see `BackupsState`."""
+
+    looked_s: float
+    """CLOCK_BOOTTIME."""
+    looked_at_unix_s: float
+    good: int = 0
+    newest: str = ""
+    newest_end_unix_s: float | None = None
+    recoverable_from_unix_s: float | None = None
+    first_gap: str = ""
+    problem: str | None = None
+
+
 @dataclass(slots=True)
 class ArchiverStatus:
     """All of it."""
@@ -123,6 +142,8 @@ class ArchiverStatus:
     backlog: Backlog = field(default_factory=Backlog)
     backfill: BackfillState = field(default_factory=BackfillState)
     backup: BackupState = field(default_factory=BackupState)
+    backups: BackupsSeen | None = None
+    """Of a primary's archiver only; None: not looked at yet."""
 
 
 def look_at_outcome(task: asyncio.Task[object]) -> None:

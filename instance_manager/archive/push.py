@@ -23,7 +23,7 @@ from instance_manager.archive.wal_names import timeline_of, wal_kind
 from instance_manager.core.types import Timeline, format_lsn
 from instance_manager.ports import ObjectStore, ObjectStoreError
 from instance_manager.postgres.histories import ends_as, history_file_name, read_history
-from instance_manager.threads import Threads
+from instance_manager.threads import Threads, monotonic_s
 
 log = logging.getLogger("instance_manager.archive.push")
 
@@ -202,6 +202,7 @@ class Pusher:
 
     async def _prepared(self, name: str, orders: Orders) -> Prepared:
         path = self._wal_directory / name
+        began_s = monotonic_s()
         try:
             return await self._threads.call(
                 lambda: prepare(path, name, self._layout.codec, orders.size, orders.system),
@@ -209,6 +210,8 @@ class Pusher:
             )
         except TimeoutError:
             raise NotArchived(f"{name}: not read within {PREPARE_DEADLINE_S:g} s: is the disk stalled?") from None
+        finally:
+            self._counters.prepare_seconds += monotonic_s() - began_s
 
     async def _ensure_history(self, timeline: Timeline, name: str, orders: Orders) -> None:
         """No file of a timeline goes out before its history: without that recovery never finds the timeline."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from instance_manager.archive.counters import ArchiverStatus
+from datetime import UTC, datetime
+
+from instance_manager.archive.counters import ArchiverStatus, BackupsSeen
 from instance_manager.archive.orders import Orders
 from instance_manager.archive.wal_names import wal_kind
-from instance_manager.core.archive_state import ArchiveState
+from instance_manager.core.archive_state import ArchiveState, BackupsState
 from instance_manager.core.types import Lsn
 
 NOT_LOOKED_AT = "not looked at yet"
@@ -34,7 +36,27 @@ def state_of(status: ArchiverStatus, orders: Orders | None, now_s: float) -> Arc
         gaps=len(status.backfill.gaps),
         first_gap=status.backfill.gaps[0] if status.backfill.gaps else "",
         conflicts=status.push.conflicts,
+        backups=None if status.backups is None else backups_of(status.backups, now_s),
         trouble=_trouble(status),
+    )
+
+
+def backups_of(seen: BackupsSeen, now_s: float) -> BackupsState:
+    """Ages go on with the monotonic clock: one that is told is never younger than the one before."""
+    now_unix_s = seen.looked_at_unix_s + (now_s - seen.looked_s)
+
+    def age_s(unix_s: float | None) -> float | None:
+        return None if unix_s is None else round(max(0.0, now_unix_s - unix_s), 1)
+
+    begin = seen.recoverable_from_unix_s
+    return BackupsState(
+        good=seen.good,
+        newest=seen.newest,
+        newest_age_s=age_s(seen.newest_end_unix_s),
+        recoverable_from="" if begin is None else f"{datetime.fromtimestamp(begin, UTC):%Y-%m-%d %H:%M:%S}",
+        recoverable_s=age_s(begin),
+        first_gap=seen.first_gap,
+        problem=seen.problem,
     )
 
 

@@ -19,6 +19,7 @@ from instance_manager.archive.wal_page import HEADER_BYTES, WrongSegment, check_
 from instance_manager.core.types import Epoch
 from instance_manager.ports import Content, ObjectExists, ObjectInfo, ObjectStore, StoreUnreachable
 from instance_manager.postgres.histories import HistoryInvalid, parse_history
+from instance_manager.threads import monotonic_s
 
 SMALL_FILE_LIMIT_BYTES = 1 << 20
 IN_MEMORY_SEGMENT_MAX_BYTES = 32 << 20
@@ -161,7 +162,11 @@ class Uploader:
                 return False
             return True
 
-        is_new = await self._patience.call(attempt, on_retry=self._count_retry)
+        began_s = monotonic_s()
+        try:
+            is_new = await self._patience.call(attempt, on_retry=self._count_retry)
+        finally:
+            self._counters.store_seconds += monotonic_s() - began_s
         if is_new:
             self._counters.stored_bytes += prepared.content.size_bytes or 0
         return is_new

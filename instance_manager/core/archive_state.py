@@ -10,6 +10,26 @@ ARCHIVE_LEVELS = ("calm", "behind", "pressed", "critical")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackupsState:
+    """What can be recovered from the archive, as its primary's archiver last looked."""
+
+    good: int
+    """Backups without a damaged page, of the accepted history, with all of the log that makes them consistent."""
+    newest: str = ""
+    """The id of the newest of them; empty: there is none."""
+    newest_age_s: float | None = None
+    """Since its end, by the wall clock."""
+    recoverable_from: str = ""
+    """The end of the oldest of them from which the log goes on without a gap, UTC; empty: there is none."""
+    recoverable_s: float | None = None
+    """How far back that is, by the wall clock. Every moment from then until `lag_s` ago can be recovered."""
+    first_gap: str = ""
+    """Segment behind the newest of them that is missing although later ones are there."""
+    problem: str | None = None
+    """Why this could not be looked at the last time; the rest is from before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArchiveState:
     level: str
     """One of ARCHIVE_LEVELS; `unknown` while the archiver does not answer."""
@@ -29,5 +49,7 @@ class ArchiveState:
     first_gap: str = ""
     conflicts: int = 0
     """Attempts to archive what differs from what is there under its name."""
+    backups: BackupsState | None = None
+    """None: not looked at yet."""
     trouble: str | None = None
     """Why nothing can be archived now, in one sentence."""

@@ -21,6 +21,8 @@ class Caller:
     """Somebody who may; `name` is for the log."""
 
     name: str
+    by_certificate: bool = False
+    """Known by what a browser shows for any page that asks it to: the request must be one that no foreign page can make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class NetworkCallers:
             return Refused(403, "control over the network needs TLS")
         shown = certificate_of(request)
         if shown is not None and (names := shown.names & self._allowed):
-            return Caller(f"certificate {min(names)}")
+            return Caller(f"certificate {min(names)}", by_certificate=True)
         if self._token is not None and (authorization := request.headers.get("Authorization")) is not None:
             if not self._token.matches(authorization):
                 await self._token.read_again()

@@ -48,7 +48,11 @@ def control_application(
             case Refused(status, reason):
                 refusals.tell(reason, verb, request.remote)
                 return json_response(status, {"error": reason})
-            case Caller(name):
+            case Caller(name, by_certificate):
+                # A page of anybody's can make a browser with that certificate post a form, but not JSON (CSRF).
+                if by_certificate and request.content_type != "application/json":
+                    refusals.tell("with a certificate, but not as application/json", verb, request.remote)
+                    return json_response(415, {"error": "say Content-Type: application/json, also without a body"})
                 if verb not in LOOKING:
                     _log.info("control: %s by %s", verb[:40], name, extra={"from": request.remote})
         if places.locked():

@@ -101,6 +101,7 @@ def routes(handler: Handler) -> tuple[Route, ...]:
         403: Reply("this caller may not control the instance", ErrorBody),
         408: Reply("the body did not come in time", ErrorBody),
         413: Reply("the body is too long", ErrorBody),
+        415: Reply("over the network with a certificate: not `Content-Type: application/json`", ErrorBody),
     }
     stream = Route(
         path="/control/{verb}",

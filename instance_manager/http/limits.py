@@ -32,8 +32,28 @@ ADDRESSES_MAX = 1024
 PEER_PREFIX = "/peer/"
 
 
+class Rates:
+    """How often each address may do something: a bucket for each of the last addresses that did."""
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self.per_s = per_s
+        self._burst = burst
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def takes(self, address: str) -> bool:
+        """False: not now."""
+        now_s = time.monotonic()
+        left, at_s = self._buckets.pop(address, (self._burst, now_s))
+        left = min(self._burst, left + (now_s - at_s) * self.per_s)
+        takes = left >= 1
+        self._buckets[address] = (left - 1 if takes else left, now_s)
+        while len(self._buckets) > ADDRESSES_MAX:
+            self._buckets.popitem(last=False)
+        return takes
+
+
 class Limits:
-    """Of one listener."""
+    """Of one listener. `is_peer`: whether this Authorization header is a peer's; only its calls are not counted by address."""
 
     def __init__(
         self,
@@ -43,19 +63,19 @@ class Limits:
         keepalive_s: float = KEEPALIVE_S,
         requests_per_s: float = REQUESTS_PER_S,
         burst: float = BURST,
+        is_peer: Callable[[str | None], bool] = lambda _: False,
         at_once: AtOnce | None = None,
     ) -> None:
         """`at_once`: what need not go through aiohttp, within the same limits."""
         self._connections_max = connections_max
         self._head_within_s = head_within_s
         self.keepalive_s = keepalive_s
-        self._requests_per_s = requests_per_s
-        self._burst = burst
+        self._rates = Rates(requests_per_s, burst)
+        self._is_peer = is_peer
         self._at_once = at_once
         self._guards: set[_Guard] = set()
         self._handed_over: dict[asyncio.Protocol, _Guard] = {}
         """By aiohttp's own protocol, as a request knows it."""
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     @property
     def connections(self) -> int:
@@ -73,8 +93,8 @@ class Limits:
             guard.begin_work()
         try:
             # A peer is known by its token and has places of its own: no flood from its address may silence it.
-            if not request.path.startswith(PEER_PREFIX) and not self._takes_from_bucket(request.remote or ""):
-                response = json_response(429, ErrorBody(f"more than {self._requests_per_s:g} requests a second"))
+            if not self._is_call_of_peer(request) and not self._rates.takes(request.remote or ""):
+                response = json_response(429, ErrorBody(f"more than {self._rates.per_s:g} requests a second"))
                 response.headers["Retry-After"] = "1"
                 return response
             return await handler(request)
@@ -82,15 +102,9 @@ class Limits:
             if guard is not None:
                 guard.begin_wait(self.keepalive_s + self._head_within_s)
 
-    def _takes_from_bucket(self, address: str) -> bool:
-        now_s = time.monotonic()
-        left, at_s = self._buckets.pop(address, (self._burst, now_s))
-        left = min(self._burst, left + (now_s - at_s) * self._requests_per_s)
-        takes = left >= 1
-        self._buckets[address] = (left - 1 if takes else left, now_s)
-        while len(self._buckets) > ADDRESSES_MAX:
-            self._buckets.popitem(last=False)
-        return takes
+    def _is_call_of_peer(self, request: web.Request) -> bool:
+        """By the token, not by the path, which anybody can say."""
+        return request.path.startswith(PEER_PREFIX) and self._is_peer(request.headers.get("Authorization"))
 
     def answer_at_once(self, data: bytes, address: str) -> Answer | None:
         """None: aiohttp's to answer, with its refusal where there were too many."""
@@ -100,7 +114,7 @@ class Limits:
             answer = self._at_once(data)
         except Exception:
             return None  # which fails there too, and is told as every error is
-        return answer if answer is not None and self._takes_from_bucket(address) else None
+        return answer if answer is not None and self._rates.takes(address) else None
 
     def end_waiting(self) -> None:
         """Connections that aiohttp does not know of; its own it ends itself."""

@@ -10,17 +10,24 @@ import os
 import socket
 import ssl
 import stat
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from aiohttp import web
 
+from instance_manager.http.limits import Rates
+
 BACKLOG = 128
 HANDSHAKE_TIMEOUT_S = 5.0
 GOODBYE_TIMEOUT_S = 1.0
 HANDSHAKES_MAX = 64
+HANDSHAKES_PER_S = 20
+HANDSHAKES_BURST = 100
+"""Of one address. Each costs a millisecond or more of the loop that renews the Lease; a member makes a few in its life."""
 ACCEPT_AGAIN_AFTER_S = 1.0
+TOLD_AGAIN_AFTER_S = 60.0
 
 _log = logging.getLogger(__name__)
 
@@ -57,16 +64,19 @@ class TlsListener:
     """One listening socket. After `renew` new connections get the new context; those that are there stay with theirs.
 
     It accepts by itself: asyncio's own server knows no bound of handshakes that are not done, and each costs 300 KiB before
-    anybody has proven anything. Beyond HANDSHAKES_MAX the oldest of the address that has begun the most is given up.
+    anybody has proven anything. Beyond HANDSHAKES_MAX the oldest of the address that has begun the most is given up. An address
+    that begins them too often finds its connection closed, which to a peer is silence and no death.
     """
 
-    def __init__(self, runner: web.AppRunner, listener: socket.socket) -> None:
+    def __init__(self, runner: web.AppRunner, listener: socket.socket, rates: Rates | None = None) -> None:
         self._runner = runner
         self._listener = listener
         self._context: ssl.SSLContext | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._handshakes: dict[asyncio.Task[None], str] = {}
         """The address of each, oldest first."""
+        self._rates = rates or Rates(HANDSHAKES_PER_S, HANDSHAKES_BURST)
+        self._told_s = float("-inf")
 
     async def renew(self, context: ssl.SSLContext) -> None:
         """Also the start."""
@@ -95,6 +105,11 @@ class TlsListener:
                 _log.warning("a connection could not be accepted: %s", error.strerror)
                 await asyncio.sleep(ACCEPT_AGAIN_AFTER_S)
                 continue
+            if not self._rates.takes(str(address[0])):
+                connection.close()
+                self._tell_of(str(address[0]))
+                await asyncio.sleep(0)
+                continue
             task = asyncio.create_task(self._shake_hands(connection))
             self._handshakes[task] = str(address[0])
             task.add_done_callback(self._handshakes.pop)
@@ -103,6 +118,17 @@ class TlsListener:
                 next(each for each, begun_by in self._handshakes.items() if begun_by == greediest).cancel()
             # Else a queue that is never empty would be all that the loop does. And only a task that has begun closes its socket.
             await asyncio.sleep(0)
+
+    def _tell_of(self, address: str) -> None:
+        """Once a minute: anybody who reaches the port can cause it."""
+        now_s = time.monotonic()
+        if now_s - self._told_s >= TOLD_AGAIN_AFTER_S:
+            self._told_s = now_s
+            _log.warning(
+                "%s begins more than %g TLS connections a second: those beyond are closed; let it keep its connections open",
+                address,
+                self._rates.per_s,
+            )
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         handler = self._runner.server

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from aiohttp import web
 
+from instance_manager.core.archive_state import BackupsState
 from instance_manager.core.types import format_lsn
 from instance_manager.http.details import Details
 from instance_manager.http.lag_history import MINUTES, LagHistory, Sample
@@ -190,12 +191,32 @@ def _archive(status: ClusterStatus) -> Iterable[str]:
         yield f", {_size(archive.lag_bytes)} and {_seconds(archive.lag_s)} behind"
     if archive.waiting:
         yield f"; {archive.waiting} files wait, the oldest for {_seconds(archive.oldest_age_s)}"
+    if archive.backups is not None:
+        yield from _backups(archive.backups)
     for count, what in ((archive.gaps, "missing segments: no recovery passes them"), (archive.conflicts, "conflicts")):
         if count:
             yield f'<p class="note">{count} {what}</p>'
     if archive.trouble:
         yield f'<p class="note">{_sentence(archive.trouble)}</p>'
     yield "</div>"
+
+
+def _backups(backups: BackupsState) -> Iterable[str]:
+    yield '<dl class="facts">'
+    if backups.good:
+        age = f", {_seconds(backups.newest_age_s)} ago" if backups.newest_age_s is not None else ""
+        yield f'<dt>newest backup</dt><dd><span class="n">{_text(backups.newest)}</span>{age}</dd>'
+    else:
+        yield '<dt>newest backup</dt><dd class="bad">none that can be restored</dd>'
+    yield f"<dt>good backups</dt><dd>{backups.good}</dd>"
+    if backups.recoverable_from:
+        back = f", {_seconds(backups.recoverable_s)} back" if backups.recoverable_s is not None else ""
+        yield f'<dt>recoverable since</dt><dd><span class="n">{_text(backups.recoverable_from)}</span> UTC{back}</dd>'
+    if backups.first_gap:
+        yield f'<dt>gap at</dt><dd class="bad n">{_text(backups.first_gap)}</dd>'
+    yield "</dl>"
+    if backups.problem:
+        yield f'<p class="note">backups could not be looked at anew: {_sentence(backups.problem)}</p>'
 
 
 def _decisions(status: ClusterStatus) -> Iterable[str]:

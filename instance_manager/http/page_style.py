@@ -29,6 +29,7 @@ header p{margin:6px 0 0;color:var(--dim)}
 .role{font-size:12px;font-weight:600;border:1px solid currentColor;border-radius:20px;padding:1px 9px;white-space:nowrap}
 .from{margin:2px 0 8px;color:var(--dim)}
 dl{display:grid;grid-template-columns:auto 1fr;gap:2px 14px;margin:0}dt{color:var(--dim)}dd{margin:0;text-align:right}
+.facts{margin-top:8px}.facts dd{text-align:left}
 .note{margin:8px 0 0;color:var(--warn)}
 figure{margin:10px 0 0}svg{display:block;width:100%;height:46px;background:var(--bg);border-radius:6px}
 polyline{fill:none;stroke:var(--accent);stroke-width:1.6;vector-effect:non-scaling-stroke}

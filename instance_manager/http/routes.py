@@ -57,6 +57,12 @@ class Route:
         for method in self.methods:
             router.add_route(method, self.path, self.handler)
 
+    def add_doubled_to(self, router: web.UrlDispatcher) -> None:
+        """Also with two slashes, as Patroni answers it: who joins an address that ends with one and a path asks for that."""
+        if self.path != "/":
+            for method in self.methods:
+                router.add_route(method, f"/{self.path}", self.handler)
+
 
 SIZE = r"^\s*[0-9]{1,15}(B|kB|KB|KiB|MB|MiB|GB|GiB|TB|TiB)?\s*$"
 _LAG = Parameter("lag", "no further behind than this: bytes, or a whole number with kB, MB, GB, TB", SIZE, (), "16MB")

@@ -103,7 +103,9 @@ async def serve(
         async def locally(runner: web.AppRunner) -> None:
             await web.SockSite(runner, control_socket, backlog=BACKLOG).start()
 
-        public_limits, control_limits = Limits(at_once=probes_at_once(service)), Limits()
+        at_once = probes_at_once(service)
+        public_limits = Limits(is_peer=token.matches, at_once=at_once) if plain_peers else Limits(at_once=at_once)
+        control_limits = Limits()
         sites: list[_Site] = [
             (public_application(service, token if plain_peers else None, public_limits), public_limits, plainly),
             (control_application(service, control_limits), control_limits, locally),
@@ -122,7 +124,7 @@ async def serve(
                 listeners.peers = TlsListener(runner, peer_socket)
                 stack.push_async_callback(listeners.peers.close)
 
-            peer_limits = Limits()
+            peer_limits = Limits(is_peer=token.matches)
             sites.append((peer_application(service, token, configuration, peer_limits), peer_limits, peers))
         if configuration.control is not None:
             host, port = configuration.control.address
@@ -153,9 +155,12 @@ def public_application(
     """Probes, status and peer calls; nothing here changes what a user decides. Without `token` no peer calls: they are by TLS."""
     application = limited_application(limits)
     lags = lags or LagHistory()
-    routes = (*read_routes(service, lags), _metrics_route(service), _peer_route(service, token))
+    reading = read_routes(service, lags)
+    routes = (*reading, _metrics_route(service), _peer_route(service, token))
     for route in (*routes, openapi.route("Instance manager: reading", routes)):
         route.add_to(application.router)
+    for route in reading:
+        route.add_doubled_to(application.router)
 
     async def keep_lags(_: web.Application) -> AsyncIterator[None]:
         keeping = asyncio.create_task(lags.keep(service.status))

@@ -31,7 +31,7 @@ from typing import Any, cast, get_args
 import yaml
 
 from instance_manager.metrics import catalogue
-from instance_manager.metrics.exposition import Block
+from instance_manager.metrics.exposition import Block, Family
 from instance_manager.metrics.queries import SERVER_LABEL, Column, MetricQuery, Row, Usage, milliseconds
 
 DEFAULT_TIMEOUT_S = 1.0
@@ -58,15 +58,14 @@ _KEYS = frozenset(
         "search_path",
     }
 )
-BUILT_IN = frozenset(
-    family.name
-    for query in (*catalogue.EACH_SCRAPE, *catalogue.NOW_AND_THEN, *catalogue.EACH_DATABASE)
-    for family in query.families()
-)
-"""Families that are there anyway; a custom query that brings them once more (the exporter's example does) adds only its others."""
+_BUILT_IN_QUERIES = (*catalogue.EACH_SCRAPE, *catalogue.NOW_AND_THEN, *catalogue.EACH_DATABASE)
+BUILT_IN = {family.name: family for query in _BUILT_IN_QUERIES for family in query.families()}
+"""Families that are there anyway; a custom query that brings the very same (the exporter's example does) adds only its others."""
+_BUILT_IN_COLLECTORS = frozenset(query.name for query in _BUILT_IN_QUERIES)
 _LABELS_OF_OURS = frozenset((SERVER_LABEL, "le"))
 """Prometheus refuses a whole scrape in which one sample has a label twice."""
-_RESERVED = ("instance_manager_", "pg_up", "process_")
+_RESERVED = re.compile(r"(instance_manager|process|pg_settings|pg_exporter|pg_scrape_collector)_.*|pg_up|up")
+"""Other families of ours, and Prometheus's own: two of one name are no scrape at all."""
 
 
 class QueriesUnusable(Exception):
@@ -96,11 +95,16 @@ class CustomQuery:
         if self._needs_database:
             query = replace(query, columns=(Column(name="datname", usage="LABEL"), *query.columns))
             rows = [_WithDatabase(row, database) for row in rows]
-        blocks = [block for block in query.read(rows, server) if block.family.name not in BUILT_IN]
+        blocks = query.read(rows, server)
         for block in blocks:
             if len({line.rpartition(" ")[0] for line in block.lines}) != len(block.lines):
                 raise ValueError(f"two rows have the same labels in {block.family.name}")
         return blocks
+
+    @property
+    def collector(self) -> str:
+        """Its name among the collectors: never one of a built-in query, whose results it would replace."""
+        return f"{self.query.name}_custom" if self.query.name in _BUILT_IN_COLLECTORS else self.query.name
 
     @property
     def _needs_database(self) -> bool:
@@ -141,7 +145,8 @@ def parse_queries(text: str, where: str) -> tuple[CustomQuery, ...]:
     found, problems = [], []
     for name, section in raw.items():
         try:
-            found.append(_query(name, section))
+            if (query := _query(name, section)) is not None:
+                found.append(query)
         except ValueError as error:
             problems.append(f"{where}: {name}: {error}")
     problems += [f"{where}: {name}: is there twice" for name in _twice(found)]
@@ -173,34 +178,60 @@ def _twice(found: Sequence[CustomQuery]) -> list[str]:
     return twice
 
 
-def _query(key: object, section: object) -> CustomQuery:
+def _query(key: object, section: object) -> CustomQuery | None:
+    """None: all that it brings is built in."""
     if not isinstance(section, dict):
         raise ValueError("must be a mapping with `query` and `metrics`")  # noqa: TRY004 - shown to users
     if unknown := sorted(str(each) for each in section.keys() - _KEYS):
         raise ValueError(f"unknown key `{unknown[0]}`; there are {', '.join(sorted(_KEYS))}")
     name = section.get("name", key)
-    if not isinstance(name, str) or _NAME.fullmatch(name) is None or name.startswith(_RESERVED):
-        raise ValueError(f"{name!r} cannot begin a metric's name, or is reserved")
+    if not isinstance(name, str) or _NAME.fullmatch(name) is None:
+        raise ValueError(f"{name!r} cannot begin a metric's name")
     sql = _text(section, "query")
     if sql is None:
         raise ValueError("query: is missing")
     columns = _columns(section.get("metrics"))
     low, below = _majors(section.get("runonserver"))
+    query = MetricQuery(
+        name=name,
+        sql=sql,
+        columns=columns,
+        only_primary=_flag(section, "master") or _flag(section, "primary"),
+        minimum_major=low,
+        below_major=below,
+    )
+    values = [column for column in columns if column.usage != "LABEL"]
+    built_in = {column.name for column, family in zip(values, query.families(), strict=True) if _is_built_in(family)}
+    if len(built_in) == len(values):
+        return None
     return CustomQuery(
-        query=MetricQuery(
-            name=name,
-            sql=sql,
-            columns=columns,
-            only_primary=_flag(section, "master") or _flag(section, "primary"),
-            minimum_major=low,
-            below_major=below,
-        ),
+        query=replace(query, columns=tuple(column for column in columns if column.name not in built_in)),
         databases=_texts(section, "target_databases") or (DEFAULT_DATABASE,),
         predicate=_text(section, "predicate_query"),
         cache_s=_seconds(section, "cache_seconds", 0.0, 86_400.0),
         timeout_s=_timeout(section),
         schemas=_schemas(section),
     )
+
+
+def _is_built_in(family: Family) -> bool:
+    """True: it is the very same. ValueError: another family has that name already."""
+    names = [family.name]
+    if family.kind == "histogram":
+        names += [f"{family.name}_{each}" for each in ("bucket", "sum", "count")]
+    for name in names:
+        if _RESERVED.fullmatch(name) is not None:
+            raise ValueError(
+                f"{name} is, or may be, a family of the instance manager's own: give the query another `name`"
+            )
+        built_in = BUILT_IN.get(name)
+        if built_in is not None and (built_in.kind, set(built_in.labels)) != (family.kind, set(family.labels)):
+            labels = ", ".join(label for label in built_in.labels if label != SERVER_LABEL) or "none"
+            raise ValueError(
+                f"{name} is built in, as a {built_in.kind} with the labels {labels}: give the query another `name`, or the "
+                "column another in the query (AS)"
+            )
+    return family.name in BUILT_IN
 
 
 def _columns(metrics: object) -> tuple[Column, ...]:

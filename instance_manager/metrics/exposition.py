@@ -50,8 +50,15 @@ def label_set(names: Sequence[str], values: Sequence[str]) -> str:
         if values:
             raise ValueError(f"values without labels: {values}")
         return ""
-    pairs = (f'{name}="{value.translate(_ESCAPES)}"' for name, value in zip(names, values, strict=True))
+    pairs = [f'{name}="{escaped(value)}"' for name, value in zip(names, values, strict=True)]
     return "{" + ",".join(pairs) + "}"
+
+
+def escaped(value: str) -> str:
+    """As a label's value. Hardly any needs it, and looking costs a tenth of translating."""
+    if '"' in value or "\\" in value or "\n" in value:
+        return value.translate(_ESCAPES)
+    return value
 
 
 def number(value: object) -> str:

@@ -144,7 +144,7 @@ class PostgresMetrics:
         """After a reload; results of queries that are gone are not shown any more."""
         self.options = options
         names = {each.name for each in (*catalogue.NOW_AND_THEN, *catalogue.EACH_DATABASE)}
-        names |= {custom.query.name for custom in options.custom}
+        names |= {custom.collector for custom in options.custom}
         self._kept = {key: kept for key, kept in self._kept.items() if key[0] in names}
         self._round_began_s = float("-inf")
 
@@ -261,7 +261,7 @@ class PostgresMetrics:
                 await self._ask_built_in(database, built_in)
             for custom in self.options.custom:
                 if self._is_due(custom, database):
-                    await self._keep(custom.query.name, database, self._custom(custom, database))
+                    await self._keep(custom.collector, database, self._custom(custom, database))
 
     def _built_in_due(self, database: str) -> tuple[MetricQuery, ...]:
         wanted = catalogue.EACH_DATABASE if self.options.tables else ()
@@ -279,7 +279,7 @@ class PostgresMetrics:
         return (
             custom.query.is_for(self._major, is_primary=self._is_primary)
             and database in custom.databases_of(self._databases)
-            and self._age_s(custom.query.name, database) >= custom.cache_s
+            and self._age_s(custom.collector, database) >= custom.cache_s
         )
 
     def _age_s(self, collector: str, database: str) -> float:

@@ -71,10 +71,20 @@ class MetricQuery:
         values = [column for column in self.columns if column.usage != "LABEL"]
         blocks = [Block(family) for family in self.families()]
         names = (*labels, SERVER_LABEL)
+        # Thousands of samples pass here at each scrape: what is the same for each is looked at once.
+        plain, others = [], []
+        for column, block in zip(values, blocks, strict=True):
+            if column.usage in ("MAPPEDMETRIC", "DURATION", "HISTOGRAM"):
+                others.append((column, block))
+            else:
+                plain.append((column.name, block.family.name, block.lines.append))
         for row in rows:
             texts = [_label(row[label]) for label in labels]
             told = label_set(names, (*texts, server))
-            for column, block in zip(values, blocks, strict=True):
+            for column_name, name, append in plain:
+                value = row[column_name]
+                append(f"{name}{told} {value if type(value) is int else number(value)}\n")
+            for column, block in others:
                 if column.usage == "HISTOGRAM":
                     block.lines.extend(_histogram(block.family.name, column.name, row, (*names,), (*texts, server)))
                 else:

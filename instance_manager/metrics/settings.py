@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from instance_manager.metrics.exposition import Block, Family
+from instance_manager.metrics.exposition import Block, Family, label_set, number
 from instance_manager.metrics.queries import Row
 
 SQL = (
@@ -19,7 +19,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 def read(rows: Iterable[Row], server: str) -> list[Block]:
     """One family for each parameter. One whose unit is new to us is left out rather than told in a wrong one."""
-    blocks = []
+    blocks, told = [], label_set(("server",), (server,))
     for row in rows:
         name, text = row["name"].replace(".", "_"), row["setting"]
         description = row["short_desc"] or "A parameter of Postgres."
@@ -39,7 +39,6 @@ def read(rows: Iterable[Row], server: str) -> list[Block]:
                 # -1 stands for "off" or "as elsewhere", and is no amount.
                 value = value if value < 0 else value * factor
                 description += f" [Units converted to {word}.]"
-        block = Block(Family(f"pg_settings_{name}", "gauge", description, ("server",)))
-        block.add(value, server)
-        blocks.append(block)
+        family = Family(f"pg_settings_{name}", "gauge", description, ("server",))
+        blocks.append(Block(family, [f"{family.name}{told} {number(value)}\n"]))
     return blocks

@@ -4,10 +4,13 @@ role that is declared absent and that carries our mark.
 Who does it. Roles and databases are made by the superuser in the database `postgres`, over the Unix socket, with a pinned
 `search_path`; there nobody else may create anything. A tenant's database is entered for its extensions only:
 
-- one that Postgres calls trusted is created *as the database's owner*, so that whatever a tenant planted runs with the tenant's
-  rights (CVE-2026-55769);
-- any other needs the superuser, whose script might call what a tenant planted in the same schema. It goes into a schema in
-  which only the superuser may create, by default `extensions`; a schema that is there and somebody else's is refused.
+- one that Postgres calls trusted and that needs the superuser is created *as the database's owner*: it is the owner's, and
+  Postgres itself runs its script, which was written for that, as the superuser (CVE-2026-55769);
+- any other's script runs with the rights of this session, and might call what a tenant planted in the same schema. It goes into
+  a schema in which only the superuser may create, by default `extensions`; a schema that is there and somebody else's is refused.
+
+A script never runs behind `SET ROLE` with a tenant's rights: it is no wall, because what a tenant planted may say RESET ROLE and
+is the superuser then. So one whose script runs with the rights of whoever calls it, and that a tenant owns, is the tenant's to update.
 """
 
 from __future__ import annotations
@@ -230,19 +233,21 @@ async def keep_extension(open_: Open, database: str, wanted: ExtensionWanted) ->
             return True
         if wanted.version is None or installed["version"] == wanted.version:
             return False
+        update = f"ALTER EXTENSION {_extension(wanted.name)} UPDATE TO {quote_literal(wanted.version)}"
         if installed["by_superuser"]:
             await _require_safe_schema(sql, installed["schema"])
-        await _as_role(
-            sql,
-            installed["owner"],
-            f"ALTER EXTENSION {_extension(wanted.name)} UPDATE TO {quote_literal(wanted.version)}",
-        )
+        elif not await _runs_as_superuser_for_others(sql, wanted):
+            raise ManagedRefused(
+                f"{installed['owner']} owns it, and its script would run what {installed['owner']} may have planted: let "
+                f"{installed['owner']} say ALTER EXTENSION {wanted.name} UPDATE"
+            )
+        await _as_role(sql, installed["owner"], update)
         return True
 
 
 async def _create_extension(sql: Session, wanted: ExtensionWanted) -> None:
     offered = await sql.fetchrow(
-        "select v.trusted, v.schema, pg_catalog.pg_get_userbyid(d.datdba) as owner, r.rolsuper as owner_is_superuser "
+        "select v.trusted and v.superuser as by_anybody, v.schema, pg_catalog.pg_get_userbyid(d.datdba) as owner, r.rolsuper as owner_is_superuser "
         "from pg_catalog.pg_available_extensions e "
         "join pg_catalog.pg_available_extension_versions v on v.name = e.name "
         "and v.version = coalesce($2, e.default_version), "
@@ -256,7 +261,7 @@ async def _create_extension(sql: Session, wanted: ExtensionWanted) -> None:
         version = f" in version {wanted.version}" if wanted.version else ""
         raise ManagedRefused(f"this server's programs do not bring it{version}; install its package on every instance")
     version = f" VERSION {quote_literal(wanted.version)}" if wanted.version is not None else ""
-    if offered["trusted"] and not offered["owner_is_superuser"]:
+    if offered["by_anybody"] and not offered["owner_is_superuser"]:
         schema = wanted.schema or offered["schema"] or "public"
         where = "" if offered["schema"] is not None else f" SCHEMA {quote_identifier(schema)}"
         make = f"CREATE SCHEMA IF NOT EXISTS {quote_identifier(schema)}; " if wanted.schema is not None else ""
@@ -275,6 +280,21 @@ async def _create_extension(sql: Session, wanted: ExtensionWanted) -> None:
     await sql.execute(
         f"BEGIN; {make}CREATE EXTENSION {_extension(wanted.name)}{where}{version}; COMMIT", deadline_s=LONG_DEADLINE_S
     )
+
+
+async def _runs_as_superuser_for_others(sql: Session, wanted: ExtensionWanted) -> bool:
+    """Does Postgres run every step to this version as the superuser, whoever asks for it? Each step has its own version's word."""
+    rows = await sql.fetch(
+        "select coalesce(v.trusted and v.superuser, false) as by_anybody from pg_catalog.pg_extension e "
+        "join pg_catalog.pg_extension_update_paths($1) p on p.source = e.extversion and p.target = $2 "
+        "cross join pg_catalog.string_to_table(p.path, '--') as step (version) "
+        "left join pg_catalog.pg_available_extension_versions v on v.name = $1 and v.version = step.version "
+        "where e.extname = $1 and step.version <> e.extversion",
+        wanted.name,
+        wanted.version,
+        deadline_s=DEADLINE_S,
+    )
+    return bool(rows) and all(row["by_anybody"] for row in rows)
 
 
 async def _require_safe_schema(sql: Session, schema: str, *, may_be_missing: bool = False) -> None:
@@ -298,7 +318,7 @@ async def _require_safe_schema(sql: Session, schema: str, *, may_be_missing: boo
 
 
 async def _as_role(sql: Session, role: str, statement: str) -> None:
-    """In one transaction with the rights of `role`."""
+    """In one transaction with the rights of `role`; nothing that `role` may have planted may run in it."""
     await sql.execute(f"BEGIN; SET LOCAL ROLE {_any_name(role)}; {statement}; COMMIT", deadline_s=LONG_DEADLINE_S)
 
 

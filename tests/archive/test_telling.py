@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from archive_harness import Desk, until
 from wal_builders import SIZE
@@ -16,7 +17,7 @@ from instance_manager.agent.archiver_client import ArchiverClient
 from instance_manager.agent.reporting import archive_risks
 from instance_manager.archive.counters import ArchiverStatus, Backlog
 from instance_manager.archive.telling import state_of
-from instance_manager.core.archive_state import ArchiveState
+from instance_manager.core.archive_state import ArchiveState, BackupsState
 from instance_manager.core.types import Lsn
 
 MIB = 1 << 20
@@ -145,3 +146,13 @@ def test_each_risk_is_a_sentence() -> None:
         "the archive lacks 2 segments, 000000010000000000000003 first: no recovery passes them; take a base backup",
         "other content is in the archive under a name of this log: see the log of the archiver",
     ]
+
+
+def test_an_archive_from_which_nothing_can_be_recovered_is_a_risk() -> None:
+    def risks(**changes: Any) -> list[str]:
+        return list(archive_risks(ArchiveState(level="calm", backups=BackupsState(**{"good": 1, **changes}))))
+
+    assert risks() == []
+    assert risks(good=0) == ["the archive has no backup that can be restored: take one with `instance-manager backup`"]
+    (gap,) = risks(first_gap="000000010000000000000003")
+    assert gap.startswith("the archive lacks 000000010000000000000003 behind its newest backup")

@@ -4,7 +4,8 @@
 
 For each situation (pgbench loads the machine; the store is away; Postgres is frozen, or stopped; the disk hangs) requests are sent at fixed times, whether or not
 earlier ones were answered, and each is timed from when it was due. The floor is a bare aiohttp handler in a process of its own, asked
-in turn with the probes: what of a figure is the machine's and not ours.
+in turn with the probes: what of a figure is the machine's and not ours. Where the floor itself is beyond the limit the machine is too busy to tell, and
+what is held is that the probes are no more than a quarter slower than it (and 5 ms).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ import aiohttp
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "cluster"))
 
-from cluster_harness import FAST, START_DEADLINE_S
+from cluster_harness import FAST
 from cluster_tools import done, stopped
 
 from instance_manager.demo import plan
@@ -35,6 +37,8 @@ REQUESTS_PER_S = 200
 ANSWER_WITHIN_S = 10.0
 LIMIT_LOADED_S = 0.020
 LIMIT_BROKEN_S = 1.0
+REDUNDANT_WITHIN_S = 240.0
+"""Also on a machine that is busy with other work: three clones, and a rejoin after each situation."""
 
 FLOOR = """
 import asyncio, sys
@@ -119,7 +123,7 @@ def cluster_on_volumes() -> Iterator[tuple[LocalCluster, Volumes]]:
         volumes.open([(name, cluster.layout.instance(name)) for name in cluster.names])
         stack.callback(cluster.stop_all)
         cluster.start_all()
-        cluster.wait_redundant(START_DEADLINE_S)
+        cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield cluster, volumes
 
 
@@ -172,16 +176,16 @@ def situations(seconds: float) -> Iterator[tuple[str, float, dict[str, list[floa
             with situation:
                 return asyncio.run(measure(urls, seconds))
 
-        yield "idle", LIMIT_LOADED_S, asked(contextlib.nullcontext(), cluster.wait_redundant(90))
-        primary = cluster.wait_redundant(90)
+        yield "idle", LIMIT_LOADED_S, asked(contextlib.nullcontext(), cluster.wait_redundant(REDUNDANT_WITHIN_S))
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "pgbench", LIMIT_LOADED_S, asked(pgbench(cluster, seconds), primary)
-        primary = cluster.wait_redundant(90)
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "store away", LIMIT_BROKEN_S, asked(store_away(cluster), primary)
-        primary = cluster.wait_redundant(90)
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "Postgres frozen", LIMIT_BROKEN_S, asked(postgres_frozen(cluster, primary), primary)
-        primary = cluster.wait_redundant(90)
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "Postgres stopped", LIMIT_BROKEN_S, asked(postgres_stopped(cluster, primary), primary)
-        primary = cluster.wait_redundant(90)
+        primary = cluster.wait_redundant(REDUNDANT_WITHIN_S)
         yield "disk hung", LIMIT_BROKEN_S, asked(disk_hung(volumes, primary), primary)
 
 
@@ -193,9 +197,16 @@ def main() -> int:
     rows, within = [], True
     print(f"{'situation':18}{'route':10}{'requests':>9}{'p50 ms':>9}{'p99 ms':>9}{'max ms':>9}")
     for situation, limit_s, took in situations(arguments.seconds):
+        floor_s = percentile(took["floor"], 0.99)
+        allowed_s = limit_s if floor_s < limit_s else floor_s * 1.25 + 0.005
+        if floor_s >= limit_s:
+            print(
+                f"{situation}: the bare handler needs more than {1000 * limit_s:.0f} ms: too busy (load {os.getloadavg()[0]:.0f})"
+            )
         for name, values in took.items():
             row = {
                 "situation": situation,
+                "load": round(os.getloadavg()[0], 1),
                 "route": name,
                 "requests": len(values),
                 "p50_ms": round(percentile(values, 0.5) * 1000, 2),
@@ -204,7 +215,7 @@ def main() -> int:
             }
             rows.append(row)
             print("{situation:18}{route:10}{requests:9}{p50_ms:9}{p99_ms:9}{max_ms:9}".format(**row), flush=True)
-            within = within and (name == "floor" or percentile(values, 0.99) < limit_s)
+            within = within and (name == "floor" or percentile(values, 0.99) < allowed_s)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"at": time.strftime("%Y-%m-%d"), "rows": rows}, indent=1))
     return 0 if within else 1

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chromium import running_chromium
-from cluster_harness import running_cluster
+from cluster_harness import eventually, running_cluster
 from cluster_tools import done, psql, superuser_sql, wait_other_primary
 
 from instance_manager.demo.cluster import LocalCluster
+from instance_manager.demo.plan import ArchivePlan
 from instance_manager.http.lag_history import INTERVAL_S
 
 pytestmark = pytest.mark.timeout(400)
@@ -23,12 +25,19 @@ PICTURE_BYTES_MAX = 150 * 1024
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[LocalCluster]:
     """After a switchover, and with a standby whose replay has lagged for a while."""
-    with running_cluster() as made:
+    with running_cluster(archive=ArchivePlan()) as made:
         first = made.wait_primary()
         done(made, first, "switchover")
         wait_other_primary(made, first)
         made.wait_redundant(60)
+        eventually(made, lambda: _recoverable(made), within_s=120, what="the first backup is told of")
         yield made
+
+
+def _recoverable(cluster: LocalCluster) -> bool:
+    status = cluster.primary_status()
+    backups = status.archive.backups if status is not None and status.archive is not None else None
+    return backups is not None and backups.recoverable_from != ""
 
 
 @pytest.fixture
@@ -73,6 +82,9 @@ async def test_the_page_is_whole_wide_and_narrow_light_and_dark(
             assert await tab.value("document.querySelectorAll('.card').length") == 3
             assert await tab.value("document.querySelectorAll('.card polyline').length") >= 2
             assert await tab.value("document.querySelectorAll('.log tr').length") > 3
+            text = await tab.value("document.body.innerText")
+            assert re.search(r"recoverable since\s+20\d\d-\d\d-\d\d", text), text
+            assert "Nothing is at risk" in text
             wider = await tab.value("document.documentElement.scrollWidth - innerWidth")
             assert wider <= 0, f"{wider} pixels wider than a screen of {width}"
             backgrounds.add(await tab.value("getComputedStyle(document.body).backgroundColor"))

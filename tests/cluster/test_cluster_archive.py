@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from archive_recovery import base_backup, recovered
@@ -163,6 +164,42 @@ def test_status_tells_how_far_the_archive_is(cluster: LocalCluster) -> None:
         told = json.loads(http_get(cluster, name, "/status").body)
         assert told["archive"]["level"] == "calm", f"{name} tells of the primary's archive"
         assert told["archive"]["trouble"] is None
+
+
+def test_every_instance_tells_what_can_be_recovered(cluster: LocalCluster) -> None:
+    """Its schedule has a moment that lies behind, so the first backup is taken at once."""
+    primary = cluster.wait_primary()
+
+    def told(name: str) -> dict[str, Any]:
+        archive = json.loads(http_get(cluster, name, "/status").body)["archive"]
+        return (archive or {}).get("backups") or {}
+
+    for name in cluster.names:
+        eventually(
+            cluster,
+            lambda name=name: told(name).get("good") and told(name)["recoverable_from"],
+            within_s=90,
+            what=f"{name} tells of a good backup",
+        )
+        assert told(name)["first_gap"] == ""
+        assert not [risk for risk in json.loads(http_get(cluster, name, "/status").body)["at_risk"] if "backup" in risk]
+    assert "backups: 1 good, the newest " in done(cluster, primary, "status")
+    metrics = http_get(cluster, primary, "/metrics").body
+    for family in (
+        "contiguous_lsn_bytes",
+        "lag_seconds",
+        "lag_bytes",
+        "ready_bytes",
+        "stream_lag_seconds",
+        "newest_backup_timestamp_seconds",
+        "recoverable_from_timestamp_seconds",
+        "gap_behind_newest_backup",
+        'upload_seconds_total{phase="store"}',
+    ):
+        assert f"\ninstance_manager_archive_{family} " in metrics, family
+    assert "\ninstance_manager_archive_good_backups 1\n" in metrics
+    # The first scrape has nothing to compare with.
+    assert "\ninstance_manager_archive_seconds_until_full " in http_get(cluster, primary, "/metrics").body
 
 
 def test_a_new_primary_archives_what_the_old_one_had_not_and_its_history_comes_first(cluster: LocalCluster) -> None:

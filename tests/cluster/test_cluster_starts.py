@@ -6,15 +6,20 @@ import signal
 from functools import partial
 
 import pytest
+import yaml
+from cluster_harness import eventually
 from cluster_tools import (
     Writer,
+    done,
     everything_of,
+    http_get,
     is_writable,
     log_end,
     messages,
     psql,
     record,
     superuser_sql,
+    target_of,
 )
 
 from instance_manager.demo import processes
@@ -150,3 +155,45 @@ def test_an_agent_that_dies_leaves_postmaster_and_permit_alone(lasting_cluster: 
         assert lasting_cluster.wait_redundant(60) == primary
         assert record(lasting_cluster).epoch == epoch
         assert not any("was killed" in line for line in messages(lasting_cluster, name, offset=offset))
+
+
+def _restarts_told(cluster: LocalCluster, name: str) -> int:
+    metrics = http_get(cluster, name, "/metrics").body
+    (line,) = [line for line in metrics.splitlines() if line.startswith("instance_manager_agent_restarts_total ")]
+    return int(line.split()[1])
+
+
+def test_what_an_agent_that_died_had_written_and_not_reloaded_is_told_to_postgres_by_the_next(
+    lasting_cluster: LocalCluster,
+) -> None:
+    """As if it had died between writing access rules and the reload: clients would stay out for ever. A changed configuration
+    that the agent before never took over counts as well."""
+    cluster = lasting_cluster
+    cluster.wait_redundant(60)
+    name = cluster.standbys()[0]
+    data, file = cluster.layout.data(name), cluster.layout.config(name)
+    rules, configuration = data / "pg_hba.conf", file.read_text()
+    opened = rules.read_text()
+    target = target_of(cluster, name)
+    postmaster = cluster.processes(name).postmaster
+    agent = cluster.processes(name).agent
+    restarts = _restarts_told(cluster, name)
+    assert postmaster is not None
+    assert agent is not None
+    try:
+        rules.write_text("".join(line for line in opened.splitlines(True) if not line.startswith("host")))
+        processes.send([postmaster], signal.SIGHUP)
+        eventually(cluster, lambda: psql(target, "SELECT 1").code != 0, within_s=10, what="clients are kept out")
+        rules.write_text(opened)
+        changed = yaml.safe_load(configuration)
+        changed["postgres"].setdefault("parameters", {})["work_mem"] = "7MB"
+        file.write_text(yaml.safe_dump(changed))
+        processes.send([agent], signal.SIGKILL)
+        eventually(cluster, lambda: psql(target, "SELECT 1").code == 0, within_s=20, what="clients are let in")
+        eventually(cluster, lambda: psql(target, "SHOW work_mem").out == "7MB", within_s=20, what="the new value")
+        assert cluster.processes(name).postmaster == postmaster
+        assert _restarts_told(cluster, name) == restarts + 1
+    finally:
+        rules.write_text(opened)
+        file.write_text(configuration)
+        done(cluster, name, "reload")

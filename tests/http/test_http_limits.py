@@ -214,7 +214,7 @@ async def test_connections_at_work_are_not_given_up_for_idle_ones(directory: Pat
 
 
 async def test_more_requests_a_second_than_the_limit_are_refused_until_time_has_passed(directory: Path) -> None:
-    limits = Limits(requests_per_s=5, burst=20)
+    limits = Limits(requests_per_s=5, burst=20, is_peer=lambda shown: shown == f"Bearer {TOKEN}")
     async with served(directory, limits) as port, aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
         codes = []
         for _ in range(40):
@@ -224,8 +224,15 @@ async def test_more_requests_a_second_than_the_limit_are_refused_until_time_has_
                     assert response.headers["Retry-After"] == "1"
         assert codes[:20] == [200] * 20
         assert codes.count(429) > 5
+        # A flood from a shared address silences no peer: it is known by its token, and not by the path.
         async with session.post("/peer/echo", data=b"x", headers={"Authorization": f"Bearer {TOKEN}"}) as response:
             assert (response.status, await response.read()) == (200, b"x")
+        for headers in ({}, {"Authorization": f"Bearer {TOKEN}-guessed"}):
+            counted = Counter[int]()
+            for _ in range(20):
+                async with session.post("/peer/echo", data=b"x", headers=headers) as response:
+                    counted[response.status] += 1
+            assert counted[429] > 5, counted
         async with asyncio.timeout(10):
             while True:
                 async with session.get("/livez") as response:

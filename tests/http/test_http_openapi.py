@@ -114,8 +114,11 @@ async def test_every_route_that_is_served_is_in_the_document(tmp_path: Path, kin
     runner = web.AppRunner(application)
     await runner.setup()
     try:
+        # Two slashes are answered as one, and are no route of their own.
         served = {
-            (route.resource.canonical, route.method.lower()) for route in application.router.routes() if route.resource
+            (route.resource.canonical.replace("//", "/"), route.method.lower())
+            for route in application.router.routes()
+            if route.resource
         }
         told = await _document(application)
     finally:

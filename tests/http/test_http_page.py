@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 from http_harness import DETAILS, STATUS, FakeService
 
-from instance_manager.core.archive_state import ArchiveState
+from instance_manager.core.archive_state import ArchiveState, BackupsState
 from instance_manager.core.types import Lsn
 from instance_manager.http.lag_history import SAMPLES_MAX, LagHistory
 from instance_manager.http.page import render
@@ -56,7 +56,17 @@ def status_full_of(text: str) -> ClusterStatus:
         at_risk=(text,) * 50,
         switchover=text,
         archive=ArchiveState(
-            level=text, position=Lsn(1), lag_bytes=5, lag_s=1.0, waiting=3, gaps=2, conflicts=1, trouble=text
+            level=text,
+            position=Lsn(1),
+            lag_bytes=5,
+            lag_s=1.0,
+            waiting=3,
+            gaps=2,
+            conflicts=1,
+            trouble=text,
+            backups=BackupsState(
+                good=1, newest=text, newest_age_s=5.0, recoverable_from=text, first_gap=text, problem=text
+            ),
         ),
         paused=True,
         instances=(instance(f"p{text}", text), *(instance(f"i-{number}{text}", text) for number in range(30))),
@@ -194,3 +204,25 @@ def test_the_archive_is_told_where_there_is_one() -> None:
     assert '<b class="bad">critical</b>' in page
     assert "2 missing segments" in page
     assert "the bucket is gone" in page
+
+
+def test_the_archive_says_what_can_be_recovered() -> None:
+    backups = BackupsState(
+        good=3,
+        newest="20261103T000000",
+        newest_age_s=7300.0,
+        recoverable_from="2026-11-02 12:00:00",
+        recoverable_s=200000.0,
+    )
+
+    def page(**changes: Any) -> str:
+        archive = ArchiveState(level="calm", position=Lsn(0x5000000), backups=replace(backups, **changes))
+        return re.sub(r"<[^>]*>", " ", render(replace(STATUS, archive=archive), DETAILS, LagHistory()))
+
+    assert "20261103T000000 , 2 h ago" in page()
+    assert "2026-11-02 12:00:00  UTC, 2 d back" in page()
+    assert "complete to  0/5000000" in page()
+    assert "gap at" not in page()
+    assert "000000010000000000000002" in page(first_gap="000000010000000000000002")
+    assert "none that can be restored" in page(good=0)
+    assert "could not be looked at anew: the store is away" in page(problem="the store is away")

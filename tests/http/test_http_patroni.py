@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -359,3 +361,27 @@ async def test_what_changes_state_in_patroni_is_not_on_the_open_port(client: aio
     for method in ("POST", "DELETE", "GET", "PATCH"):
         async with client.request(method, path, json={"leader": "demo-1"}) as response:
             assert response.status == 404
+
+
+@pytest.mark.parametrize("path", ["/leader", "//leader"])
+async def test_vip_manager_is_answered_as_patroni_answers_it(
+    service: FakeService, client: aiohttp.ClientSession, path: str
+) -> None:
+    """The bytes of its `--dcs-type patroni` (checker/patroni_leader_checker.go), once an interval on one kept connection: only the
+    code counts, within a second. With its own default for the endpoint, which ends with a slash, the path begins with two."""
+    base = client._base_url
+    assert base is not None
+    asked = f"GET {path} HTTP/1.1\r\nHost: {base.host}:{base.port}\r\nUser-Agent: Go-http-client/1.1\r\nAccept-Encoding: gzip\r\n\r\n"
+    reader, writer = await asyncio.open_connection(base.host, base.port)
+    codes = []
+    for probes in (primary_probes(), CLOSED, standby_probes(), STOPPED, primary_probes()):
+        service.snapshot = probes
+        async with asyncio.timeout(1):
+            writer.write(asked.encode())
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            length = re.search(r"^content-length: (\d+)\r$", head, re.IGNORECASE | re.MULTILINE)
+            assert length is not None, head
+            await reader.readexactly(int(length[1]))
+        codes.append(head.split()[1])
+    writer.close()
+    assert codes == ["200", "503", "503", "503", "200"]

@@ -25,6 +25,7 @@ from instance_manager.config_security import TlsSection
 from instance_manager.http import control_routes
 from instance_manager.http.control import REFUSALS_TOLD_MAX
 from instance_manager.http.control_client import CommandRefused, InstanceNotReachable, Network, send_command
+from instance_manager.http.limits import Rates
 from instance_manager.http.listening import HANDSHAKE_TIMEOUT_S, HANDSHAKES_MAX
 from instance_manager.http.peers import PeerClient, PeerTls
 from instance_manager.http.ports import ControlResult
@@ -73,10 +74,17 @@ def peers_of(served: Served, authorities: Authorities) -> dict[str, Path]:
 
 
 async def post(
-    url: str, context: ssl.SSLContext | bool, *, token: str | None = None, body: bytes = b"{}"
+    url: str,
+    context: ssl.SSLContext | bool,
+    *,
+    token: str | None = None,
+    body: bytes | None = b"{}",
+    content_type: str | None = "application/json",
 ) -> tuple[int, str]:
     """Status and text; 0 where the handshake or the connection was refused."""
     headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+    if content_type is not None:
+        headers["Content-Type"] = content_type
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
         try:
             async with session.post(url, data=body, headers=headers, ssl=context) as response:
@@ -178,6 +186,23 @@ async def test_who_may_control_over_the_network_and_who_may_not(
         assert status == wanted or (wanted == 0 and status == 400), (path, text)
 
 
+@pytest.mark.parametrize("path", ["/control/slow", "/pause", "/restart"])
+async def test_a_foreign_page_in_a_browser_with_the_certificate_controls_nothing(
+    served: Served, authorities: Authorities, path: str
+) -> None:
+    """What a form or a script of another origin can send without being asked: these three types, or none."""
+    served.service.go_on.set()
+    alice = authorities.client(authorities.ours / "control/alice")
+    url = f"{served.control_url}{path}"
+    for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b", None):
+        status, text = await post(url, alice, content_type=content_type, body=None if content_type is None else b"{}")
+        assert (status, "application/json" in text) == (415, True), content_type
+    assert served.service.asked == []
+    assert (await post(url, alice, content_type="application/json; charset=utf-8"))[0] == 200
+    by_token = await post(url, authorities.client(None), token=CONTROL_TOKEN, content_type="text/plain")
+    assert by_token[0] == 200, "no browser sends a token by itself"
+
+
 async def test_a_refused_caller_reaches_no_verb(served: Served, authorities: Authorities) -> None:
     served.service.go_on.set()
     await post(f"{served.control_url}/control/slow", authorities.client(authorities.ours / "control/bob"))
@@ -234,6 +259,36 @@ async def test_who_never_shakes_hands_makes_room_for_who_does(served: Served, au
     finally:
         for _, writer in silent:
             writer.close()
+
+
+async def test_an_address_that_shakes_hands_too_often_is_closed_until_time_has_passed(
+    served: Served, authorities: Authorities, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each handshake costs the loop that renews the Lease a millisecond or more, whoever asks for it."""
+    listener = served.listeners.peers
+    assert listener is not None
+    listener._rates = Rates(per_s=5, burst=20)
+    context, port = authorities.client(authorities.member("demo-2")), served.configuration.me.peer_port
+
+    async def shakes_hands() -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname="127.0.0.1")
+        except (ConnectionError, ssl.SSLError):
+            return False
+        writer.close()
+        return True
+
+    # More than are ever refilled while they are made, however slow the machine is: some are refused at least.
+    done = [await shakes_hands() for _ in range(20)]
+    assert all(done)
+    refused = await asyncio.gather(*(shakes_hands() for _ in range(40)))
+    assert refused.count(False) > 20
+    assert caplog.text.count("begins more than 5 TLS connections a second") == 1
+    async with asyncio.timeout(10):
+        while True:
+            if await shakes_hands():
+                break
+            await asyncio.sleep(0.1)
 
 
 async def test_who_shows_no_certificate_holds_few_connections_for_control(

@@ -22,13 +22,35 @@ def options(text: str) -> Options:
 async def test_an_example_of_postgres_exporter_is_taken_whole(cluster: Cluster) -> None:
     primary = await monitored_primary(cluster)
     found = load_all([EXAMPLE_QUERIES])
-    assert {query.query.name for query in found} >= {"pg_replication", "pg_stat_user_tables", "pg_stat_statements"}
-    async with collecting(primary, Options(SERVER, custom=found, tables=False)) as statistics:
+    # What is built in with the same labels and type is not asked twice.
+    assert {query.query.name for query in found} == {"pg_stat_statements", "pg_process_idle"}
+    await primary.execute("CREATE TABLE public.orders (id int)")
+    async with collecting(primary, Options(SERVER, custom=found)) as statistics:
         seen = await scrape(statistics)
         # What is built in is there once; what the server has not is one failed collector.
         assert seen.value("pg_replication_lag") == 0
+        assert (
+            seen.value("pg_stat_user_tables_seq_scan", relname="orders", datname="postgres", schemaname="public") == 0
+        )
         assert seen.success("pg_stat_statements") == 0
         assert seen.value("pg_process_idle_seconds_count") is None or seen.success("pg_process_idle") == 1
+
+
+async def test_a_query_of_a_built_in_ones_name_adds_to_it_and_takes_nothing_away(cluster: Cluster) -> None:
+    primary = await monitored_primary(cluster)
+    await primary.execute("CREATE TABLE public.orders (id int)")
+    text = """
+        pg_stat_user_tables:
+          query: SELECT current_database() AS datname, 'public' AS schemaname, 'orders' AS relname, 5 AS seq_scan, 7 AS mine
+          metrics: [{datname: {usage: LABEL}}, {schemaname: {usage: LABEL}}, {relname: {usage: LABEL}},
+                    {seq_scan: {usage: COUNTER}}, {mine: {usage: GAUGE}}]
+    """
+    async with collecting(primary, Options(SERVER, custom=parse_queries(text, "test"))) as statistics:
+        seen = await scrape(statistics)
+        labels = {"relname": "orders", "datname": "postgres", "schemaname": "public"}
+        assert seen.value("pg_stat_user_tables_mine", **labels) == 7
+        assert seen.value("pg_stat_user_tables_seq_scan", **labels) == 0
+        assert seen.success("pg_stat_user_tables") == seen.success("pg_stat_user_tables_custom") == 1
 
 
 async def test_target_databases_are_patterns_and_told_apart_by_a_label(cluster: Cluster) -> None:
@@ -138,7 +160,30 @@ async def test_what_a_query_is_not_asked_again_for_is_its_cache(cluster: Cluster
             for label in ("server", "le", "__name__")
         ),
         ("a: {query: SELECT 1, metrics: [{n: {usage: GAUGE}}, {n: {usage: GAUGE}}]}", "n: is there twice"),
-        ("instance_manager_a: {query: SELECT 1, metrics: [{n: {usage: GAUGE}}]}", "or is reserved"),
+        *(
+            (
+                f"{name}: {{query: SELECT 1, metrics: [{{{column}: {{usage: GAUGE}}}}]}}",
+                f"{name}_{column} is, or may be, a fam",
+            )
+            for name, column in (
+                ("instance_manager_a", "n"),
+                ("instance_manager", "healthy"),
+                ("pg", "up"),
+                ("pg_settings", "max_connections"),
+                ("pg_exporter", "scrapes_total"),
+                ("process", "open_fds"),
+            )
+        ),
+        # The same name with other labels, or as another type: neither of the two could be believed.
+        ("pg_locks: {query: SELECT 1, metrics: [{count: {usage: GAUGE}}]}", "as a gauge with the labels datname, mode"),
+        (
+            "pg_locks: {query: SELECT 1, metrics: [{datname: {usage: LABEL}}, {mode: {usage: LABEL}}, {count: {usage: COUNTER}}]}",
+            "pg_locks_count is built in, as a gauge",
+        ),
+        (
+            "pg: {query: SELECT 1, metrics: [{database: {usage: LABEL}}, {locks: {usage: HISTOGRAM}}]}",
+            "pg_locks_count is built in",
+        ),
         (f"a: {ONE}\nb: {{name: a, query: SELECT 2 AS n, metrics: [{{n: {{usage: GAUGE}}}}]}}", "a_n: is there twice"),
     ],
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -148,12 +150,19 @@ async def test_a_trusted_extension_is_its_databases_owners(servers: Servers) -> 
     assert await keep_extension(open_, "app", ExtensionWanted(name="pg_trgm"))
     assert not await keep_extension(open_, "app", ExtensionWanted(name="pg_trgm"))
     assert await keep_extension(open_, "app", ExtensionWanted(name="uuid-ossp", schema="ids"))
+    assert await keep_extension(open_, "app", ExtensionWanted(name="citext", version="1.4", schema="ids"))
+    assert await keep_extension(open_, "app", ExtensionWanted(name="citext", version="1.6"))
     async with open_("app") as sql:
         rows = await sql.fetch(
             "select e.extname, r.rolname, n.nspname from pg_extension e join pg_roles r on r.oid = e.extowner "
             "join pg_namespace n on n.oid = e.extnamespace where e.extname <> 'plpgsql' order by 1"
         )
-        assert [tuple(row) for row in rows] == [("pg_trgm", "app", "public"), ("uuid-ossp", "app", "ids")]
+        assert [tuple(row) for row in rows] == [
+            ("citext", "app", "ids"),
+            ("pg_trgm", "app", "public"),
+            ("uuid-ossp", "app", "ids"),
+        ]
+        assert await sql.fetchval("select extversion from pg_extension where extname = 'citext'") == "1.6"
 
 
 async def test_one_that_needs_the_superuser_goes_where_only_the_superuser_creates(servers: Servers) -> None:
@@ -237,6 +246,66 @@ async def test_what_tenants_plant_is_never_run_by_the_superuser(servers: Servers
         async with open_(database) as sql:
             caught = await sql.fetch("select distinct who, what from public.caught where who = 'postgres'")
             assert caught == [], database
+    tenant.terminate()
+
+
+@contextlib.asynccontextmanager
+async def sloppy_extension(server: OwnServer) -> AsyncIterator[str]:
+    """Installed on the machine: Postgres runs its script with the rights of whoever creates it, and that calls a function without its schema."""
+    async with session(server.server) as sql:
+        folder = Path(await sql.fetchval("select setting from pg_config where name = 'SHAREDIR'"))
+    if not os.access(folder / "extension", os.W_OK):
+        pytest.skip(f"needs to put an extension into {folder}, that is, root")
+    name = f"sloppy_{os.getpid()}"
+    files = {
+        folder / f"extension/{name}.control": "default_version = '1.0'\nsuperuser = false\ntrusted = true\n",
+        folder / f"extension/{name}--1.0.sql": "CREATE TABLE sloppy_data (n int); SELECT helper();\n",
+        folder / f"extension/{name}--1.0--1.1.sql": "SELECT helper();\n",
+    }
+    for path, text in files.items():
+        path.write_text(text)
+    try:
+        yield name
+    finally:
+        for path in files:
+            path.unlink()
+
+
+TRAP = """
+create or replace function public.helper() returns void language plpgsql as $$
+  begin
+    execute 'reset role';
+    execute 'alter role app superuser';
+  exception when others then
+    insert into public.tried values (current_user, sqlerrm);
+  end $$;
+create table if not exists public.tried (who name, what text);
+"""
+
+
+async def test_a_script_that_runs_a_tenants_function_never_leads_to_the_superuser(
+    servers: Servers,
+) -> None:
+    """`SET ROLE` is no wall: what runs behind it may say RESET ROLE, and is the session's user again."""
+    one = await servers.primary()
+    open_ = opener(one)
+    tenant = await as_user(one, "app", APPLICATION_PASSWORD, "app")
+    await tenant.execute(TRAP)
+
+    async def is_superuser() -> bool:
+        async with session(one.server) as sql:
+            return bool(await sql.fetchval("select rolsuper from pg_roles where rolname = 'app'"))
+
+    async with sloppy_extension(one) as name:
+        with pytest.raises((ManagedRefused, asyncpg.PostgresError)):
+            await keep_extension(open_, "app", ExtensionWanted(name=name))
+        assert not await is_superuser()
+        # One that the tenant has made, in its own schema and with its own rights: that is its own affair, and so is its update.
+        await tenant.execute(f"create extension {name} schema public")
+        with pytest.raises(ManagedRefused, match=r"let app say ALTER EXTENSION \w+ UPDATE"):
+            await keep_extension(open_, "app", ExtensionWanted(name=name, version="1.1"))
+        assert not await is_superuser()
+        assert {row["who"] for row in await tenant.fetch("select who from public.tried")} == {"app"}
     tenant.terminate()
 
 

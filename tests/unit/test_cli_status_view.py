@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from instance_manager.core.archive_state import ArchiveState
+from instance_manager.core.archive_state import ArchiveState, BackupsState
 from instance_manager.core.types import Lsn
 from instance_manager.status import ClusterStatus, DecisionLine, InstanceStatus
 from instance_manager.status_view import format_bytes, format_seconds, instance_table, render_status
@@ -195,3 +195,16 @@ def test_how_far_the_archive_is_stands_among_the_first_lines() -> None:
     )
     assert "archive: not known" in render_status(replace(HEALTHY, archive=ArchiveState(level="unknown")))
     assert "archive:" not in render_status(HEALTHY)
+
+
+def test_what_can_be_recovered_stands_below_it() -> None:
+    def told(backups: BackupsState | None) -> str:
+        return render_status(replace(HEALTHY, archive=ArchiveState(level="calm", backups=backups)), 120)
+
+    good = BackupsState(good=2, newest="20261103T000000", newest_age_s=7300.0, recoverable_from="2026-11-02 12:00:00")
+    assert "backups: 2 good, the newest 2 h ago, recoverable since 2026-11-02 12:00:00 UTC\n" in told(good)
+    gap = told(replace(good, recoverable_from="", first_gap="000000010000000000000002"))
+    assert "the newest 2 h ago, gap at 000000010000000000000002\n" in gap
+    assert "not looked at anew" in told(replace(good, problem="away"))
+    assert "backups: none that can be restored" in told(BackupsState(good=0))
+    assert "backups" not in told(None)

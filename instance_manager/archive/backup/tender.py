@@ -104,6 +104,11 @@ class BackupTender:
         self._is_own: tuple[str, str] | None = None
         self.status = BackupState()
 
+    @property
+    def over(self) -> frozenset[str]:
+        """Requests that are known to be over: another one, and there may be another backup."""
+        return frozenset(self._over)
+
     async def run(self) -> None:
         while True:
             try:
