@@ -19,6 +19,7 @@ from pathlib import Path
 import asyncpg
 
 from instance_manager.archive.backup.data_files import PG_CONTROL, TarPlan, data_files, planned, tablespace_files
+from instance_manager.archive.backup.floor import LogExpired, require_above_floor
 from instance_manager.archive.backup.info import DONE, BackupInfo, Tablespace, label_of, render_info
 from instance_manager.archive.backup.manifest import Manifest, TarEntry, tar_entry, write_members
 from instance_manager.archive.backup.names import BackupNames
@@ -214,6 +215,7 @@ class _Backup:
         facts = self._facts
         self._progress.phase = "checkpoint"
         begun_lsn = await self._start(sql)
+        await self._require_log(begun_lsn)
         begun_at = await sql.fetchval("SELECT clock_timestamp()")
         if self._settings.verify_checksums and facts.has_checksums:
             self._checksums_before = begun_lsn
@@ -262,6 +264,14 @@ class _Backup:
         label = label_of(self._names.backup_id)
         text = await sql.fetchval(f"SELECT {query}::text", label, deadline_s=self._settings.start_deadline_s)
         return parse_lsn(text)
+
+    async def _require_log(self, begun_lsn: Lsn) -> None:
+        """Its id is marked as begun: an expiry that this look does not see sees that mark (`floor`)."""
+        number = begun_lsn // self._facts.segment_bytes
+        try:
+            await require_above_floor(self._store, self._names.layout, number, deadline_s=SMALL_DEADLINE_S)
+        except LogExpired as error:
+            raise BackupFailed(str(error)) from error
 
     async def _stop(self, sql: Session) -> tuple[Lsn, str, str]:
         new = self._facts.version >= 150000
