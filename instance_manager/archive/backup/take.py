@@ -18,6 +18,7 @@ from pathlib import Path
 
 import asyncpg
 
+from instance_manager.archive.backup.control_file import ControlFileDamaged, read_control_file
 from instance_manager.archive.backup.data_files import PG_CONTROL, TarPlan, data_files, planned, tablespace_files
 from instance_manager.archive.backup.floor import LogExpired, require_above_floor
 from instance_manager.archive.backup.info import DONE, BackupInfo, Tablespace, label_of, render_info
@@ -142,7 +143,7 @@ async def take_backup(
                 raise
     except (LocalPostgresError, asyncpg.PostgresError) as error:
         raise BackupFailed(f"Postgres: {error}") from error
-    except (ObjectStoreError, OSError) as error:
+    except (ObjectStoreError, ControlFileDamaged, OSError) as error:
         raise BackupFailed(str(error)) from error
 
 
@@ -223,7 +224,7 @@ class _Backup:
         self._progress.phase = "copy"
         last = await self._copy(self._plans(tablespaces))
         # On a standby its minimum recovery point is where the backup ends: read after every file, before the stop.
-        control = await asyncio.to_thread((self._data_directory / PG_CONTROL).read_bytes)
+        control = await asyncio.to_thread(read_control_file, self._data_directory / PG_CONTROL)
         end_lsn, label, spaces = await self._stop(sql)
         ended_at = await sql.fetchval("SELECT clock_timestamp()")
         timeline, begin_lsn = _from_label(label)
