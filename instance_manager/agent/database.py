@@ -314,10 +314,10 @@ class Database:
 
     # Starting and stopping.
 
-    async def initialise(self) -> ControlData:
+    async def initialise(self, on_progress: Callable[[str], None]) -> ControlData:
         await self._refresh_report()
         if self._report.state is not DirectoryState.INITIALISED:
-            await self._postgres.initialise()
+            await self._postgres.initialise(on_progress)
         await self._refresh_report()
         return await self._postgres.control_data()
 

@@ -240,7 +240,9 @@ class Archiver:
         before = self.status.backfill
         if done.gaps and done.gaps != before.gaps:
             log.error(
-                "the archive has gaps: %d files are missing, %s first; the standbys are asked", len(done.gaps), done.gaps[0]
+                "the archive has gaps: %d files are missing, %s first; the standbys are asked",
+                len(done.gaps),
+                done.gaps[0],
             )
         uploaded = len(done.uploaded) + (before.uploaded if before.epoch == orders.epoch else 0)
         self.status.backfill = BackfillState(orders.epoch, uploaded, done.gaps, before.brought)

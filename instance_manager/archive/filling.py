@@ -12,7 +12,6 @@ for a later segment meanwhile is seen.
 from __future__ import annotations
 
 import logging
-import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +125,12 @@ class GapFiller:
             prepared = await self._in_thread(
                 lambda: prepare(path, name, self._layout.codec, orders.size, orders.system)
             )
-            if await self._in_thread(lambda: file_identity(path)) != before:
-                raise NotArchived(f"{name} changed while it was read")
+            after = await self._in_thread(lambda: file_identity(path))
         except (NotArchived, FileNotFoundError) as error:
             log.warning("%s cannot be archived from here: %s", name, error)
+            return False
+        if after != before:
+            log.warning("%s cannot be archived from here: it changed while it was read", name)
             return False
         return await self._uploader.create(
             self._layout.wal(name), prepared, orders.epoch, allowed=lambda: self._require_same(orders)

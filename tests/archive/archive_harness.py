@@ -60,9 +60,7 @@ class Desk:
         )
         self.settings = replace(settings, **changes)  # type: ignore[arg-type]
         self.store = store
-        self.archiver = Archiver(
-            self.settings, store, self._flushed, lambda: self.now_s, replayed=self._replayed
-        )
+        self.archiver = Archiver(self.settings, store, self._flushed, lambda: self.now_s, replayed=self._replayed)
         self.layout: Layout = self.archiver.pusher._layout
         self.command(self.primary())
 

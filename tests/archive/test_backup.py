@@ -461,8 +461,10 @@ async def test_a_control_file_that_is_caught_half_written_is_read_again(
         last = max(entry.name for entry in taken.manifest.tars)
         members = await read_members(store, names, last, deadline_s=5)
         assert members is not None
-        assert members["global/pg_control"] != hashlib.sha256(torn).hexdigest()
-        monkeypatch.setattr(Path, "read_bytes", lambda path: torn if path.name == "pg_control" else path.open("rb").read())
+        assert members["global/pg_control"].sha256 != hashlib.sha256(torn).hexdigest()
+        monkeypatch.setattr(
+            Path, "read_bytes", lambda path: torn if path.name == "pg_control" else path.open("rb").read()
+        )
         with pytest.raises(BackupFailed, match="checksum was wrong"):
             await take(made, store)
         assert len(await list_backups(store, LAYOUT, deadline_s=5)) == 1

@@ -22,7 +22,9 @@ from instance_manager.archive.wal_names import Segment
 from instance_manager.core.types import Timeline
 from instance_manager.ports import ObjectExists, ObjectInfo
 
-BEGUN_ON_AN_OLD_CHECKPOINT = replace(info_at(3, segment=5), begin_time=info_at(2).begin_time, end_time=info_at(2).end_time)
+BEGUN_ON_AN_OLD_CHECKPOINT = replace(
+    info_at(3, segment=5), begin_time=info_at(2).begin_time, end_time=info_at(2).end_time
+)
 """A standby's last checkpoint may be far behind the oldest backup that is kept."""
 
 
@@ -96,9 +98,7 @@ async def backup_in_steps(store: MemoryStore, steps: list[Callable[[], Awaitable
         await put(quiet, names.begun)
 
     async def look() -> None:
-        await require_above_floor(
-            quiet, LAYOUT, BEGUN_ON_AN_OLD_CHECKPOINT.begin_lsn // SIZE.size_bytes, deadline_s=1
-        )
+        await require_above_floor(quiet, LAYOUT, BEGUN_ON_AN_OLD_CHECKPOINT.begin_lsn // SIZE.size_bytes, deadline_s=1)
         if any(wal(number) not in store.objects for number in range(5, 10)):
             raise LogExpired("not in the archive")
 

@@ -217,7 +217,10 @@ def test_what_a_new_primary_does_not_hold_any_more_its_standby_brings(cluster: L
         all_archived(cluster, never_archived, within_s=60)
         for name, content in held.items():
             stored = next((cluster.layout.directory / WALS).rglob(f"{name}.zst"))
-            assert b"".join(codec_of_suffix(stored.name).decompressed([stored.read_bytes()], limit_bytes=1 << 30)) == content
+            assert (
+                b"".join(codec_of_suffix(stored.name).decompressed([stored.read_bytes()], limit_bytes=1 << 30))
+                == content
+            )
         eventually(
             cluster,
             lambda: says(cluster, new, begun[new], "archive gap filled"),
