@@ -108,15 +108,16 @@ def _segment_size(listed: tuple[Listed, ...]) -> SegmentSize | None:
 async def _unneeded(
     store: ObjectStore, layout: Layout, size: SegmentSize, needed: WalNeeded
 ) -> list[tuple[int, str, int]]:
-    """Segments, partial ones and labels below the need, as (number, name, bytes), by number; histories stay for ever."""
-    found = []
-    async for entry in store.entries(layout.wals, deadline_s=DEADLINE_S):
-        name = layout.wal_of(entry.name)
-        if name is None or wal_kind(name) == "history":
-            continue
-        number = size.parse(name).number
-        if not needed.holds(number):
-            found.append((number, entry.name, entry.size_bytes))
-            if len(found) >= NAMES_KEPT_MAX:
-                break
+    """Segments, partial ones, labels and what forks have left of any, as (number, name, bytes), by number; histories stay for ever."""
+    found: list[tuple[int, str, int]] = []
+    for folder in (layout.wals, layout.all_pieces, layout.other_partials):
+        async for entry in store.entries(folder, deadline_s=DEADLINE_S):
+            name = layout.wal_of(entry.name) if folder == layout.wals else layout.segment_of_leftover(entry.name)
+            if name is None or wal_kind(name) == "history":
+                continue
+            number = size.parse(name).number
+            if not needed.holds(number):
+                found.append((number, entry.name, entry.size_bytes))
+                if len(found) >= NAMES_KEPT_MAX:
+                    return sorted(found)
     return sorted(found)
