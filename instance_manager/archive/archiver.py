@@ -14,7 +14,7 @@ from instance_manager.archive.backlog import BacklogWatch, Thresholds
 from instance_manager.archive.codecs import Codec, CodecName
 from instance_manager.archive.counters import ArchiverStatus, BackfillState
 from instance_manager.archive.fetch import MODES, Fetched, Fetcher, FetchSettings, NotFetched
-from instance_manager.archive.filling import GapFiller, ReplayedPosition
+from instance_manager.archive.filling import GapFiller, ReplayedPosition, is_asked
 from instance_manager.archive.gate import ArchiveGate
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import OrderBook, Orders, OrdersRefused, parse_orders
@@ -37,7 +37,7 @@ BACKFILL_INTERVAL_S = 1.0
 GAPS_PAUSE_S = 2.0
 """Between two looks whether a standby has brought what is missing; doubled up to `GAPS_PAUSE_MAX_S`: each lists a part of the archive."""
 GAPS_PAUSE_MAX_S = 120.0
-FILL_INTERVAL_S = 2.0
+FILL_PAUSE_S = 2.0
 BACKLOG_INTERVAL_S = 2.0
 GATE_INTERVAL_S = 1.0
 SWEEP_INTERVAL_S = 60.0
@@ -248,13 +248,22 @@ class Archiver:
         self.status.backfill = BackfillState(orders.epoch, uploaded, done.gaps, before.brought)
 
     async def _fill(self) -> None:
-        """On a standby: what its primary cannot bring to the archive."""
+        """On a standby: what its primary cannot bring to the archive; more and more rarely where this does not help."""
+        loop = asyncio.get_running_loop()
+        asked_by: tuple[int, TimelineChain | None] | None = None
+        pause_s, due_s = FILL_PAUSE_S, 0.0
         while True:
-            await asyncio.sleep(FILL_INTERVAL_S)
+            await asyncio.sleep(FILL_PAUSE_S)
+            orders = self.orders.current
+            asking = (orders.epoch, orders.chain) if orders is not None and is_asked(orders) else None
+            if asking != asked_by:
+                asked_by, pause_s, due_s = asking, FILL_PAUSE_S, 0.0
+            if asking is None or loop.time() < due_s:
+                continue
+            due_s, pause_s = loop.time() + pause_s, min(2 * pause_s, GAPS_PAUSE_MAX_S)
             try:
                 brought = await self.filler.fill()
             except (NotArchived, ObjectStoreError, LocalPostgresError, OSError, TooManyCalls) as error:
-                self.status.backfill.last_error = str(error)
                 log.info("what the primary lacks cannot be brought to the archive now: %s", error)
             else:
                 self.status.backfill.brought += len(brought)

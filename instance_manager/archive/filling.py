@@ -21,7 +21,7 @@ from instance_manager.archive.accepted import history_until
 from instance_manager.archive.backfill import archived_segments, local_segments
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import OrderBook, Orders
-from instance_manager.archive.upload import NotArchived, Uploader, file_identity, prepare
+from instance_manager.archive.upload import ArchiveConflict, NotArchived, Uploader, file_identity, prepare
 from instance_manager.archive.wal_names import timeline_of, wal_kind
 from instance_manager.archive.wal_page import WrongSegment, check_pages
 from instance_manager.core.types import Lsn, Timeline, TimelineChain
@@ -118,7 +118,7 @@ class GapFiller:
         return [name for name in local if name not in there]
 
     async def _bring(self, name: str, orders: Orders) -> bool:
-        """False: the file here is not what its name says, or another standby was faster."""
+        """False: the file here is not what its name says, or differs from what is there, or another standby was faster."""
         path = self._wal_directory / name
         try:
             before = await self._in_thread(lambda: self._checked(path, name, orders))
@@ -132,9 +132,13 @@ class GapFiller:
         if after != before:
             log.warning("%s cannot be archived from here: it changed while it was read", name)
             return False
-        return await self._uploader.create(
-            self._layout.wal(name), prepared, orders.epoch, allowed=lambda: self._require_same(orders)
-        )
+        try:
+            return await self._uploader.create(
+                self._layout.wal(name), prepared, orders.epoch, allowed=lambda: self._require_same(orders)
+            )
+        except ArchiveConflict as conflict:
+            log.error("%s", conflict)  # noqa: TRY400 - the text says it all
+            return False
 
     def _checked(self, path: Path, name: str, orders: Orders) -> tuple[int, int, int]:
         identity = file_identity(path)

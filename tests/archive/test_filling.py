@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
-from archive_harness import SERVER, Desk, chain_of
+from archive_harness import SERVER, Desk, chain_of, until
 from wal_builders import SIZE, history_content, make_ready, paged_segment
 
 from instance_manager.archive.filling import Replayed
 from instance_manager.archive.stores.directory import DirectoryStore
-from instance_manager.archive.upload import ArchiveConflict, NotArchived
+from instance_manager.archive.upload import NotArchived
 from instance_manager.core.types import Lsn, Timeline
+from instance_manager.threads import monotonic_s
 
 FIVE, SIX, SEVEN, EIGHT = (f"00000001000000000000000{number}" for number in (5, 6, 7, 8))
 CHAIN = chain_of((2, 1, 0x800100))
@@ -152,6 +154,34 @@ async def test_a_segment_that_was_finished_early_ends_with_zeros(pair: Pair) -> 
     assert await standby.archiver.filler.fill() == (SIX,)
 
 
+async def test_what_nobody_can_fill_is_asked_about_more_and_more_rarely_until_something_changes(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look lists a part of the archive."""
+    standby = await pair.after_a_promotion()
+    monkeypatch.setattr("instance_manager.archive.archiver.FILL_PAUSE_S", 0.01)
+    looks: list[float] = []
+
+    async def fill() -> tuple[str, ...]:
+        looks.append(monotonic_s())
+        return ()
+
+    standby.archiver.filler.fill = fill  # type: ignore[method-assign]
+    filling = asyncio.create_task(standby.archiver._fill())
+    try:
+        await until(lambda: len(looks) >= 5)
+        assert looks[4] - looks[3] >= 0.07
+        # The next doubling is far off; a new epoch does not wait for it.
+        await until(lambda: len(looks) >= 8, deadline_s=20)
+        standby.command(standby.standby(epoch=3, chain=CHAIN, is_streaming=True, has_gaps=True))
+        changed_s = monotonic_s()
+        await until(lambda: looks[-1] > changed_s)
+        assert looks[-1] - changed_s < 1.0
+    finally:
+        filling.cancel()
+        await asyncio.gather(filling, return_exceptions=True)
+
+
 async def test_orders_that_change_meanwhile_end_it(pair: Pair) -> None:
     """Whatever it has begun under an epoch that is over is looked at anew."""
     standby = await pair.after_a_promotion()
@@ -178,8 +208,8 @@ async def test_what_another_has_put_there_is_never_replaced(pair: Pair) -> None:
         return found
 
     standby.archiver.filler._missing_segments = looked_before  # type: ignore[method-assign]
-    with pytest.raises(ArchiveConflict):
-        await standby.archiver.filler.fill()
+    assert await standby.archiver.filler.fill() == ()
+    assert standby.push_counters.conflicts == 1
     assert await standby.wal_in_store(SIX) == paged_segment(SIX, filled_bytes=8192)
 
 
