@@ -12,7 +12,7 @@ from pathlib import Path
 FILE_BYTES = 8192
 _READS = 20
 _PAUSE_S = 0.01
-# The checksum is the structure's last field. Where that is depends on the version (288 from 14 to 17), but not what it covers.
+# The checksum is the structure's last field. Where that is depends on the version (288 from 14 to 17, 292 in 18), but not what it covers.
 _FIRST_PLACE_BYTES, _LAST_PLACE_BYTES, _STEP_BYTES = 256, 512, 4
 _POLYNOMIAL = 0x82F63B78
 
