@@ -14,6 +14,7 @@ from instance_manager.agent.context import Context
 from instance_manager.agent.supervisor_link import SupervisorError
 from instance_manager.archive.orders import Orders
 from instance_manager.core.archive_state import ArchiveState
+from instance_manager.core.record import Holder
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, TimelineChain
 from instance_manager.postgres.server import LocalPostgresError
@@ -38,6 +39,7 @@ class Archiving:
         self._trouble_since_s: float | None = None
         self._told: str | None = None
         """The trouble that people were told of, until its end."""
+        self._told_gaps = False
         self._killed_s = context.started_s
 
     async def run(self) -> None:
@@ -78,6 +80,7 @@ class Archiving:
         if c.archiver.taken is None:
             self._woken_for = None
         self._follow_trouble()
+        self._follow_gaps()
         if self._is_to_be_woken():
             self._news.set()
 
@@ -87,10 +90,14 @@ class Archiving:
         record = c.keeper.record
         if record is None or record.holder is None or c.holds_lease:
             return
-        peer = c.peers.views().get(record.holder.name)
-        archive = peer.state.archive if peer is not None and peer.state is not None else None
+        archive = self._archive_of(record.holder)
         if archive is not None and archive.position is not None:
             c.archived_to = (record.holder.member_id, archive.position)
+
+    def _archive_of(self, holder: Holder) -> ArchiveState | None:
+        """As the primary last told; None: nothing."""
+        peer = self._c.peers.views().get(holder.name)
+        return peer.state.archive if peer is not None and peer.state is not None else None
 
     def state(self) -> ArchiveState | None:
         """For people and peers; None where nothing is configured."""
@@ -117,6 +124,7 @@ class Archiving:
         writes = c.holds_lease and c.database.running_read_write and (c.role in WRITES or c.archives_to_the_end)
         permitted = writes and permit is not None and permit.epoch == record.epoch
         followed = view.following[1] if view.following is not None else None
+        told = None if record.holder is None or c.holds_lease else self._archive_of(record.holder)
         return Orders(
             role="primary" if writes else "standby",
             epoch=record.epoch,
@@ -126,6 +134,7 @@ class Archiving:
             wal_segment_bytes=segment_bytes,
             chain=record.chain,
             is_streaming=view.receiving,
+            has_gaps=not writes and told is not None and told.gaps > 0,
             # P9: from a promise until its epoch is followed. Who follows nobody has promised, or may at any moment.
             is_withholding=not writes and (followed is None or c.volume.state.promised_epoch > followed),
         )
@@ -148,6 +157,23 @@ class Archiving:
             return
         if taken is not None:
             self._woken_for = (taken.epoch, taken.chain)
+
+    def _follow_gaps(self) -> None:
+        """Told when they are found, not when nothing helped: what could still fill them may be gone soon."""
+        c = self._c
+        told = c.archiver.state
+        if not c.holds_lease or told is None or c.archiver.taken is None:
+            self._told_gaps = self._told_gaps and c.holds_lease
+            return
+        if told.gaps and not self._told_gaps:
+            c.journal.note(
+                "archive gap",
+                f"the archive lacks {told.gaps} files of the log, {told.first_gap} first: no recovery passes them. "
+                "The standbys are asked for them; take a base backup",
+            )
+        elif not told.gaps and self._told_gaps:
+            c.journal.note("archive gap filled", "nothing is missing in the archive any more")
+        self._told_gaps = told.gaps > 0
 
     def _follow_trouble(self) -> None:
         c = self._c

@@ -59,10 +59,10 @@ class DataDirectory:
         """Of the data directory; the same for all of the cluster."""
         return (await self._postgres.control_data()).wal_segment_bytes
 
-    async def initialise(self) -> ControlData:
+    async def initialise(self, on_progress: Callable[[str], None]) -> ControlData:
         await self._refresh_report()
         if self._report.state is not DirectoryState.INITIALISED:
-            await self._postgres.initialise()
+            await self._postgres.initialise(on_progress)
         await self._refresh_report()
         return await self._postgres.control_data()
 

@@ -201,9 +201,9 @@ class InstalledPostgres:
 
     # Stopped directories.
 
-    async def initialise(self) -> None:
+    async def initialise(self, on_progress: Callable[[str], None]) -> None:
         if self._recovers_by is not None:
-            await recover(self._server, self._recovers_by)
+            await recover(self._server, self._recovers_by, on_progress)
         else:
             await bootstrap.initialise(self._server, major=self.major)
 

@@ -149,7 +149,7 @@ class LocalPostgres(Protocol):
 
     # Stopped directories.
 
-    async def initialise(self) -> None: ...
+    async def initialise(self, on_progress: Callable[[str], None]) -> None: ...
 
     async def end_of_stopped(self, control: ControlData, chain: TimelineChain) -> WalEnd:
         """PositionUnknown; WalMissing: recovery needs more than there is."""

@@ -37,6 +37,7 @@ NORMAL = {
     "rewind": "Rewound",
     "configuration": "ConfigurationReloaded",
     "archive works": "ArchiveWorks",
+    "archive gap filled": "ArchiveGapFilled",
 }
 WARNINGS = {
     "give back": "LeaseGivenBack",
@@ -49,6 +50,7 @@ WARNINGS = {
     "no data anywhere": "NoDataAnywhere",
     "configuration refused": "ConfigurationRefused",
     "archive trouble": "ArchiveTrouble",
+    "archive gap": "ArchiveGap",
 }
 
 

@@ -11,6 +11,7 @@ import ctypes
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from instance_manager.postgres.directory import install_staging
@@ -29,8 +30,11 @@ class RecoveryFailed(LocalPostgresError):
     """The directory has not opened; its text says why, and the next try goes on from there."""
 
 
-async def recover(server: LocalServer, configuration_file: Path) -> None:
-    """The data directory appears whole or not at all. RecoveryFailed; DirectoryRefused. Cancelled, it stops first."""
+async def recover(server: LocalServer, configuration_file: Path, on_progress: Callable[[str], None]) -> None:
+    """The data directory appears whole or not at all; `on_progress` gets each line that it says meanwhile.
+
+    RecoveryFailed; DirectoryRefused. Cancelled, it stops first.
+    """
     into = server.data_directory.with_name(server.data_directory.name + RECOVERED)
     argv = [sys.executable, "-m", "instance_manager.archive.recovery", "--config", str(configuration_file)]
     process = await asyncio.create_subprocess_exec(
@@ -41,7 +45,7 @@ async def recover(server: LocalServer, configuration_file: Path) -> None:
         preexec_fn=_end_with_agent,
     )
     try:
-        _, said = await asyncio.gather(_tell(process.stdout), _tell(process.stderr))
+        _, said = await asyncio.gather(_tell(process.stdout, on_progress), _tell(process.stderr))
         code = await process.wait()
     finally:
         await asyncio.shield(_stop(process))
@@ -55,12 +59,13 @@ def _end_with_agent() -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-async def _tell(stream: asyncio.StreamReader | None) -> str:
+async def _tell(stream: asyncio.StreamReader | None, on_line: Callable[[str], None] = lambda _: None) -> str:
     """Into the log as it comes; the last line."""
     last = ""
     while stream is not None and (line := await stream.readline()):
         last = line.decode(errors="replace").strip() or last
         log.info("recovery: %s", last)
+        on_line(last)
     return last
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.postgres_port import Upstream
 from instance_manager.config_sections import MemberSection
+from instance_manager.core.archive_state import GAP
 from instance_manager.core.lease import initial_first_write
 from instance_manager.core.record import ClusterRecord, initial_record, initialised
 from instance_manager.core.rejoin import DirectoryFacts, Rejoin, plan_rejoin
@@ -23,6 +24,7 @@ class Rejoining:
     def __init__(self, context: Context) -> None:
         self._c = context
         self.failed_rewinds = 0
+        self._has_told_gap = False
 
     # A new cluster.
 
@@ -65,7 +67,7 @@ class Rejoining:
             lambda state: replace(state.saw_record(record), initialising=True, cluster_uid=record.cluster_uid)
         )
         grounds = c.record.grounds()
-        control = await c.database.directory.initialise()
+        control = await c.database.directory.initialise(self._recovering)
         stored = await c.keeper.write(
             lambda record: initialised(
                 record,
@@ -290,6 +292,14 @@ class Rejoining:
 
     def _progress(self, text: str) -> None:
         self._c.operation = text
+
+    def _recovering(self, text: str) -> None:
+        c = self._c
+        c.operation = f"recovering from an archive: {text}"
+        if GAP in text and not self._has_told_gap:
+            # Recovery goes on trying for long; whoever could still put the segment back is to know now.
+            self._has_told_gap = True
+            c.journal.note("archive gap", text)
 
     def _serving_primary(self, record: ClusterRecord) -> MemberName:
         if record.holder is None:

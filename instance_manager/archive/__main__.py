@@ -19,6 +19,7 @@ from instance_manager.archive.backup.configured import tender_settings
 from instance_manager.archive.backup.tender import BackupTender
 from instance_manager.archive.backup.watch import BackupWatch
 from instance_manager.archive.fetch import FetchSettings
+from instance_manager.archive.filling import REPLAYED_QUERY, Replayed
 from instance_manager.archive.streaming import FLUSHED_QUERY, Flushed
 from instance_manager.archive.where import make_store
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
@@ -50,7 +51,7 @@ def settings_of(configuration: Configuration, archive: ArchiveSection, run_as: R
 
 
 class FlushedBySql:
-    """The flush position of the local server, over one session that is kept."""
+    """The positions of the local server, over one session that is kept."""
 
     def __init__(self, server: LocalServer) -> None:
         self._sql = LocalSql(server)
@@ -62,6 +63,14 @@ class FlushedBySql:
         except asyncpg.PostgresError as error:
             raise SqlUnavailable(str(error), error.sqlstate) from error
         return None if row is None else Flushed(Timeline(int(row["timeline"], 16)), parse_lsn(row["lsn"]))
+
+    async def replayed(self) -> Replayed | None:
+        """None: it is no standby that streams. LocalPostgresError: no answer."""
+        try:
+            row = await self._sql.fetchrow(REPLAYED_QUERY, deadline_s=POSTGRES_DEADLINE_S)
+        except asyncpg.PostgresError as error:
+            raise SqlUnavailable(str(error), error.sqlstate) from error
+        return None if row is None else Replayed(Timeline(row["timeline"]), parse_lsn(row["lsn"]))
 
     async def switch_wal(self) -> None:
         """Finish the segment. LocalPostgresError: not done; a standby refuses."""
@@ -84,7 +93,7 @@ async def run(configuration: Configuration, archive: ArchiveSection) -> None:
         run_as=run_as,
     )
     settings, store, sql = settings_of(configuration, archive, run_as), make_store(archive), FlushedBySql(server)
-    archiver = Archiver(settings, store, sql)
+    archiver = Archiver(settings, store, sql, replayed=sql.replayed)
     backups = BackupTender(
         tender_settings(archive.backup, settings.instance, instances=configuration.instances),
         server,

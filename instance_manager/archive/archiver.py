@@ -14,6 +14,7 @@ from instance_manager.archive.backlog import BacklogWatch, Thresholds
 from instance_manager.archive.codecs import Codec, CodecName
 from instance_manager.archive.counters import ArchiverStatus, BackfillState
 from instance_manager.archive.fetch import MODES, Fetched, Fetcher, FetchSettings, NotFetched
+from instance_manager.archive.filling import GapFiller, ReplayedPosition, is_asked
 from instance_manager.archive.gate import ArchiveGate
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import OrderBook, Orders, OrdersRefused, parse_orders
@@ -26,12 +27,17 @@ from instance_manager.archive.upload import NotArchived, Uploader
 from instance_manager.codec import to_json
 from instance_manager.core.types import TimelineChain
 from instance_manager.ports import ObjectStore, ObjectStoreError
+from instance_manager.postgres.server import LocalPostgresError
 from instance_manager.threads import TooManyCalls, monotonic_s
 
 log = logging.getLogger("instance_manager.archive")
 
 SPOOL = ".instance-manager-restore"
 BACKFILL_INTERVAL_S = 1.0
+GAPS_PAUSE_S = 2.0
+"""Between two looks whether a standby has brought what is missing; doubled up to `GAPS_PAUSE_MAX_S`: each lists a part of the archive."""
+GAPS_PAUSE_MAX_S = 120.0
+FILL_PAUSE_S = 2.0
 BACKLOG_INTERVAL_S = 2.0
 GATE_INTERVAL_S = 1.0
 SWEEP_INTERVAL_S = 60.0
@@ -56,6 +62,10 @@ class ArchiverSettings:
     thresholds: Thresholds = field(default_factory=Thresholds)
 
 
+async def _unknown() -> None:
+    return None
+
+
 class Archiver:
     """One per instance, in a process of its own; `run` until cancelled."""
 
@@ -65,6 +75,8 @@ class Archiver:
         store: ObjectStore,
         flushed: FlushedPosition,
         now_s: Callable[[], float] = monotonic_s,
+        *,
+        replayed: ReplayedPosition = _unknown,
     ) -> None:
         self._settings = settings
         self._now_s = now_s
@@ -104,6 +116,15 @@ class Archiver:
             settings.fetch,
             gate=gate,
         )
+        self.filler = GapFiller(
+            settings.wal_directory,
+            store,
+            layout,
+            self._uploader,
+            self.orders,
+            replayed,
+            ensure_archive=gate.require_writable,
+        )
         self._backlog = BacklogWatch(settings.wal_directory, now_s, settings.thresholds)
 
     async def run(self) -> None:
@@ -125,6 +146,7 @@ class Archiver:
                 tasks.create_task(self._watch_backlog(), name="backlog")
                 tasks.create_task(self._sweep(), name="sweep")
                 tasks.create_task(self._backfill(), name="backfill")
+                tasks.create_task(self._fill(), name="filling")
                 if self._settings.stream_interval_s > 0:
                     task = StreamingTask(self.streamer, self._settings.stream_interval_s, self._is_behind)
                     tasks.create_task(task.run(), name="streaming")
@@ -188,13 +210,20 @@ class Archiver:
             await asyncio.sleep(BACKLOG_INTERVAL_S)
 
     async def _backfill(self) -> None:
-        """Once for each timeline of this primary, tried until it is done."""
-        done_for = None
+        """Once for each timeline of this primary, tried until it is done; and again while there are gaps, which a standby may fill."""
+        done_for, pause_s = None, GAPS_PAUSE_S
         while True:
             await asyncio.sleep(BACKFILL_INTERVAL_S)
             orders = self.orders.permitted()
-            if orders is None or orders.chain is None or orders.chain == done_for:
+            if orders is None or orders.chain is None:
                 continue
+            if orders.chain == done_for:
+                if not self.status.backfill.gaps:
+                    continue
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, GAPS_PAUSE_MAX_S)
+            else:
+                pause_s = GAPS_PAUSE_S
             try:
                 await self.backfill_once(orders, orders.chain)
             except (NotArchived, ObjectStoreError, OSError, TooManyCalls) as error:
@@ -208,7 +237,36 @@ class Archiver:
         local = await asyncio.to_thread(local_segments, self._settings.wal_directory, orders, chain)
         attempt_s = self._settings.patience.attempt_s
         done = await backfill(self._store, self._layout, self.pusher, orders, local, deadline_s=attempt_s)
-        self.status.backfill = BackfillState(orders.epoch, len(done.uploaded), done.gaps)
+        before = self.status.backfill
+        if done.gaps and done.gaps != before.gaps:
+            log.error(
+                "the archive has gaps: %d files are missing, %s first; the standbys are asked",
+                len(done.gaps),
+                done.gaps[0],
+            )
+        uploaded = len(done.uploaded) + (before.uploaded if before.epoch == orders.epoch else 0)
+        self.status.backfill = BackfillState(orders.epoch, uploaded, done.gaps, before.brought)
+
+    async def _fill(self) -> None:
+        """On a standby: what its primary cannot bring to the archive; more and more rarely where this does not help."""
+        loop = asyncio.get_running_loop()
+        asked_by: tuple[int, TimelineChain | None] | None = None
+        pause_s, due_s = FILL_PAUSE_S, 0.0
+        while True:
+            await asyncio.sleep(FILL_PAUSE_S)
+            orders = self.orders.current
+            asking = (orders.epoch, orders.chain) if orders is not None and is_asked(orders) else None
+            if asking != asked_by:
+                asked_by, pause_s, due_s = asking, FILL_PAUSE_S, 0.0
+            if asking is None or loop.time() < due_s:
+                continue
+            due_s, pause_s = loop.time() + pause_s, min(2 * pause_s, GAPS_PAUSE_MAX_S)
+            try:
+                brought = await self.filler.fill()
+            except (NotArchived, ObjectStoreError, LocalPostgresError, OSError, TooManyCalls) as error:
+                log.info("what the primary lacks cannot be brought to the archive now: %s", error)
+            else:
+                self.status.backfill.brought += len(brought)
 
     async def _sweep(self) -> None:
         """What crashes have left of streamed segments; never in the way of anything."""

@@ -109,8 +109,6 @@ async def backfill(
         return Backfilled(tuple(uploaded), tuple(lost))
     wanted = segments_between(chain, in_chain[0], orders.size)
     gaps = lost + [name for segment in wanted if (name := orders.size.name(segment)) not in there]
-    if gaps:
-        log.error("the archive has gaps: %d files are missing, the first is %s", len(gaps), gaps[0])
     return Backfilled(tuple(uploaded), tuple(gaps[:GAPS_TOLD_MAX]))
 
 

@@ -88,6 +88,8 @@ class BackfillState:
     uploaded: int = 0
     gaps: tuple[str, ...] = ()
     """Segments of the accepted history that are not in the archive: no recovery passes them."""
+    brought: int = 0
+    """Files that this process, on a standby, has brought because the primary lacked them."""
     last_error: str = ""
 
 

@@ -55,6 +55,10 @@ class Layout:
     def all_pieces(self) -> str:
         return f"{self.server}/instance-manager/pieces/"
 
+    @property
+    def other_partials(self) -> str:
+        return f"{self.server}/instance-manager/partials/"
+
     def wal(self, name: str) -> str:
         """The object of a WAL file, compressed by the archive's codec. ValueError: not the name of one."""
         return self.wal_stem(name) + self.codec.suffix
@@ -69,7 +73,7 @@ class Layout:
         """Where a `.partial` goes whose name is taken by another: nobody asks for it by name."""
         if wal_kind(name) != "partial":
             raise ValueError(f"not a partial segment: {name}")
-        return f"{self.server}/instance-manager/partials/{name}.{content_sha256[:16]}{self.codec.suffix}"
+        return f"{self.other_partials}{name}.{content_sha256[:16]}{self.codec.suffix}"
 
     def pieces(self, segment_name: str) -> str:
         """The folder of the pieces of a segment."""
@@ -88,6 +92,20 @@ class Layout:
         except ValueError:
             return None
         return name if is_there else None
+
+    def segment_of_leftover(self, object_name: str) -> str | None:
+        """The segment of which a piece or a `.partial` beside the WAL holds a part; None: it is something else."""
+        folder, kept = object_name.removeprefix(self.all_pieces), object_name.removeprefix(self.other_partials)
+        if folder != object_name and self.piece_of(object_name) is not None:
+            name = folder.partition("/")[0]
+        elif kept != object_name:
+            name = kept.partition(".partial.")[0]
+        else:
+            return None
+        try:
+            return name if wal_kind(name) == "segment" else None
+        except ValueError:
+            return None
 
     def piece_of(self, object_name: str) -> Piece | None:
         """The piece that an object in a folder of `pieces` holds; None: it is something else."""

@@ -42,6 +42,8 @@ class Orders:
     """A walreceiver brings the WAL: `restore_command` need not look into the archive."""
     is_withholding: bool = False
     """From a promise until a later epoch is followed, `restore_command` brings no segment (P9)."""
+    has_gaps: bool = False
+    """For a standby: its primary tells of files that it cannot bring to the archive (`filling`)."""
 
     @property
     def size(self) -> SegmentSize:

@@ -14,6 +14,7 @@ from instance_manager.archive.layout import Layout, Piece, joined_pieces
 from instance_manager.archive.restore_file import Expected, restore_wal, verified, zeros
 from instance_manager.archive.spool import Spool
 from instance_manager.archive.wal_names import Segment, SegmentSize, wal_kind
+from instance_manager.core.archive_state import GAP
 from instance_manager.core.types import Epoch, Timeline, TimelineChain, TimelineSwitch
 from instance_manager.ports import ContentDamaged, ObjectInfo, ObjectStore
 from instance_manager.postgres.histories import History, HistoryInvalid, parse_history
@@ -45,7 +46,7 @@ class ArchiveEnd:
                 found = self.size.parse(name)
                 if found.number > segment.number and served_part(found, self.size, self.chain) is not None:
                     raise GapInArchive(
-                        f"{self.size.name(segment)} is not in the archive, but {name} is: the archive has a gap. Put the "
+                        f"{self.size.name(segment)} is not in the archive, but {name} is: {GAP}. Put the "
                         "segment back (a standby or an old primary may still have it in pg_wal), or recover to a target before it"
                     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,15 +146,20 @@ class Uploader:
         self._patience = patience
         self._counters = counters
 
-    async def create(self, object_name: str, prepared: Prepared, epoch: Epoch) -> bool:
+    async def create(
+        self, object_name: str, prepared: Prepared, epoch: Epoch, *, allowed: Callable[[], None] | None = None
+    ) -> bool:
         """Durable when it returns; False: it was there with the same content. ArchiveConflict; ObjectStoreError.
 
-        NotArchived: the permit is over, or of another epoch.
+        NotArchived: the permit is over, or of another epoch. `allowed`: asked instead of the permit, for what needs none (`filling`).
         """
         metadata = {"sha256": prepared.sha256, "epoch": str(epoch), "instance": self._instance}
 
         async def attempt(deadline_s: float) -> bool:
-            self.require_permit(epoch)
+            if allowed is None:
+                self.require_permit(epoch)
+            else:
+                allowed()
             try:
                 await self._store.create(object_name, prepared.content, metadata=metadata, deadline_s=deadline_s)
             except ObjectExists:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from instance_manager.archive.wal_names import Segment, SegmentSize
 from instance_manager.core.types import Lsn, Timeline, format_lsn
@@ -17,6 +18,8 @@ MAJOR_OF_MAGIC = {0xD10D: 14, 0xD110: 15, 0xD113: 16, 0xD116: 17, 0xD118: 18}
 # magic, info, timeline, page address, remaining length, padding, system identifier, segment size, block size
 _LONG_HEADER = struct.Struct("=HHIQI4xQII")
 _IS_LONG = 0x0002
+# magic, info, timeline, page address: what the header of every page begins with
+_SHORT_HEADER = struct.Struct("=HHIQ")
 
 
 class WrongSegment(Exception):
@@ -65,3 +68,26 @@ def check_first_page(start: bytes, segment: Segment, size: SegmentSize, system_i
     if page.timeline > segment.timeline or page.timeline == 0:
         raise WrongSegment(f"it is of timeline {page.timeline}, later than {segment.timeline}")
     return page
+
+
+def check_pages(file: BinaryIO, segment: Segment, size: SegmentSize, system_identifier: int) -> None:
+    """Every page of the segment says its own position. WrongSegment otherwise. Blocks on the disk.
+
+    What `check_first_page` cannot see: a file that was begun to be used for a later segment. Behind the end of a segment that
+    was finished early (pg_switch_wal) all pages are zeros, and none of them is anything else.
+    """
+    first = check_first_page(file.read(HEADER_BYTES), segment, size, system_identifier)
+    is_over = False
+    for offset in range(first.block_bytes, size.size_bytes, first.block_bytes):
+        file.seek(offset)
+        start = file.read(_SHORT_HEADER.size)
+        if len(start) < _SHORT_HEADER.size:
+            raise WrongSegment(f"only {offset + len(start)} bytes long")
+        if not any(start):
+            is_over = True
+            continue
+        magic, _, timeline, address = _SHORT_HEADER.unpack(start)
+        if is_over or address != size.start_lsn(segment) + offset or MAJOR_OF_MAGIC.get(magic) != first.major:
+            raise WrongSegment(f"its page at {offset} is not of this segment")
+        if not 0 < timeline <= segment.timeline:
+            raise WrongSegment(f"its page at {offset} is of timeline {timeline}, not of {segment.timeline} or before")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from instance_manager.core.types import Lsn
 
+GAP = "the archive has a gap"
+"""How every sentence of a recovery that tells of one says it."""
 ARCHIVE_LEVELS = ("calm", "behind", "pressed", "critical")
 
 

@@ -20,6 +20,10 @@ _COUNTERS = {
     ("push", "conflicts"): ("conflicts_total", "Attempts that met other content under the same name."),
     ("push", "wal_bytes"): ("wal_bytes_total", "Bytes of WAL that were archived."),
     ("push", "stored_bytes"): ("stored_bytes_total", "Bytes that they take in the store."),
+    ("backfill", "brought"): (
+        "brought_files_total",
+        "Files that this standby has brought because its primary lacked them.",
+    ),
     ("stream", "pieces"): ("stream_pieces_total", "Pieces of unfinished segments that were archived."),
     ("stream", "failures"): ("stream_failures_total", "Pieces that could not be archived."),
     ("fetch", "restored"): ("restored_files_total", "Files brought back by restore_command."),

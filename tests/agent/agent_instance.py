@@ -83,6 +83,7 @@ class FakeDatabase:
         self.started: list[tuple[Upstream | None, TimelineChain | None]] = []
         self.senders: dict[MemberId, int] = {}
         self.set: list[SynchronousSet] = []
+        self.recovery_says: list[str] = []
         self.exists = True
         self.left: tuple[Timeline, ...] = ()
         """Timelines of histories that are not the cluster's."""
@@ -144,8 +145,10 @@ class FakeDatabase:
     async def create_roles(self) -> None:
         return None
 
-    async def initialise(self) -> Any:
+    async def initialise(self, on_progress: Callable[[str], None]) -> Any:
         await self._do("initdb")
+        for line in self.recovery_says:
+            on_progress(line)
         return SimpleNamespace(system_identifier=7002, timeline=Timeline(1), checkpoint_lsn=Lsn(40))
 
     async def checkpoint(self, *, deadline_s: float) -> None:

@@ -235,3 +235,35 @@ async def test_the_lag_is_what_is_flushed_and_not_in_the_archive(tmp_path: Path)
         state = desk.archiving.state()
         assert state is not None
         assert state.lag_bytes == 50
+
+
+async def test_a_gap_is_news_at_once_and_so_is_its_end(tmp_path: Path) -> None:
+    """It was in the log of the archiver only: what could still fill it is removed while nobody looks."""
+    async with Running(tmp_path, "p") as desk:
+        desk.permit(1008.0)
+        await desk.look()
+        desk.archiver.state = ArchiveState(level="calm", gaps=2, first_gap="000000010000000000000006")
+        await desk.look()
+        await desk.look()
+        [(what, reason)] = desk.news()
+        assert (what, "lacks 2 files of the log, 000000010000000000000006 first" in reason) == ("archive gap", True)
+        desk.archiver.state = ArchiveState(level="calm")
+        await desk.look()
+        assert desk.news()[1:] == [("archive gap filled", "nothing is missing in the archive any more")]
+
+
+async def test_a_standby_is_told_that_its_primary_has_gaps(tmp_path: Path) -> None:
+    async with Running(tmp_path, "a") as desk:
+        desk.made.knows("p", archive=ArchiveState(level="calm"))
+        assert not (await desk.look()).has_gaps
+        desk.made.knows("p", archive=ArchiveState(level="calm", gaps=1, first_gap="000000010000000000000006"))
+        assert (await desk.look()).has_gaps
+        desk.made.knows("p", archive=ArchiveState(level="calm"))
+        assert not (await desk.look()).has_gaps
+
+
+async def test_a_primary_asks_nothing_of_itself(tmp_path: Path) -> None:
+    async with Running(tmp_path, "p") as desk:
+        desk.permit(1008.0)
+        desk.made.knows("a", archive=ArchiveState(level="calm", gaps=1, first_gap="000000010000000000000006"))
+        assert not (await desk.look()).has_gaps

@@ -18,8 +18,10 @@ from instance_manager.agent.lease_keeper import WriteRefused
 from instance_manager.agent.rejoining import Rejoining
 from instance_manager.agent.volume import VolumeUnusable
 from instance_manager.codec import from_json
+from instance_manager.core.archive_state import GAP
 from instance_manager.core.election import VoteAnswer
 from instance_manager.core.record import ClusterRecord
+from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, Timeline
 from instance_manager.core.voting import ExtensionRequest, VolumeState, VoteRequest
 from instance_manager.postgres.server import LocalPostgresError
@@ -330,6 +332,26 @@ async def test_time_never_elects_in_a_synchronous_cluster(tmp_path: Path) -> Non
 
 
 # Beginning a cluster.
+
+
+async def test_a_gap_that_a_first_recovery_meets_is_told_at_once_and_once(tmp_path: Path) -> None:
+    """It is tried again for an hour; whoever could put the segment back is to know before."""
+    empty = record(system_identifier=None, chain=None, voters=frozenset(), quorum=0)
+    async with Voter(tmp_path, "p", replace(empty, highest_timeline=Timeline(0), position=None, opened=False)) as p:
+        p.context.role = Role.STARTING
+        p.database.recovery_says = ["8 MiB restored", f"{GAP}: 00 is missing", f"waiting: {GAP}"]
+        shown: list[str | None] = []
+        say = p.rejoining._recovering
+
+        def and_look(text: str) -> None:
+            say(text)
+            shown.append(p.context.operation)
+
+        p.rejoining._recovering = and_look  # type: ignore[method-assign]
+        await p.rejoining.initialise()
+        assert shown[0] == "recovering from an archive: 8 MiB restored"
+        told = [line.reason for line in p.context.journal.lines() if line.decision == "archive gap"]
+        assert told == [f"{GAP}: 00 is missing"]
 
 
 async def test_section_3_a_slow_first_holder_does_not_initialise_the_record_of_another(tmp_path: Path) -> None:

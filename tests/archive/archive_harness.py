@@ -13,6 +13,7 @@ from wal_builders import SIZE, SYSTEM, make_ready, segment_content
 from instance_manager.archive.archiver import Archiver, ArchiverSettings
 from instance_manager.archive.codecs import CodecName, codec_of_suffix
 from instance_manager.archive.fetch import FetchSettings
+from instance_manager.archive.filling import Replayed
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import Orders
 from instance_manager.archive.stores.patience import Patience
@@ -46,6 +47,7 @@ class Desk:
         self.wal = root / "pg_wal"
         (self.wal / "archive_status").mkdir(parents=True, exist_ok=True)
         self.flushed: Flushed | None = None
+        self.replayed: Replayed | None = None
         settings = ArchiverSettings(
             instance="orders-1",
             server_name=SERVER,
@@ -58,7 +60,7 @@ class Desk:
         )
         self.settings = replace(settings, **changes)  # type: ignore[arg-type]
         self.store = store
-        self.archiver = Archiver(self.settings, store, self._flushed, lambda: self.now_s)
+        self.archiver = Archiver(self.settings, store, self._flushed, lambda: self.now_s, replayed=self._replayed)
         self.layout: Layout = self.archiver.pusher._layout
         self.command(self.primary())
 
@@ -127,6 +129,9 @@ class Desk:
 
     async def _flushed(self) -> Flushed | None:
         return self.flushed
+
+    async def _replayed(self) -> Replayed | None:
+        return self.replayed
 
     async def close(self) -> None:
         await self.archiver.pusher.close()

@@ -105,7 +105,9 @@ class FaultProxy:
         if fault.kind[:3].isdigit():
             status, _, code = fault.kind.partition(" ")
             await request.read()
-            body = _ERROR.format(code=code, text="injected") if code else "<html>no such page</html>"
+            # Some stores tell in the text what they were sent.
+            text = " ".join(request.headers.values()) if code == "AccessDenied-Echo" else "injected"
+            body = _ERROR.format(code=code, text=text) if code else "<html>no such page</html>"
             return web.Response(
                 status=int(status), text=body if request.method != "HEAD" else None, content_type="application/xml"
             )

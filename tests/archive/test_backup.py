@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import subprocess
 import sys
@@ -21,11 +22,13 @@ from test_retention import info_at, put
 from wal_builders import SYSTEM
 
 from instance_manager.archive.backup.catalogue import list_backups
+from instance_manager.archive.backup.control_file import FILE_BYTES, is_whole
+from instance_manager.archive.backup.floor import raise_floor, take_floor_back
 from instance_manager.archive.backup.info import BackupInfo, render_info
 from instance_manager.archive.backup.manifest import Manifest, read_members
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import delete_backup
-from instance_manager.archive.backup.requests import Attempt, Begun, Claim, Ended, Request, Requests
+from instance_manager.archive.backup.requests import Attempt, Begun, Claim, Ended, Request, Requests, WalWanted
 from instance_manager.archive.backup.retention import Policy
 from instance_manager.archive.backup.take import BackupFailed
 from instance_manager.archive.backup.tender import BackupTender, TenderSettings
@@ -199,6 +202,7 @@ async def test_a_claim_that_fell_silent_is_cleared_up_and_its_request_taken_agai
     assert 2 not in (await requests.listing())["r1"].attempts, "a primary leaves it to the standbys for a while"
     now_s = 112.0
     await tender.look()
+    await tender.idle()
     attempt = (await requests.listing())["r1"].attempts[2]
     assert attempt.is_over
     ended = await requests.ended("r1", 2)
@@ -370,3 +374,117 @@ async def test_what_a_failed_attempt_could_not_remove_is_removed_later_and_asked
     tender._requests = Counting(store, layout)
     await tender.look()
     assert asked == [], "what is over stays so"
+
+
+async def test_while_a_backup_is_taken_here_others_are_attended_to_and_its_own_is_not_given_up(
+    local_desk: Desk, tmp_path: Path
+) -> None:
+    """A primary that took one itself finished no segment for a standby's, which failed after ten minutes."""
+    store, layout = local_desk.store, local_desk.layout
+    await store.create(
+        layout.lineage, MemoryContent.of(to_json(Lineage(str(SYSTEM), "uid-1", 1 << 20, "zstd"))), deadline_s=5
+    )
+    requests = Requests(store, layout)
+    await requests.ask("r1", Request(None, "test", "now"))
+    now_s, switched, ended = 0.0, 0, asyncio.Event()
+
+    async def switch_wal() -> None:
+        nonlocal switched
+        switched += 1
+
+    tender = tender_of(local_desk, tmp_path)
+    tender._switch_wal, tender._now_s = switch_wal, lambda: now_s
+
+    async def take_for_long(request_id: str, number: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    tender._take = take_for_long  # type: ignore[method-assign]
+    await tender.look()
+    now_s = 21.0
+    await tender.look()
+    assert 1 in (await requests.listing())["r1"].attempts, "this one is taken here"
+    await requests.ask("r2", Request(None, "test", "now"))
+    assert await requests.claim("r2", 1, Claim("orders-2", "now"))
+    await requests.want_wal("r2", 1, WalWanted(1))
+    await requests.ask("r3", Request(None, "test", "now"))
+    await asyncio.wait_for(tender.look(), 5)
+    assert switched == 1
+    now_s = 200.0
+    await tender.look()
+    listing = await requests.listing()
+    assert not listing["r1"].attempts[1].is_over, "its beats may not have reached the store"
+    assert listing["r2"].attempts[1].is_over, "whose instance is silent"
+    assert listing["r3"].attempts == {}, "one at a time"
+    await tender.close()
+    assert ended.is_set()
+
+
+async def test_a_backup_that_begins_where_the_log_has_expired_fails_and_leaves_nothing(
+    cluster: Cluster, directory_section: dict[str, Any]
+) -> None:
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        floor = await raise_floor(store, LAYOUT, 1 << 20, deadline_s=5)
+        with pytest.raises(BackupFailed, match="has expired"):
+            await take(made, store)
+        assert [name for name in await objects(store) if "/base/" in name or "/backups/" in name] == []
+        await take_floor_back(store, floor, deadline_s=5)
+        await take(made, store)
+        server.kill()
+
+
+async def test_a_control_file_that_is_caught_half_written_is_read_again(
+    cluster: Cluster, directory_section: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        whole = (server.data / "global/pg_control").read_bytes()
+        assert is_whole(whole)
+        torn = whole[:24] + bytes([whole[24] ^ 1]) + whole[25:]
+        reads: list[int] = []
+
+        def read_bytes(path: Path) -> bytes:
+            if path.name != "pg_control":
+                return path.open("rb").read()
+            reads.append(1)
+            return torn if len(reads) < 3 else path.open("rb").read()
+
+        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        taken = await take(made, store)
+        assert len(reads) == 3
+        names = BackupNames(LAYOUT, taken.info.backup_id)
+        last = max(entry.name for entry in taken.manifest.tars)
+        members = await read_members(store, names, last, deadline_s=5)
+        assert members is not None
+        assert members["global/pg_control"].sha256 != hashlib.sha256(torn).hexdigest()
+        monkeypatch.setattr(
+            Path, "read_bytes", lambda path: torn if path.name == "pg_control" else path.open("rb").read()
+        )
+        with pytest.raises(BackupFailed, match="checksum was wrong"):
+            await take(made, store)
+        assert len(await list_backups(store, LAYOUT, deadline_s=5)) == 1
+        server.kill()
+
+
+@pytest.mark.parametrize("place", [0, 24, 200, 287, 288, 291, 300, 8191])
+def test_a_control_file_with_one_wrong_byte_is_not_whole(place: int) -> None:
+    body = bytes(range(256)) + bytes(32)
+    whole = body + crc32c(body).to_bytes(4, "little") + bytes(FILE_BYTES - 292)
+    assert is_whole(whole)
+    assert not is_whole(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+    assert not is_whole(whole[:-1])
+
+
+def crc32c(content: bytes) -> int:
+    """Bit by bit, as the polynomial says."""
+    crc = 0xFFFFFFFF
+    for byte in content:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF

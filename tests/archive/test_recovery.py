@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from archive_harness import until
 from archiving_server import ArchivingServer, all_archived, archiving, insert, prepared
 from backup_harness import LAYOUT, objects, store_of, take
 from fault_proxy import FaultProxy
-from harness import Cluster, PostgresProcess, wait_until
+from harness import Cluster, PostgresProcess, run_as, wait_until
 from recovery_harness import Restoration
 
 from instance_manager.agent.recovering import RecoveryFailed, recover
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.content import MemoryContent
+from instance_manager.archive.recovery import restore as restoring
 from instance_manager.archive.recovery.replay import ReplaySettings
 from instance_manager.archive.recovery.restore import RestoreFailed
+from instance_manager.core.archive_state import GAP
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -161,7 +164,48 @@ async def test_a_gap_in_the_log_opens_nothing(cluster: Cluster, directory_sectio
     quick = {"replay": ReplaySettings(outage_patience_s=1)}
     with pytest.raises(RestoreFailed, match="the archive has a gap"):
         await restoration.run(changes=quick)
+    said = [GAP in line for line in restoration.said]
+    assert said.index(True) < next(n for n, line in enumerate(restoration.said) if "MiB restored" in line), "at once"
     assert (restoration.server.data_directory / "standby.signal").exists()
+
+
+async def test_a_restore_that_was_killed_with_its_tablespaces_is_begun_anew_and_says_so(
+    cluster: Cluster, directory_section: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, store = cluster.add("p"), store_of(directory_section)
+    space, moved = cluster.root / "space", cluster.root / "moved"
+    space.mkdir(mode=0o700)
+    if (user := run_as()) is not None:
+        os.chown(space, user.uid, user.gid)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        await server.execute(f"CREATE TABLESPACE space LOCATION '{space}'")
+        await server.execute("CREATE TABLE elsewhere TABLESPACE space AS SELECT n FROM generate_series(1, 500) n")
+        await take(made, store)
+        await all_archived(server)
+        server.kill()
+    restoration = Restoration(cluster.add("r"), store)
+    changes = {"tablespaces": {"space": moved}}
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as during:
+        # As a kill right before the end of the files: nothing is cleared up.
+        during.setattr(restoring, "_finish_files", killed)
+        during.setattr(restoring, "_empty", lambda roots: None)
+        with pytest.raises(Killed):
+            await restoration.run(changes=changes)
+    assert any(moved.iterdir())
+    await restoration.run(changes=changes)
+    assert f"a restore that was killed had left its files in {moved}: they are removed" in restoration.said
+    assert [path.name for path in moved.iterdir()] == [path.name for path in space.iterdir()], "no mark is left"
+    restored = await restoration.start()
+    assert await restored.fetchval("SELECT count(*) FROM elsewhere") == 500
+    restored.kill()
 
 
 async def test_a_damaged_backup_leaves_the_place_as_it_was(cluster: Cluster, directory_section: dict[str, Any]) -> None:
@@ -204,17 +248,19 @@ async def test_an_agent_has_the_first_directory_of_a_new_cluster_made_by_a_proce
     recovery = {"archive": {**directory_section, "server_name": "orders"}, "target": {"name": "knwon"}}
     content |= {"bootstrap": {"recovery": recovery}, "archive": {**directory_section, "server_name": "new"}}
     configuration.write_text(yaml.safe_dump(content))
+    said: list[str] = []
     with pytest.raises(RecoveryFailed, match="before the target, name knwon"):
-        await recover(new.server, configuration)
+        await recover(new.server, configuration, said.append)
     assert not new.data.exists()
     # What was replayed towards another target cannot be taken back: the operator removes it.
     shutil.rmtree(new.data.with_name("data.recovery"))
     recovery["target"] = {"name": "known"}
     configuration.write_text(yaml.safe_dump(content))
-    await recover(new.server, configuration)
+    await recover(new.server, configuration, said.append)
     new.set_dynamic(synchronous_standby_names="")
     new.configure(archive_mode="off")
     await new.start()
     assert {row["n"] for row in await new.fetch("SELECT n FROM t")} == set(range(1000))
+    assert any("MiB restored" in line for line in said)
     system = await new.fetchval("SELECT system_identifier::text FROM pg_control_system()")
     assert system == taken.info.system_identifier

@@ -141,6 +141,42 @@ def test_files_of_a_restore_that_was_killed_are_removed_and_nobody_elses(tmp_pat
         _find_marker(data)
 
 
+def test_tablespaces_of_a_restore_that_was_killed_are_emptied_where_they_still_bear_its_mark(tmp_path: Path) -> None:
+    """The next try was refused for ever, because they were not empty."""
+    data, first, second = tmp_path / "data", tmp_path / "first", tmp_path / "second"
+    destination = Destination(data, {1: first, 2: second}, None)
+    _make_roots(destination)
+    for place in (first, second):
+        (place / "PG_15_202209061").mkdir()
+        (place / "PG_15_202209061" / "1").write_bytes(b"half")
+    # Somebody has emptied the second since, and has put his own there.
+    _empty([second])
+    (second / "somebody").write_bytes(b"else's")
+    assert _remove_unfinished(data) == [first, data]
+    assert (list(data.iterdir()), list(first.iterdir())) == ([], [])
+    assert (second / "somebody").exists()
+
+
+def test_a_kill_between_two_marks_leaves_nothing_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, space = tmp_path / "data", tmp_path / "space"
+    touched: list[Path] = []
+    touch = Path.touch
+
+    def killed_at_the_second(path: Path, **words: Any) -> None:
+        touched.append(path)
+        if len(touched) == 2:
+            raise KeyboardInterrupt
+        touch(path, **words)
+
+    monkeypatch.setattr(Path, "touch", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        _make_roots(Destination(data, {1: space}, None))
+    assert _remove_unfinished(data) == [data]
+    assert (list(data.iterdir()), list(space.iterdir())) == ([], [])
+
+
 def test_two_restores_never_work_in_one_directory(tmp_path: Path) -> None:
     """The agent that began one has died; the next one begins while the first is still ending."""
     with (

@@ -18,6 +18,7 @@ from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import BackupKept, delete_backup, keep_backup
 from instance_manager.archive.backup.retention import Policy, RetentionRefused, expiry
 from instance_manager.archive.content import MemoryContent
+from instance_manager.archive.layout import Piece
 from instance_manager.archive.wal_names import Segment
 from instance_manager.core.types import Lsn, Timeline
 from instance_manager.ports import ObjectStore, StoreUnreachable
@@ -184,6 +185,33 @@ async def test_expiring_deletes_backups_and_below_the_oldest_their_log_but_no_hi
     wal = sorted(name for name in await left(store) if "/wals/" in name)
     kept = [LAYOUT.wal(SIZE.name(Segment(Timeline(1), number))) for number in (20, 29, 30, 35)]
     assert wal == sorted([*kept, LAYOUT.wal("00000002.history")])
+
+
+async def test_what_forks_have_left_expires_with_the_log_around_it(local_desk: Desk) -> None:
+    """Pieces and `.partial` segments of ended timelines stayed for ever."""
+    store = local_desk.store
+    for day in (1, 2):
+        await put_backup(store, info_at(day))
+
+    def leftovers(number: int) -> set[str]:
+        name = SIZE.name(Segment(Timeline(1), number))
+        return {
+            LAYOUT.piece(name, Piece(0, 8192)),
+            LAYOUT.piece(name, Piece(8192, 9000)),
+            LAYOUT.wal(f"{name}.partial"),
+            LAYOUT.other_partial(f"{name}.partial", "ab" * 32),
+        }
+
+    for number in (9, 12, 19, 20, 25):
+        for name in leftovers(number):
+            await put(store, name)
+    await put(store, f"{LAYOUT.other_partials}readme")
+    await put(store, f"{LAYOUT.all_pieces}readme/now")
+    await expire(store, LAYOUT, Policy(count=1))
+    folders = (LAYOUT.wals, LAYOUT.all_pieces, LAYOUT.other_partials)
+    found = {name for name in await left(store) if name.startswith(folders)}
+    strange = {f"{LAYOUT.other_partials}readme", f"{LAYOUT.all_pieces}readme/now"}
+    assert found == leftovers(20) | leftovers(25) | strange
 
 
 class Crashing:

@@ -12,6 +12,7 @@ from instance_manager.archive.stores.s3 import S3Store, make_client
 from instance_manager.ports import StoreForbidden
 
 DEADLINE_S = 10.0
+PLANTED = "planted0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def write_credentials(path: Path, key: str) -> None:
@@ -55,6 +56,32 @@ async def test_the_environment_is_used(bare_environment: pytest.MonkeyPatch, pro
     bare_environment.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     client = make_client(settings_for(proxy.url, bucket))
     assert client._get_credentials().access_key == "FROM-ENVIRONMENT"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SESSION_TOKEN"])
+async def test_a_line_break_at_the_end_of_a_secret_is_told_without_the_secret(
+    bare_environment: pytest.MonkeyPatch, proxy: FaultProxy, bucket: str, name: str
+) -> None:
+    """The HTTP client puts the whole header into its error, and that went to the log, the status and an Event."""
+    for each in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        bare_environment.setenv(each, f"{PLANTED}{each}")
+    bare_environment.setenv(name, f"{PLANTED}{name}\n")
+    with pytest.raises(StoreForbidden, match="line break at its end") as refused:
+        await read_object(S3Store(settings_for(proxy.url, bucket)), "s/a", deadline_s=DEADLINE_S)
+    assert PLANTED not in str(refused.value)
+
+
+async def test_a_store_that_tells_what_it_was_sent_is_quoted_without_keys_tokens_and_signatures(
+    bare_environment: pytest.MonkeyPatch, proxy: FaultProxy, bucket: str
+) -> None:
+    for each in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        bare_environment.setenv(each, f"{PLANTED}{each}")
+    proxy.fail("403 AccessDenied-Echo")
+    with pytest.raises(StoreForbidden) as refused:
+        await read_object(S3Store(settings_for(proxy.url, bucket)), "s/a", deadline_s=DEADLINE_S)
+    assert "AccessDenied-Echo" in str(refused.value)
+    assert "AWS4-HMAC" in str(refused.value), "the rest is told"
+    assert PLANTED not in str(refused.value)
 
 
 async def test_a_web_identity_is_exchanged_for_credentials(

@@ -47,6 +47,18 @@ def segment_content(name: str, *, seed: int = 0, size: SegmentSize = SIZE, timel
     return bytes(whole)
 
 
+def paged_segment(name: str, *, filled_bytes: int | None = None, size: SegmentSize = SIZE) -> bytes:
+    """As Postgres writes it: each page says its position. Behind `filled_bytes` zeros, as after pg_switch_wal."""
+    segment = size.parse(name)
+    whole = bytearray(segment_content(name, size=size))
+    for offset in range(8192, size.size_bytes, 8192):
+        header = struct.pack("=HHIQ", MAGIC_15, 0, segment.timeline, size.start_lsn(segment) + offset)
+        whole[offset : offset + len(header)] = header
+    if filled_bytes is not None:
+        whole[filled_bytes:] = bytes(size.size_bytes - filled_bytes)
+    return bytes(whole)
+
+
 def make_ready(wal_directory: Path, name: str, content: bytes) -> None:
     """As Postgres leaves a file that is to be archived."""
     (wal_directory / "archive_status").mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from cluster_tools import (
     wait_other_primary,
 )
 
+from instance_manager.archive.codecs import codec_of_suffix
 from instance_manager.core.archive_state import ArchiveState
 from instance_manager.demo import processes
 from instance_manager.demo.cluster import LocalCluster
@@ -225,6 +226,45 @@ def test_a_new_primary_archives_what_the_old_one_had_not_and_its_history_comes_f
         state = archive_state(cluster)
         assert state is not None
         assert (state.gaps, state.conflicts) == (0, 0)
+        cluster.start(old)
+        cluster.wait_redundant(75)
+    assert writer.missing() == set()
+
+
+def test_what_a_new_primary_does_not_hold_any_more_its_standby_brings(cluster: LocalCluster) -> None:
+    """The old primary is lost before it archived them, and the new one has removed them: only the third has them."""
+    old = cluster.wait_primary()
+    # The demo's first backup lets the log before it expire: what nobody needs any more is no gap.
+    base = cluster.layout.archive / "demo/base"
+    eventually(cluster, lambda: list(base.glob("*/backup.info")), within_s=90, what="the scheduled backup is whole")
+    with Writer(cluster, "only_the_third") as writer:
+        writer.wait_for_more(5)
+        all_archived(cluster, finish_segments(cluster, old, 1))
+        with without_store(cluster):
+            never_archived = finish_segments(cluster, old, 3)
+            writer.wait_for_more(5)
+            begun = {name: log_end(cluster, name) for name in cluster.names}
+            cluster.kill(old)
+            new = wait_other_primary(cluster, old)
+            writer.wait_for_more(5)
+            [third] = set(cluster.names) - {old, new}
+            held = {name: (cluster.layout.data(third) / "pg_wal" / name).read_bytes() for name in never_archived}
+            for name in never_archived:
+                (cluster.layout.data(new) / "pg_wal" / name).unlink()
+        all_archived(cluster, never_archived, within_s=60)
+        for name, content in held.items():
+            stored = next((cluster.layout.directory / WALS).rglob(f"{name}.zst"))
+            assert (
+                b"".join(codec_of_suffix(stored.name).decompressed([stored.read_bytes()], limit_bytes=1 << 30))
+                == content
+            )
+        eventually(
+            cluster,
+            lambda: says(cluster, new, begun[new], "archive gap filled"),
+            within_s=60,
+            what="the end of the gap is told",
+        )
+        assert says(cluster, new, begun[new], "archive gap: the archive lacks 3 files")
         cluster.start(old)
         cluster.wait_redundant(75)
     assert writer.missing() == set()

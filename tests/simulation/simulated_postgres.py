@@ -322,7 +322,7 @@ class SimulatedPostgres:
 
     # Stopped directories.
 
-    async def initialise(self) -> None:
+    async def initialise(self, on_progress: Callable[[str], None]) -> None:
         volume = self._access.volume
         if volume.data is not None or volume.foreign:
             raise DirectoryRefused("the place is taken")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from instance_manager.archive.backup.catalogue import Listed, list_backups
+from instance_manager.archive.backup.floor import raise_floor, replace_floors, take_floor_back
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import BackupKept, delete_backup
 from instance_manager.archive.backup.retention import Expiry, Policy, WalNeeded, expiry, wal_needed
@@ -21,7 +22,7 @@ DEADLINE_S = 60.0
 NAMES_KEPT_MAX = 100_000
 """Of WAL objects that one run deletes; the next goes on."""
 LOOK_EVERY = 500
-"""After so many deletions the backups are looked at anew: a long run must not take the log of one that was begun meanwhile."""
+"""After so many deletions the backups are looked at anew, for one that is kept meanwhile. Begun ones are `floor`'s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +71,33 @@ async def _expire_wal(store: ObjectStore, layout: Layout) -> tuple[list[str], in
     """What was deleted, and its bytes; from the oldest on: what is left never has a gap but at its beginning."""
     deleted: list[str] = []
     size_bytes = 0
-    unneeded: list[tuple[int, str, int]] | None = None
-    while True:
+    needed, size = await _needed_now(store, layout)
+    unneeded = [] if needed is None or size is None else await _unneeded(store, layout, size, needed)
+    if needed is None or not unneeded:
+        return deleted, size_bytes
+    # Only behind it is looked at what decides: a backup that is begun after that look sees the floor, and gives way.
+    floor = await raise_floor(store, layout, needed.from_number, deadline_s=DEADLINE_S)
+    while unneeded:
         # Looked at anew: another may have been kept or begun meanwhile, and the log must be there for it.
-        listed = await list_backups(store, layout, deadline_s=DEADLINE_S)
-        needed, size = wal_needed(listed), _segment_size(listed)
-        if needed is None or size is None:
-            return deleted, size_bytes
-        if unneeded is None:
-            unneeded = await _unneeded(store, layout, size, needed)
+        needed, _ = await _needed_now(store, layout)
+        if needed is None:
+            break
         part, unneeded = unneeded[:LOOK_EVERY], unneeded[LOOK_EVERY:]
         for number, name, object_bytes in part:
             if not needed.holds(number):
                 await store.delete(name, deadline_s=DEADLINE_S)
                 deleted.append(name)
                 size_bytes += object_bytes
-        if not unneeded:
-            return deleted, size_bytes
+    if deleted:
+        await replace_floors(store, layout, floor, deadline_s=DEADLINE_S)
+    else:
+        await take_floor_back(store, floor, deadline_s=DEADLINE_S)
+    return deleted, size_bytes
+
+
+async def _needed_now(store: ObjectStore, layout: Layout) -> tuple[WalNeeded | None, SegmentSize | None]:
+    listed = await list_backups(store, layout, deadline_s=DEADLINE_S)
+    return wal_needed(listed), _segment_size(listed)
 
 
 def _segment_size(listed: tuple[Listed, ...]) -> SegmentSize | None:
@@ -97,15 +108,16 @@ def _segment_size(listed: tuple[Listed, ...]) -> SegmentSize | None:
 async def _unneeded(
     store: ObjectStore, layout: Layout, size: SegmentSize, needed: WalNeeded
 ) -> list[tuple[int, str, int]]:
-    """Segments, partial ones and labels below the need, as (number, name, bytes), by number; histories stay for ever."""
-    found = []
-    async for entry in store.entries(layout.wals, deadline_s=DEADLINE_S):
-        name = layout.wal_of(entry.name)
-        if name is None or wal_kind(name) == "history":
-            continue
-        number = size.parse(name).number
-        if not needed.holds(number):
-            found.append((number, entry.name, entry.size_bytes))
-            if len(found) >= NAMES_KEPT_MAX:
-                break
+    """Segments, partial ones, labels and what forks have left of any, as (number, name, bytes), by number; histories stay for ever."""
+    found: list[tuple[int, str, int]] = []
+    for folder in (layout.wals, layout.all_pieces, layout.other_partials):
+        async for entry in store.entries(folder, deadline_s=DEADLINE_S):
+            name = layout.wal_of(entry.name) if folder == layout.wals else layout.segment_of_leftover(entry.name)
+            if name is None or wal_kind(name) == "history":
+                continue
+            number = size.parse(name).number
+            if not needed.holds(number):
+                found.append((number, entry.name, entry.size_bytes))
+                if len(found) >= NAMES_KEPT_MAX:
+                    return sorted(found)
     return sorted(found)

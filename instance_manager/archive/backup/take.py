@@ -18,7 +18,9 @@ from pathlib import Path
 
 import asyncpg
 
+from instance_manager.archive.backup.control_file import ControlFileDamaged, read_control_file
 from instance_manager.archive.backup.data_files import PG_CONTROL, TarPlan, data_files, planned, tablespace_files
+from instance_manager.archive.backup.floor import LogExpired, require_above_floor
 from instance_manager.archive.backup.info import DONE, BackupInfo, Tablespace, label_of, render_info
 from instance_manager.archive.backup.manifest import Manifest, TarEntry, tar_entry, write_members
 from instance_manager.archive.backup.names import BackupNames
@@ -141,7 +143,7 @@ async def take_backup(
                 raise
     except (LocalPostgresError, asyncpg.PostgresError) as error:
         raise BackupFailed(f"Postgres: {error}") from error
-    except (ObjectStoreError, OSError) as error:
+    except (ObjectStoreError, ControlFileDamaged, OSError) as error:
         raise BackupFailed(str(error)) from error
 
 
@@ -214,6 +216,7 @@ class _Backup:
         facts = self._facts
         self._progress.phase = "checkpoint"
         begun_lsn = await self._start(sql)
+        await self._require_log(begun_lsn)
         begun_at = await sql.fetchval("SELECT clock_timestamp()")
         if self._settings.verify_checksums and facts.has_checksums:
             self._checksums_before = begun_lsn
@@ -221,7 +224,7 @@ class _Backup:
         self._progress.phase = "copy"
         last = await self._copy(self._plans(tablespaces))
         # On a standby its minimum recovery point is where the backup ends: read after every file, before the stop.
-        control = await asyncio.to_thread((self._data_directory / PG_CONTROL).read_bytes)
+        control = await asyncio.to_thread(read_control_file, self._data_directory / PG_CONTROL)
         end_lsn, label, spaces = await self._stop(sql)
         ended_at = await sql.fetchval("SELECT clock_timestamp()")
         timeline, begin_lsn = _from_label(label)
@@ -262,6 +265,14 @@ class _Backup:
         label = label_of(self._names.backup_id)
         text = await sql.fetchval(f"SELECT {query}::text", label, deadline_s=self._settings.start_deadline_s)
         return parse_lsn(text)
+
+    async def _require_log(self, begun_lsn: Lsn) -> None:
+        """Its id is marked as begun: an expiry that this look does not see sees that mark (`floor`)."""
+        number = begun_lsn // self._facts.segment_bytes
+        try:
+            await require_above_floor(self._store, self._names.layout, number, deadline_s=SMALL_DEADLINE_S)
+        except LogExpired as error:
+            raise BackupFailed(str(error)) from error
 
     async def _stop(self, sql: Session) -> tuple[Lsn, str, str]:
         new = self._facts.version >= 150000

@@ -102,6 +102,9 @@ class BackupTender:
         self._switched: set[str] = set()
         self._over: set[str] = set()
         self._is_own: tuple[str, str] | None = None
+        self._taking: asyncio.Task[None] | None = None
+        self._taken: str | None = None
+        """The request for which a backup is taken here now."""
         self.status = BackupState()
 
     @property
@@ -110,18 +113,35 @@ class BackupTender:
         return frozenset(self._over)
 
     async def run(self) -> None:
-        while True:
-            try:
-                await self.look()
-            except (ObjectStoreError, ForeignArchive) as error:
-                log.debug("requests for backups cannot be looked at: %s", error)
-            except Exception:
-                # Whatever is wrong with backups must not end the process that archives WAL.
-                log.exception("requests for backups cannot be looked at")
-            await asyncio.sleep(self._settings.poll_s)
+        try:
+            while True:
+                try:
+                    await self.look()
+                except (ObjectStoreError, ForeignArchive) as error:
+                    log.debug("requests for backups cannot be looked at: %s", error)
+                except Exception:
+                    # Whatever is wrong with backups must not end the process that archives WAL.
+                    log.exception("requests for backups cannot be looked at")
+                await asyncio.sleep(self._settings.poll_s)
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """What is being taken is ended, and cleared up."""
+        if self._taking is not None and not self._taking.done():
+            self._taking.cancel()
+            await asyncio.wait({self._taking})
+
+    async def idle(self) -> None:
+        """Until nothing is being taken."""
+        if self._taking is not None:
+            await asyncio.wait({self._taking})
 
     async def look(self) -> None:
-        """One round; a backup that is taken in it is waited for. ObjectStoreError; ForeignArchive."""
+        """One round. A backup that is begun in it goes on beside the next ones, which attend to the others' requests meanwhile.
+
+        ObjectStoreError; ForeignArchive.
+        """
         orders = self._orders.current
         if orders is None or not await self._owns(orders):
             return
@@ -155,6 +175,9 @@ class BackupTender:
 
     async def _attend(self, request: Open, orders: Orders) -> bool:
         """True: it is over. What is to be done for it here is done."""
+        if request.request_id == self._taken:
+            # Its own task does all for it, also when its beats have not reached the store for long.
+            return False
         last = request.last
         if last is None:
             await self._maybe_take(request, 1, orders)
@@ -184,11 +207,24 @@ class BackupTender:
         is_primary = orders.role == "primary"
         # A standby that has lost its stream would wait for ever for the end of its own backup.
         fit = self._orders.permitted() is not None if is_primary else orders.is_streaming
-        if not fit or (is_primary and waited_s < self._settings.primary_waits_s):
+        if self._taken is not None or not fit or (is_primary and waited_s < self._settings.primary_waits_s):
             return
         claim = Claim(self._settings.instance, timestamp())
         if await self._requests.claim(request.request_id, number, claim):
-            await self._take(request.request_id, number)
+            self._taken = request.request_id
+            self._taking = asyncio.create_task(self._take_beside(request.request_id, number), name="backup")
+
+    async def _take_beside(self, request_id: str, number: int) -> None:
+        try:
+            await self._take(request_id, number)
+        except (ObjectStoreError, ForeignArchive) as error:
+            self.status.last_error = str(error)
+            log.warning("the backup for request %s: %s", request_id, error)
+        except Exception:
+            # As in `run`.
+            log.exception("the backup for request %s", request_id)
+        finally:
+            self._taken = None
 
     def _stood_still(self, request: Open, attempt: Attempt) -> float:
         looks = (attempt.number, attempt.beat)

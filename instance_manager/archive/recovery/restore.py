@@ -44,6 +44,7 @@ from instance_manager.archive.recovery.target import NoBackupForTarget, Target, 
 from instance_manager.archive.stores.patience import Patience
 from instance_manager.archive.tail import chain_of_archive, histories_in
 from instance_manager.codec import from_json, to_json
+from instance_manager.core.archive_state import GAP
 from instance_manager.core.types import Lsn, Timeline, TimelineChain, WalEnd
 from instance_manager.ports import ContentDamaged, ObjectStore, ObjectStoreError
 from instance_manager.postgres.directory import STANDBY_SIGNAL, create_standby_signal, remove_files_of_source
@@ -54,7 +55,7 @@ log = logging.getLogger("instance_manager.archive.recovery")
 
 MARKER = "instance-manager.recovery.json"
 STARTED = "instance-manager.restoring"
-"""From before the first file until pg_control is there: what lies beside it is ours, and may be removed."""
+"""From before the first file until pg_control is there: what lies beside it is ours, and may be removed. Also in each tablespace."""
 LOG_FILE = "instance-manager.recovery.log"
 LIST_DEADLINE_S = 60.0
 
@@ -160,7 +161,8 @@ async def restore(
     try:
         plan = await make_plan(store, layout, target, backup=backup)
         with _alone_in(server.data_directory):
-            await asyncio.to_thread(_remove_unfinished, server.data_directory)
+            for place in await asyncio.to_thread(_remove_unfinished, server.data_directory):
+                on_progress(f"a restore that was killed had left its files in {place}: they are removed")
             resumed = await asyncio.to_thread(_find_marker, server.data_directory)
             if resumed is not None:
                 plan = await _resumed_plan(store, layout, target, resumed)
@@ -169,6 +171,7 @@ async def restore(
                 on_progress(
                     f"restoring backup {plan.info.backup_id} ({plan.info.end_time:%Y-%m-%d %H:%M:%S%z}), target: {target}"
                 )
+                _tell_gap(plan, on_progress)
                 await _restore_files(server, store, layout, target, settings, plan, on_progress)
             return await _replay(server, store, layout, target, settings, plan, on_progress)
     except (ObjectStoreError, LocalPostgresError, OSError, RecoveryStopped, NoInterpreter) as error:
@@ -190,10 +193,27 @@ def _alone_in(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _remove_unfinished(data_directory: Path) -> None:
-    """The files of a restore that was killed before all were there; what is nobody's of ours stays."""
-    if (data_directory / STARTED).exists() and not (data_directory / "global" / "pg_control").exists():
-        _empty([data_directory])
+def _remove_unfinished(data_directory: Path) -> list[Path]:
+    """The files of a restore that was killed before all were there; what is nobody's of ours stays. Where there were any."""
+    started = read_if_present(data_directory / STARTED)
+    if started is None or (data_directory / "global" / "pg_control").exists():
+        return []
+    # A place that somebody has taken for something else since has no mark of ours.
+    named = [Path(line) for line in started.decode(errors="surrogateescape").splitlines()]
+    places = [place for place in named if (place / STARTED).exists()]
+    # The data directory last: it names the others.
+    _empty([*places, data_directory])
+    return [*places, data_directory]
+
+
+def _tell_gap(plan: Plan, on_progress: Callable[[str], None]) -> None:
+    """Before hours are spent: replay will stop there, unless the target is before it."""
+    missing = plan.window.reach.missing
+    if missing is not None and plan.window.chain == plan.chain:
+        on_progress(
+            f"{GAP}: {plan.info.segment_size.name(missing)} is missing, and later segments are there. Unless the target is before it, replay "
+            "stops there: put it back meanwhile (a standby or an old primary may have it in pg_wal), or choose a target before it"
+        )
 
 
 async def _resumed_plan(store: ObjectStore, layout: Layout, target: Target, marker: _Marker) -> Plan:
@@ -278,7 +298,13 @@ def _make_roots(destination: Destination) -> list[Path]:
         root.chmod(0o700)
         if destination.run_as is not None:
             os.chown(root, destination.run_as.uid, destination.run_as.gid)
-    (destination.data_directory / STARTED).touch()
+    started = destination.data_directory / STARTED
+    started.touch()
+    # Named before they are marked, so that none is left behind of which nobody knows.
+    named = "".join(f"{place}\n" for place in destination.tablespaces.values())
+    write_atomically(started, named.encode(errors="surrogateescape"))
+    for place in destination.tablespaces.values():
+        (place / STARTED).touch()
     return roots
 
 
@@ -307,7 +333,13 @@ def _finish_files(
     if extracted.control is None:
         raise ContentDamaged("the backup holds no pg_control")
     write_control(destination, extracted.control)
+    _unmark(destination.tablespaces.values())
     (data / STARTED).unlink()
+
+
+def _unmark(places: Iterable[Path]) -> None:
+    for place in places:
+        (place / STARTED).unlink(missing_ok=True)
 
 
 def _make_directory(path: Path, destination: Destination) -> None:
@@ -378,7 +410,7 @@ def _keep_log(server: LocalServer, log_file: Path) -> Path:
 
 def _forget_recovery(data_directory: Path) -> None:
     (data_directory / LOG_FILE).unlink(missing_ok=True)
-    (data_directory / STARTED).unlink(missing_ok=True)
+    _unmark([data_directory, *(data_directory / "pg_tblspc").iterdir()])
     (data_directory / MARKER).unlink(missing_ok=True)
 
 

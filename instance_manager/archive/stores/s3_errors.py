@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import botocore.exceptions as boto
 import urllib3.exceptions
 
@@ -43,6 +45,9 @@ _CREDENTIALS = (
 )
 TRANSPORT = (boto.BotoCoreError, urllib3.exceptions.HTTPError, OSError)
 """Everything by which a request can fail without an answer of the store."""
+_LIKE_A_SECRET = re.compile(r"[A-Za-z0-9+/=_%-]{32,}")
+_INVALID_HEADER = "Invalid header value"
+"""What http.client says, with the header's value behind it."""
 
 
 def answer_code(error: boto.ClientError) -> str:
@@ -55,10 +60,15 @@ def answer_status(error: boto.ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
+def redacted(text: str) -> str:
+    """Without what may be a key, a token or a signature: a store may answer with what it was sent, and the text goes to logs and Events."""
+    return _LIKE_A_SECRET.sub("...", text)
+
+
 def from_answer(error: boto.ClientError, what: str, bucket: str, *, conditional: bool = False) -> Exception:
     """The port's exception for an answer other than success. A proven absence (`ABSENT`) is the caller's to see first."""
     code, status = answer_code(error), answer_status(error)
-    text = f"{what}: {code or status} {error.response.get('Error', {}).get('Message', '')}".strip()
+    text = f"{what}: {code or status} {redacted(str(error.response.get('Error', {}).get('Message', '')))}".strip()
     if conditional and (status == 412 or code == "PreconditionFailed"):
         return ObjectExists(what)
     if conditional and (status == 501 or code == "NotImplemented"):
@@ -83,8 +93,14 @@ def from_failure(error: Exception, what: str) -> ObjectStoreError:
         return StoreForbidden(
             f"{what}: {error}: give archive.s3.credentials_file, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a web identity"
         )
+    said = str(error)
+    if _INVALID_HEADER in said:
+        # Its text holds the session token, or the access key.
+        return StoreForbidden(
+            f"{what}: the access key or the session token holds a character that cannot be sent: is there a line break at its end?"
+        )
     if isinstance(error, boto.SSLError):
         return StoreUnreachable(f"{what}: {error}: a certificate of an own authority needs archive.s3.ca_file")
     if isinstance(error, boto.ParamValidationError | boto.InvalidEndpointDiscoveryConfigurationError):
         return StoreRefused(f"{what}: {error}")
-    return StoreUnreachable(f"{what}: {str(error) or type(error).__name__}")
+    return StoreUnreachable(f"{what}: {said or type(error).__name__}")
