@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 
 
@@ -146,9 +145,3 @@ class ArchiverStatus:
     backup: BackupState = field(default_factory=BackupState)
     backups: BackupsSeen | None = None
     """Of a primary's archiver only; None: not looked at yet."""
-
-
-def look_at_outcome(task: asyncio.Task[object]) -> None:
-    """So that asyncio does not report the error of a task that nobody waits for any more."""
-    if not task.cancelled():
-        task.exception()
