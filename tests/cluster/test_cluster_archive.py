@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +176,11 @@ def test_every_instance_tells_what_can_be_recovered(cluster: LocalCluster) -> No
         archive = json.loads(http_get(cluster, name, "/status").body)["archive"]
         return (archive or {}).get("backups") or {}
 
+    def is_told(name: str) -> bool:
+        return bool(told(name).get("good") and told(name)["recoverable_from"])
+
     for name in cluster.names:
-        eventually(
-            cluster,
-            lambda name=name: told(name).get("good") and told(name)["recoverable_from"],
-            within_s=90,
-            what=f"{name} tells of a good backup",
-        )
+        eventually(cluster, partial(is_told, name), within_s=90, what=f"{name} tells of a good backup")
         assert told(name)["first_gap"] == ""
         assert not [risk for risk in json.loads(http_get(cluster, name, "/status").body)["at_risk"] if "backup" in risk]
     assert "backups: 1 good, the newest " in done(cluster, primary, "status")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -35,8 +36,8 @@ async def _medians_s(work: Callable[[], Awaitable[object]]) -> tuple[float, floa
 
 @pytest.mark.timeout(300)
 async def test_a_full_scrape_of_50_databases_and_1000_tables_takes_a_tenth_of_a_second(cluster: Cluster) -> None:
-    """Where other work takes the machine, no more than three times what the bare queries take there at the same time; what this
-    process itself uses stays below a tenth of a second in any case."""
+    """Where other work takes the machine: no more than three times what the bare queries take there, and twice what a plain loop of
+    the same processor time takes. What this process itself uses stays below a quarter of that tenth in any case."""
     primary = cluster.add("p")
     primary.set_dynamic(synchronous_standby_names="")
     primary.configure(fsync="off")
@@ -78,11 +79,19 @@ async def test_a_full_scrape_of_50_databases_and_1000_tables_takes_a_tenth_of_a_
             await bare()
             bare_s, bare_cpu_s = await _medians_s(bare)
             full_s, full_cpu_s = await _medians_s(full)
+
+            async def plain_loop() -> None:
+                end_s = time.process_time() + full_cpu_s
+                while time.process_time() < end_s:
+                    pass
+
+            loop_s, _ = await _medians_s(plain_loop)
         finally:
             bare_session.terminate()
     print(
         f"{len(seen.samples)} samples, {size / 1e6:.1f} MB: {1000 * full_s:.0f} ms ({1000 * full_cpu_s:.0f} ms of processor "
-        f"here); bare queries {1000 * bare_s:.0f} ms ({1000 * bare_cpu_s:.0f} ms)"
+        f"here); bare queries {1000 * bare_s:.0f} ms ({1000 * bare_cpu_s:.0f} ms); a plain loop of as much processor {1000 * loop_s:.0f} ms; "
+        f"load {os.getloadavg()[0]:.0f}"
     )
-    assert full_cpu_s < TARGET_S
-    assert full_s < max(TARGET_S, 3 * bare_s)
+    assert full_cpu_s < TARGET_S / 4
+    assert full_s < max(TARGET_S, 3 * bare_s + 2 * loop_s)
