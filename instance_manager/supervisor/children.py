@@ -51,6 +51,8 @@ class Postgres:
         self.reason = "exit"
         self.killed: frozenset[tuple[int, int]] = frozenset()
         self.fenced = False
+        self.log_until_s: float | None = None
+        """It ended, and what it left may write its log until then."""
 
     @classmethod
     def start(cls, message: Start, lock_fd: int, credentials: Credentials | None, now_s: float) -> "Postgres":

@@ -45,6 +45,7 @@ LOCK_ATTEMPTS = 100
 EXEC_FAILURES_MAX = 10
 GOODBYE_GRACE_S = 1.0
 AGENT_KILL_BUDGET_S = 0.1
+LOG_PATIENCE_S = 0.2
 # Longer than this late out of a wait, the supervisor itself was held up, and the agent's silence proves nothing.
 HELD_UP_S = 0.5
 MESSAGES_PER_ROUND = 64
@@ -140,7 +141,8 @@ class Supervisor:
         deadlines = [self._agent_start_s if self._agent is None else self._agent.silent_after_s]
         if self._must_be_permitted() is not None and self._permit.current is not None:
             deadlines.append(self._permit.current.hard_s)
-        others = (self._shutdown_deadline_s, self._goodbye_deadline_s, self._companion.start_s)
+        log_s = None if self._postgres is None else self._postgres.log_until_s
+        others = (self._shutdown_deadline_s, self._goodbye_deadline_s, self._companion.start_s, log_s)
         deadlines.extend(s for s in others if s is not None)
         return deadlines
 
@@ -202,6 +204,8 @@ class Supervisor:
             if info is None:
                 return
             if self._postgres is not None and info.si_pid == self._postgres.child.pid:
+                if info.si_code == os.CLD_EXITED and self._only_its_log_is_left(self._postgres):
+                    return
                 self._postmaster_died(self._postgres)
             elif self._agent is not None and info.si_pid == self._agent.child.pid:
                 self._agent_died(self._agent)
@@ -210,6 +214,16 @@ class Supervisor:
             else:
                 os.waitpid(info.si_pid, 0)
             self._reaped += 1
+
+    def _only_its_log_is_left(self, postgres: Postgres) -> bool:
+        """A postmaster that ended by itself leaves its log collector, which ends when it has written what it was given: why the
+        server ended, often. It is given a moment, in which nobody is told of the end and the permit counts on."""
+        if postgres.fenced:
+            return False
+        now_s = boottime_s()
+        if postgres.log_until_s is None:
+            postgres.log_until_s = now_s + LOG_PATIENCE_S
+        return now_s < postgres.log_until_s and len(self._postgres_processes(postgres, fence.read_processes())) == 1
 
     def _postmaster_died(self, postgres: Postgres) -> None:
         self._kill_postgres(postgres)
