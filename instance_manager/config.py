@@ -136,6 +136,11 @@ class Configuration(Section, frozen=True, kw_only=True):
         return self.instance.directory / "socket"
 
     @property
+    def log_directory(self) -> Path:
+        """Files of Postgres's log, until they were told on standard output; never inside the data directory (P6)."""
+        return self.instance.log_directory or self.instance.directory / "log"
+
+    @property
     def certificates_directory(self) -> Path:
         """Copies of the proven certificates, for Postgres's user; beside the data, so that no backup takes them."""
         return self.state_directory / "tls"
@@ -303,6 +308,10 @@ def check(configuration: Configuration) -> tuple[str, ...]:
         found.append(
             f"cluster.synchronous_standbys: {wanted} needs at least {wanted + 1} members, there are {configuration.instances}"
         )
+    if not configuration.log_directory.is_absolute():
+        found.append(f"instance.log_directory: {configuration.log_directory} must be an absolute path")
+    elif configuration.log_directory.is_relative_to(configuration.data_directory):
+        found.append("instance.log_directory: must not be in the data directory, which a rewind or a clone replaces")
     if configuration.archive is not None:
         found += _check_archive(configuration.archive)
     if configuration.bootstrap.recovery is not None:

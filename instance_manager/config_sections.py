@@ -51,7 +51,9 @@ class InstanceSection(Section, frozen=True, kw_only=True):
     """On Kubernetes the pod's name, and not given."""
     directory: Path
     """Volume of this instance: holds `data/` (Postgres), `state/` (promises, outside the data directory: P6),
-    `socket/` and `control.sock`."""
+    `socket/`, `log/` and `control.sock`."""
+    log_directory: Path | None = None
+    """Of this instance alone, for at most some 100 MiB of Postgres's log that wait to be told; by default `log/` in `directory`."""
     listen_host: str | None = None
     """Address that Postgres and HTTP bind; by default the member's own `host`."""
     priority: int = 0

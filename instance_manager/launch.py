@@ -101,6 +101,7 @@ def prepare_directories(configuration: Configuration) -> None:
     _make(configuration.instance.directory, 0o755, own)
     _make(configuration.state_directory, 0o700, postgres)
     _make(configuration.socket_directory, 0o755, postgres)
+    _make(configuration.log_directory, 0o700, postgres)
     if configuration.coordination.local is not None:
         _make(configuration.coordination.local.locks_directory, 0o700, own)
 

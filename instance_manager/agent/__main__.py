@@ -45,6 +45,7 @@ from instance_manager.metrics.custom import QueriesUnusable
 from instance_manager.metrics.postgres import Options, PostgresMetrics
 from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
+from instance_manager.postgres_log.relay import relaying
 from instance_manager.tls import CertificateUnusable
 
 _M_ARENA_MAX = -8
@@ -72,6 +73,9 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
     members = _Members(configuration)
     certificates = await asyncio.to_thread(certificates_of, configuration, server)
     async with contextlib.AsyncExitStack() as ending:
+        relayed = ending.enter_context(
+            relaying(configuration.instance.name, configuration.log_directory, configuration.data_directory)
+        )
         ending.push_async_callback(around.coordination.close)
         caller = await ending.enter_async_context(
             PeerClient(
@@ -108,7 +112,12 @@ async def run(configuration: Configuration, configuration_file: Path, seen: Sign
         agent.reload_configuration = _reloader(agent, configuration_file, members, statistics)
         asked = partial(ask_archiver, configuration.archive_socket) if configuration.archive is not None else None
         agent.exposition = InstanceMetrics(
-            agent.context, statistics, disk, archiver=asked, archive=agent.archiving.state
+            agent.context,
+            statistics,
+            disk,
+            archiver=asked,
+            archive=agent.archiving.state,
+            postgres_log=relayed,
         ).exposition
         disk.start()
         async with (

@@ -40,12 +40,16 @@ from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
 from instance_manager.postgres.wal_dump import end_of_stopped_directory
+from instance_manager.postgres_log.files import start_file
 from instance_manager.threads import InOrder, Threads
 
 log = logging.getLogger("instance_manager.agent.installed_postgres")
 
 STATEMENTS_KEPT = 8
 """Of those that are run again and again: the look, and what slots there are."""
+INTO_START_FILE = 'if { true >>"$0"; } 2>/dev/null; then exec "$@" >>"$0" 2>&1; fi; exec "$@"'
+"""What Postgres says before its log collector runs goes to a file of the log too, so that no reader can hold up its start; if
+there can be no file, to standard error. The shell becomes Postgres: no process is between it and the supervisor."""
 STOPPED_END_DEADLINE_S = 60.0
 SHUTDOWN_END_DEADLINE_S = 10.0
 
@@ -68,6 +72,7 @@ class InstalledPostgres:
         self._files = ServerFiles(configuration, server, version)
         self._sql = sql.LocalSql(server, statements_kept=STATEMENTS_KEPT)
         self._archives = configuration.archive is not None
+        self._log_directory = configuration.log_directory
         self._threads = Threads("what the archive's commands may do")
         self._words = InOrder()
         self.major = version.major
@@ -182,13 +187,16 @@ class InstalledPostgres:
             await asyncio.to_thread(write)
 
     async def prepare_start(self) -> StartCommand:
-        await asyncio.to_thread(_prepare_start, self._server)
+        await asyncio.to_thread(_prepare_start, self._server, self._log_directory)
         environment = {
             "LC_ALL": "C",
             "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
             "PGDATA": str(self._server.data_directory),
         }
-        return StartCommand((self._server.program("postgres"), "-D", str(self._server.data_directory)), environment)
+        argv = (self._server.program("postgres"), "-D", str(self._server.data_directory))
+        return StartCommand(
+            ("/bin/sh", "-c", INTO_START_FILE, str(start_file(self._log_directory)), *argv), environment
+        )
 
     def primary_settings(self, upstream: Upstream) -> str:
         return self._files.conninfo(upstream)
@@ -244,7 +252,7 @@ class InstalledPostgres:
         return str(await asyncio.to_thread(directory.set_aside, self._server))
 
 
-def _prepare_start(server: LocalServer) -> None:
+def _prepare_start(server: LocalServer, log_directory: Path) -> None:
     promotion.clear_claim(server)
     # The supervisor starts nothing while a process of Postgres is left, so whoever this file names is somebody else: in
     # a container process numbers repeat, and Postgres would refuse to start.
@@ -252,6 +260,7 @@ def _prepare_start(server: LocalServer) -> None:
     directory.secure_directory(server)
     directory.require_startable(server)
     make_directory(server.socket_directory, mode=0o755, run_as=server.run_as)
+    make_directory(log_directory, run_as=server.run_as)
 
 
 def local_server(configuration: Configuration) -> LocalServer:

@@ -19,6 +19,7 @@ from instance_manager.metrics.archive import TimeUntilFull, archive_blocks, stat
 from instance_manager.metrics.custom import load_all
 from instance_manager.metrics.exposition import Block, Counter, Family, gauge, gauges, render
 from instance_manager.metrics.postgres import Options
+from instance_manager.postgres_log.relay import RelayCounts
 from instance_manager.status import CertificateStatus
 
 ROLES = tuple(role.value for role in Role)
@@ -64,6 +65,21 @@ def certificate_blocks(certificates: Iterable[CertificateStatus]) -> list[Block]
     ]
 
 
+def log_blocks(counts: RelayCounts) -> list[Block]:
+    """Of Postgres's log on its way to standard output."""
+    lines = Counter(f"{P}postgres_log_records_total", "Records of Postgres's log that were told on standard output.")
+    lines.add(by=counts.lines)
+    dropped = Counter(
+        f"{P}postgres_log_records_dropped_total", "Records that nobody read in time, or that were too long."
+    )
+    dropped.add(by=counts.dropped)
+    return [
+        lines.block(),
+        dropped.block(),
+        gauge(f"{P}postgres_log_waiting_bytes", "What waits in the files of Postgres's log.", counts.waiting_bytes),
+    ]
+
+
 class InstanceMetrics:
     """`exposition` is one scrape. `archiver` asks the archiver for its status; None: no archive is configured.
 
@@ -78,6 +94,7 @@ class InstanceMetrics:
         *,
         archiver: Callable[[], Awaitable[ArchiverAnswer]] | None = None,
         archive: Callable[[], ArchiveState | None] = lambda: None,
+        postgres_log: RelayCounts | None = None,
     ) -> None:
         self._c = context
         self._postgres = postgres
@@ -86,6 +103,7 @@ class InstanceMetrics:
         self._archive_state = archive
         self._archiver_pid: int | None = None
         self._until_full = TimeUntilFull()
+        self._postgres_log = postgres_log if postgres_log is not None else RelayCounts()
 
     async def exposition(self) -> bytes:
         """Both parts are asked at once, each with its own limit, so that the answer is there within a second."""
@@ -127,6 +145,7 @@ class InstanceMetrics:
             *self._replication(),
             *self._local(),
             *certificate_blocks(c.certificates()),
+            *log_blocks(self._postgres_log),
             *c.measures.blocks(),
             *process.own_process(),
         ]

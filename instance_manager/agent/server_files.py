@@ -21,6 +21,7 @@ from instance_manager.postgres.configuration import (
     POSTGRESQL_CONF,
     REPLICATION_CONF,
     ClientTls,
+    CollectedLog,
     ReplicationSettings,
     StaticSettings,
     TlsFiles,
@@ -35,6 +36,7 @@ from instance_manager.postgres.files import read_if_present, write_atomically
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.hot_standby import hot_standby_settings_of, settings_for_standby
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
+from instance_manager.postgres_log.files import FILE_BYTES, LOG_FILENAME
 from instance_manager.threads import InOrder
 from instance_manager.tls import AUTHORITY, CERTIFICATE, KEY
 
@@ -203,6 +205,7 @@ class ServerFiles:
             parameters=self._configuration.postgres.parameters,
             archive_command=self._archive_command(),
             tls=self._server_tls(),
+            log=CollectedLog(self._configuration.log_directory, LOG_FILENAME, FILE_BYTES),
         )
 
     def _server_tls(self) -> TlsFiles | None:

@@ -106,6 +106,17 @@ class ClientTls:
         return context
 
 
+@dataclass(frozen=True, slots=True)
+class CollectedLog:
+    """Files of Postgres's log collector, in a directory of Postgres's user."""
+
+    directory: Path
+    filename: str
+    """For strftime; ends in `.log`."""
+    file_bytes: int
+    """A file is left for the next when it is so large."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticSettings:
     """Everything that postgresql.conf is made of."""
@@ -124,6 +135,8 @@ class StaticSettings:
     tls: TlsFiles | None = None
     archive_command: str | None = None
     """None: no archiving. Switching it on needs a restart. (With `archive_mode` on and no command WAL is kept for ever.)"""
+    log: CollectedLog | None = None
+    """None: plain lines on standard error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,8 +377,8 @@ def _fixed_values(settings: StaticSettings) -> dict[str, ParameterValue]:
         "archive_mode": settings.archive_command is not None,
         "archive_command": settings.archive_command or "",
         "password_encryption": "scram-sha-256",
-        "logging_collector": False,
-        "log_destination": "stderr",
+        "log_timezone": "UTC",
+        **_log_values(settings),
         "wal_receiver_timeout": "3s",
         "wal_receiver_status_interval": "1s",
         "wal_retrieve_retry_interval": "200ms",
@@ -383,6 +396,22 @@ def _fixed_values(settings: StaticSettings) -> dict[str, ParameterValue]:
     if settings.major >= 18:
         values["idle_replication_slot_timeout"] = 0
     return values
+
+
+def _log_values(settings: StaticSettings) -> dict[str, ParameterValue]:
+    """The collector's files are bounded by whoever reads them: it deletes what it has told."""
+    if settings.log is None:
+        return {"logging_collector": False, "log_destination": "stderr"}
+    return {
+        "logging_collector": True,
+        "log_destination": "jsonlog" if settings.major >= 15 else "csvlog",
+        "log_directory": str(settings.log.directory),
+        "log_filename": settings.log.filename,
+        "log_file_mode": "0600",
+        "log_rotation_age": 0,
+        "log_rotation_size": f"{settings.log.file_bytes // 1024}kB",
+        "log_truncate_on_rotation": False,
+    }
 
 
 def _is_strong(value: ParameterValue) -> bool:

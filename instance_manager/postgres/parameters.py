@@ -17,7 +17,7 @@ _FILES = "the instance manager decides where the files of the server are"
 _DETECTION = "failure detection is timed on it"
 _RECOVERY = "the instance manager decides where recovery goes"
 _ARCHIVE = "the instance manager owns the archive; configure it there"
-_LOG = "the instance manager reads the server's log from its standard error"
+_LOG = "the instance manager reads the server's log from the collector's files, and tells it on standard output"
 _TLS = "certificates are given in the instance manager's configuration"
 
 FIXED: Final[dict[str, str]] = {
@@ -65,6 +65,13 @@ FIXED: Final[dict[str, str]] = {
     "allow_alter_system": "what ALTER SYSTEM sets would beat the instance manager's settings",
     "logging_collector": _LOG,
     "log_destination": _LOG,
+    "log_directory": _LOG,
+    "log_filename": _LOG,
+    "log_file_mode": _LOG,
+    "log_rotation_age": _LOG,
+    "log_rotation_size": _LOG,
+    "log_truncate_on_rotation": _LOG,
+    "log_timezone": "the instance manager's lines have their time in UTC",
     "ssl": _TLS,
     "ssl_cert_file": _TLS,
     "ssl_key_file": _TLS,
@@ -117,7 +124,6 @@ DEFAULTS: Final[dict[str, str | int | bool]] = {
     "log_lock_waits": True,
     "log_autovacuum_min_duration": "10min",
     "log_line_prefix": "%m [%p] %q%u@%d/%a ",
-    "log_timezone": "UTC",
     "timezone": "UTC",
     "lc_messages": "C",
 }
@@ -146,6 +152,7 @@ RESTART_PARAMETERS: Final = frozenset(
         "huge_pages",
         "jit_provider",
         "listen_addresses",
+        "logging_collector",
         "max_files_per_process",
         "max_logical_replication_workers",
         "max_pred_locks_per_transaction",

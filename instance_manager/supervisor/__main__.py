@@ -10,7 +10,8 @@ from instance_manager.supervisor import fence, processes
 from instance_manager.supervisor.companion import COMPANION_SEPARATOR
 from instance_manager.supervisor.exit_codes import ExitCode
 from instance_manager.supervisor.log import Log
-from instance_manager.supervisor.supervisor import Options, Supervisor
+from instance_manager.supervisor.options import Options
+from instance_manager.supervisor.supervisor import Supervisor
 
 KUBERNETES_TERMINATION_LOG = "/dev/termination-log"
 

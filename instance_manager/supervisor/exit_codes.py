@@ -32,3 +32,11 @@ class ExitCode(IntEnum):
 
     INTERNAL_ERROR = 70
     """An error of the supervisor's own; Postgres was killed before it ended."""
+
+
+class EndError(Exception):
+    """The supervisor has to end, with this code, after killing what is left."""
+
+    def __init__(self, code: ExitCode) -> None:
+        super().__init__(code.name)
+        self.code = code

@@ -57,6 +57,10 @@ class FenceResult(NamedTuple):
     took_s: float
 
 
+class FenceIncompleteError(Exception):
+    """Some Postgres process may still run. Nothing but the supervisor's own end can help now."""
+
+
 def boottime_s() -> float:
     """Seconds of CLOCK_BOOTTIME: the only clock by which the supervisor decides."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)

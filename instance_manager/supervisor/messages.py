@@ -26,6 +26,10 @@ class MessageError(Exception):
         self.message_id = message_id
 
 
+class RefusedError(Exception):
+    """A valid message asked for what cannot be done now; the text says why."""
+
+
 class Tick(NamedTuple):
     """I am alive."""
 

@@ -8,13 +8,14 @@ import os
 import selectors
 import signal
 from collections.abc import Callable
-from typing import NamedTuple
 
 from instance_manager.supervisor import fence, lock
 from instance_manager.supervisor.backoff import Backoff
+from instance_manager.supervisor.children import Agent, Postgres
 from instance_manager.supervisor.companion import Companion
-from instance_manager.supervisor.exit_codes import ExitCode
-from instance_manager.supervisor.fence import boottime_s
+from instance_manager.supervisor.exit_codes import EndError, ExitCode
+from instance_manager.supervisor.fence import FenceIncompleteError, boottime_s
+from instance_manager.supervisor.hello import hello
 from instance_manager.supervisor.link import Link, LinkBrokenError
 from instance_manager.supervisor.log import Log
 from instance_manager.supervisor.messages import (
@@ -23,8 +24,8 @@ from instance_manager.supervisor.messages import (
     Kill,
     Message,
     MessageError,
-    Mode,
     Promote,
+    RefusedError,
     RestartCompanion,
     Revoke,
     Signal,
@@ -32,84 +33,23 @@ from instance_manager.supervisor.messages import (
     Tick,
     parse,
 )
+from instance_manager.supervisor.options import Options
 from instance_manager.supervisor.permit import PermitRefusedError, WritePermit
-from instance_manager.supervisor.processes import Child, Credentials, spawn
-
-SOCKET_VARIABLE = "INSTANCE_MANAGER_SUPERVISOR_FD"
-"""The agent's environment variable with the number of its end of the socket pair."""
+from instance_manager.supervisor.signals import Signals
 
 # epoll counts CLOCK_MONOTONIC, which stands still while the machine is suspended: never sleep long. It is the `margin_s`
 # of the timings that a kill may be late by, then.
 POLL_S = 0.5
 LOCK_PAUSE_S = 0.1
 LOCK_ATTEMPTS = 100
-START_GRACE_S = 10.0
 EXEC_FAILURES_MAX = 10
 GOODBYE_GRACE_S = 1.0
 AGENT_KILL_BUDGET_S = 0.1
+LOG_PATIENCE_S = 0.2
 # Longer than this late out of a wait, the supervisor itself was held up, and the agent's silence proves nothing.
 HELD_UP_S = 0.5
 MESSAGES_PER_ROUND = 64
 REAPED_PER_ROUND = 1024
-
-_FORWARDED_OR_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
-
-
-class Options(NamedTuple):
-    """What the command line says. All times in seconds."""
-
-    name: str
-    lock_file: str
-    hard_s: float
-    heartbeat_timeout_s: float
-    kill_budget_s: float
-    shutdown_timeout_s: float
-    agent_argv: tuple[str, ...]
-    postgres_credentials: Credentials | None
-    """The user to run Postgres as; None: the supervisor's own, which is not root."""
-    companion_argv: tuple[str, ...] = ()
-    """A third child, on which nothing depends; empty: there is none."""
-
-
-class EndError(Exception):
-    """The supervisor has to end, with this code, after killing what is left."""
-
-    def __init__(self, code: ExitCode) -> None:
-        super().__init__(code.name)
-        self.code = code
-
-
-class FenceIncompleteError(Exception):
-    """Some Postgres process may still run. Nothing but the supervisor's own end can help now."""
-
-
-class RefusedError(Exception):
-    """A valid message asked for what cannot be done now; the text says why."""
-
-
-class Agent:
-    """The running agent."""
-
-    def __init__(self, child: Child, link: Link, started_s: float) -> None:
-        self.child = child
-        self.link = link
-        self.started_s = started_s
-        self.silent_after_s = started_s + START_GRACE_S
-        self.linked = True
-        self.condemned: str | None = None
-        """Why it is being killed."""
-
-
-class Postgres:
-    """The postmaster that we started, until it is reaped."""
-
-    def __init__(self, child: Child, mode: Mode, started_s: float) -> None:
-        self.child = child
-        self.mode: Mode = mode
-        self.started_s = started_s
-        self.reason = "exit"
-        self.killed: frozenset[tuple[int, int]] = frozenset()
-        self.fenced = False
 
 
 class Supervisor:
@@ -121,9 +61,9 @@ class Supervisor:
         self._log = log
         self._permit = WritePermit(options.hard_s)
         self._started_s = boottime_s()
+        self._signals = Signals()
         self._selector = selectors.DefaultSelector()
-        self._signals: set[int] = set()
-        self._wakeup_fd = -1
+        self._selector.register(self._signals.fd, selectors.EVENT_READ)
         self._lock_fd = -1
         self._agent: Agent | None = None
         self._agent_start_s = self._started_s
@@ -142,7 +82,6 @@ class Supervisor:
         """Run until there is a reason to end; nothing of ours is left then, unless FENCE_INCOMPLETE is returned."""
         try:
             try:
-                self._catch_signals()
                 self._take_lock()
                 while True:
                     self._round()
@@ -163,19 +102,10 @@ class Supervisor:
 
     # --- the loop ---
 
-    def _catch_signals(self) -> None:
-        self._wakeup_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in _FORWARDED_OR_HANDLED:
-            signal.signal(number, lambda number, _frame: self._signals.add(number))
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
-        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        self._selector.register(self._wakeup_fd, selectors.EVENT_READ)
-
     def _take_lock(self) -> None:
         def pause() -> None:
             self._wait(LOCK_PAUSE_S)
-            if self._signals & {signal.SIGTERM, signal.SIGINT, signal.SIGQUIT}:
+            if self._signals.asks_for_end():
                 raise EndError(ExitCode.ORDERLY)
 
         path = self._options.lock_file
@@ -211,7 +141,8 @@ class Supervisor:
         deadlines = [self._agent_start_s if self._agent is None else self._agent.silent_after_s]
         if self._must_be_permitted() is not None and self._permit.current is not None:
             deadlines.append(self._permit.current.hard_s)
-        others = (self._shutdown_deadline_s, self._goodbye_deadline_s, self._companion.start_s)
+        log_s = None if self._postgres is None else self._postgres.log_until_s
+        others = (self._shutdown_deadline_s, self._goodbye_deadline_s, self._companion.start_s, log_s)
         deadlines.extend(s for s in others if s is not None)
         return deadlines
 
@@ -222,11 +153,11 @@ class Supervisor:
             if self._selector.get_key(agent.link).events != events:
                 self._selector.modify(agent.link, events)
         for key, _ in self._selector.select(timeout_s):
-            if key.fd == self._wakeup_fd:
-                os.read(self._wakeup_fd, 65536)
+            if key.fd == self._signals.fd:
+                self._signals.drain()
 
     def _handle_signals(self) -> None:
-        signals, self._signals = self._signals, set()
+        signals = self._signals.take()
         if signal.SIGQUIT in signals:
             self._log.warning("quit")
             raise EndError(ExitCode.QUIT)
@@ -273,6 +204,8 @@ class Supervisor:
             if info is None:
                 return
             if self._postgres is not None and info.si_pid == self._postgres.child.pid:
+                if info.si_code == os.CLD_EXITED and self._only_its_log_is_left(self._postgres):
+                    return
                 self._postmaster_died(self._postgres)
             elif self._agent is not None and info.si_pid == self._agent.child.pid:
                 self._agent_died(self._agent)
@@ -282,6 +215,16 @@ class Supervisor:
                 os.waitpid(info.si_pid, 0)
             self._reaped += 1
 
+    def _only_its_log_is_left(self, postgres: Postgres) -> bool:
+        """A postmaster that ended by itself leaves its log collector, which ends when it has written what it was given: why the
+        server ended, often. It is given a moment, in which nobody is told of the end and the permit counts on."""
+        if postgres.fenced:
+            return False
+        now_s = boottime_s()
+        if postgres.log_until_s is None:
+            postgres.log_until_s = now_s + LOG_PATIENCE_S
+        return now_s < postgres.log_until_s and len(self._postgres_processes(postgres, fence.read_processes())) == 1
+
     def _postmaster_died(self, postgres: Postgres) -> None:
         self._kill_postgres(postgres)
         _, status = os.waitpid(postgres.child.pid, 0)
@@ -289,14 +232,7 @@ class Supervisor:
         exec_error = postgres.child.exec_error()
         postgres.child.close()
         self._postgres = None
-        event: dict[str, object] = {
-            "pid": postgres.child.pid,
-            "mode": postgres.mode,
-            "exit_code": code if code >= 0 else None,
-            "signal": -code if code < 0 else None,
-            "reason": postgres.reason,
-            "remaining_killed": len(postgres.killed),
-        }
+        event = postgres.exited(code)
         self._log.info("postgres_exited", **event, exec_error=exec_error)
         self._send({"type": "postgres_exited", **event})
 
@@ -337,39 +273,25 @@ class Supervisor:
             agent.silent_after_s = now_s + POLL_S  # it is reaped before that, or killed again
 
     def _start_agent(self, now_s: float) -> None:
-        link = Link()
-        environment = {**os.environ, SOCKET_VARIABLE: str(link.agents.fileno())}
-        # Queued before it exists, so that nothing can come before it.
-        link.send(self._hello(now_s))
+        greeting = hello(
+            incarnation=self._incarnation,
+            started_s=self._started_s,
+            now_s=now_s,
+            postgres=self._postgres,
+            permit=self._permit,
+            agent_restarts=self._agent_starts,
+            reaped=self._reaped,
+            terminating=self._shutdown_deadline_s is not None,
+        )
         try:
-            child = spawn(self._options.agent_argv, environment, inherited_fds=(link.agents.fileno(),))
+            self._agent = agent = Agent.start(self._options.agent_argv, greeting, now_s)
         except OSError as error:
-            link.close()
             self._agent_start_s = now_s + self._backoff.after_run_of(0.0)
             self._log.failure("agent_not_started", error=str(error))
             return
-        link.close_agents_end()
         self._agent_starts += 1
-        self._agent = Agent(child, link, now_s)
-        self._selector.register(link, selectors.EVENT_READ)
-        self._log.info("agent_started", pid=child.pid, restarts=self._agent_starts - 1)
-
-    def _hello(self, now_s: float) -> dict[str, object]:
-        postgres, permit = self._postgres, self._permit.current
-        return {
-            "type": "hello",
-            "incarnation": self._incarnation,
-            "started_s": self._started_s,
-            "now_s": now_s,
-            "postgres": None
-            if postgres is None
-            else {"pid": postgres.child.pid, "mode": postgres.mode, "started_s": postgres.started_s},
-            "permit": None if permit is None else {"epoch": permit.epoch, "soft": permit.soft_s, "hard": permit.hard_s},
-            "revoked_epoch": self._permit.revoked_epoch,
-            "agent_restarts": self._agent_starts,
-            "reaped": self._reaped,
-            "terminating": self._shutdown_deadline_s is not None,
-        }
+        self._selector.register(agent.link, selectors.EVENT_READ)
+        self._log.info("agent_started", pid=agent.child.pid, restarts=self._agent_starts - 1)
 
     def _drop_link(self, agent: Agent) -> None:
         if agent.linked:
@@ -510,18 +432,12 @@ class Supervisor:
                 raise RefusedError("read_write needs an epoch")
             self._permit.require(now_s, message.epoch)
         try:
-            child = spawn(
-                message.argv,
-                message.env,
-                inherited_fds=(self._lock_fd,),
-                credentials=self._options.postgres_credentials,
-                stdin_is_null=True,
-            )
+            postgres = Postgres.start(message, self._lock_fd, self._options.postgres_credentials, now_s)
         except OSError as error:
             raise RefusedError(f"cannot start a process: {error}") from error
-        self._postgres = Postgres(child, message.mode, now_s)
-        self._log.info("postgres_started", pid=child.pid, mode=message.mode, epoch=message.epoch)
-        return lambda: self._send({"type": "postgres_started", "pid": child.pid, "mode": message.mode})
+        self._postgres, pid = postgres, postgres.child.pid
+        self._log.info("postgres_started", pid=pid, mode=message.mode, epoch=message.epoch)
+        return lambda: self._send({"type": "postgres_started", "pid": pid, "mode": message.mode})
 
     def _promote(self, epoch: int) -> None:
         postgres = self._running_postgres()
@@ -551,18 +467,18 @@ class Supervisor:
             self._kill_postgres(postgres)
             self._reap()
 
+    def _postgres_processes(self, postgres: Postgres, table: fence.Table) -> list[fence.Process]:
+        return fence.postgres_processes(
+            table,
+            supervisor_pid=os.getpid(),
+            postmaster_pid=postgres.child.pid,
+            agent_pid=None if self._agent is None else self._agent.child.pid,
+            companion_pid=self._companion.pid,
+        )
+
     def _kill_postgres(self, postgres: Postgres) -> None:
-        agent_pid = None if self._agent is None else self._agent.child.pid
         result = fence.kill_all(
-            lambda table: fence.postgres_processes(
-                table,
-                supervisor_pid=os.getpid(),
-                postmaster_pid=postgres.child.pid,
-                agent_pid=agent_pid,
-                companion_pid=self._companion.pid,
-            ),
-            self._options.kill_budget_s,
-            postgres.child,
+            lambda table: self._postgres_processes(postgres, table), self._options.kill_budget_s, postgres.child
         )
         if not result.killed <= postgres.killed or not postgres.fenced:
             self._log.info(

@@ -161,13 +161,13 @@ def is_writable(cluster: LocalCluster, name: str) -> bool:
 
 
 def messages(cluster: LocalCluster, name: str, *, offset: int = 0) -> list[str]:
-    """Of the instance's log from the byte `offset` on."""
+    """Of the instance manager's processes, in the instance's log from the byte `offset` on."""
     content = cluster.layout.log(name).read_bytes()[offset:].decode(errors="replace")
     found = []
     for line in content.splitlines():
         with contextlib.suppress(ValueError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and "message" in entry:
+            if isinstance(entry, dict) and "message" in entry and entry.get("process") != "postgres":
                 found.append(str(entry["message"]))
     return found
 

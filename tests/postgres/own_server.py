@@ -23,6 +23,7 @@ from instance_manager.postgres.configuration import (
     POSTGRESQL_CONF,
     REPLICATION_CONF,
     ClientTls,
+    CollectedLog,
     ParameterValue,
     ReplicationSettings,
     StaticSettings,
@@ -106,6 +107,7 @@ class OwnServer:
         parameters: Mapping[str, ParameterValue] | None = None,
         tls: TlsFiles | None = None,
         settings: AccessSettings | None = None,
+        log: CollectedLog | None = None,
     ) -> None:
         static = StaticSettings(
             major=MAJOR,
@@ -116,6 +118,7 @@ class OwnServer:
             instances=3,
             parameters={"shared_buffers": "16MB", "max_connections": 20, **(parameters or {})},
             tls=tls,
+            log=log,
         )
         replication = replication or ReplicationSettings(synchronous_standby_names=NOTHING_SYNCHRONOUS)
         hba = render_hba(settings or AccessSettings(application_networks=("127.0.0.1/32",)), access)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from simulated_time import Host, Process, Timer, World
 
 from instance_manager.supervisor.backoff import Backoff
+from instance_manager.supervisor.children import START_GRACE_S
 from instance_manager.supervisor.messages import (
     Extend,
     Goodbye,
@@ -23,6 +24,7 @@ from instance_manager.supervisor.messages import (
     Message,
     MessageError,
     Promote,
+    RefusedError,
     Revoke,
     Signal,
     Start,
@@ -30,7 +32,6 @@ from instance_manager.supervisor.messages import (
     parse,
 )
 from instance_manager.supervisor.permit import PermitRefusedError, WritePermit
-from instance_manager.supervisor.supervisor import START_GRACE_S, RefusedError
 
 HEARTBEAT_TIMEOUT_S = 3.0
 LINK_LATENCY_S = 0.0002

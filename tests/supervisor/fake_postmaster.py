@@ -2,8 +2,10 @@
 
 argv: FOLDER CHILD... where each child is one of `plain`, `stubborn` (ignores SIGTERM and what else it can), `stopped`
 (SIGSTOPs itself), `busy` (appends the time to FOLDER/commits all the time), `orphan` (a grandchild whose parent exits),
-`write=PATH` (creates that file).
-Writes FOLDER/pids when all are there. SIGINT and SIGTERM: an orderly end, code 0. SIGUSR1 is noted in FOLDER/promoted.
+`write=PATH` (creates that file), `log=SECONDS` (a log collector: so long after the postmaster's end it writes FOLDER/logged and
+ends).
+Writes FOLDER/pids when all are there. SIGINT and SIGTERM: an orderly end, code 0, that kills all children but the collector.
+SIGUSR1 is noted in FOLDER/promoted.
 """
 
 import os
@@ -32,6 +34,13 @@ def backend(folder: str, kind: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if kind.startswith("write="):
         note(kind.removeprefix("write="), "written")
+    if kind.startswith("log="):
+        postmaster = os.getppid()
+        while os.getppid() == postmaster:
+            time.sleep(0.001)
+        time.sleep(float(kind.removeprefix("log=")))
+        note(f"{folder}/logged", "all")
+        os._exit(0)
     while kind == "busy":
         note(f"{folder}/commits", f"{time.clock_gettime(time.CLOCK_BOOTTIME)}\n")
         time.sleep(0.001)
@@ -49,8 +58,10 @@ def main() -> None:
         children.append(pid)
 
     def end(_number: int, _frame: object) -> None:
-        for pid in children:
-            os.kill(pid, signal.SIGKILL)
+        for pid, kind in zip(children, kinds, strict=True):
+            if not kind.startswith("log="):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
         os._exit(0)
 
     signal.signal(signal.SIGINT, end)

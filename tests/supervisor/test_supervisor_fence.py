@@ -191,6 +191,53 @@ def test_when_the_postmaster_dies_all_backends_are_killed_before_the_event() -> 
         assert (event["reason"], event["signal"], event["remaining_killed"]) == ("exit", signal.SIGKILL, 4)
 
 
+def test_a_postmaster_that_ended_by_itself_has_its_log_written_to_the_end() -> None:
+    with agent_and_harness() as (harness, agent):
+        postgres = harness.start_postgres(agent, "standby", "plain", "log=0.05")
+        agent.do("signal", signal="INT")
+        event = agent.expect("postgres_exited")
+        assert (event["exit_code"], event["remaining_killed"]) == (0, 0)
+        assert (postgres.folder / "logged").read_text() == "all"
+
+
+def test_a_log_collector_that_does_not_end_is_killed_after_a_moment() -> None:
+    with agent_and_harness() as (harness, agent):
+        postgres = harness.start_postgres(agent, "standby", "log=60")
+        asked_s = now_s()
+        agent.do("signal", signal="INT")
+        assert agent.expect("postgres_exited")["remaining_killed"] == 1
+        assert now_s() - asked_s < 2
+        assert postgres.alive() == []
+
+
+def test_where_more_than_a_log_collector_is_left_all_of_it_is_killed_at_once() -> None:
+    with agent_and_harness() as (harness, agent):
+        postgres = harness.start_postgres(agent, "standby", "log=0.1", "log=0.1")
+        agent.do("signal", signal="INT")
+        assert agent.expect("postgres_exited")["remaining_killed"] == 2
+        assert not (postgres.folder / "logged").exists()
+
+
+def test_the_permit_of_a_postmaster_that_ended_counts_on_until_its_log_is_written() -> None:
+    with agent_and_harness() as (harness, agent):
+        hard_s = agent.permit(epoch=1, hard_s=3.0)
+        postgres = harness.start_postgres(agent, "read_write", "log=60", epoch=1)
+        until("the permit is nearly over", lambda: now_s() >= hard_s - 0.05)
+        agent.do("signal", signal="INT")
+        event = agent.expect("postgres_exited")
+        assert (event["reason"], event["remaining_killed"]) == ("fenced", 1)
+        assert now_s() < hard_s + 1
+        assert postgres.alive() == []
+
+
+def test_a_postmaster_that_was_killed_gives_its_log_collector_no_time() -> None:
+    with agent_and_harness() as (harness, agent):
+        postgres = harness.start_postgres(agent, "standby", "log=0.1")
+        os.kill(postgres.pid, signal.SIGKILL)
+        assert agent.expect("postgres_exited")["remaining_killed"] == 1
+        assert not (postgres.folder / "logged").exists()
+
+
 def test_an_orderly_exit_of_postgres_is_told_with_its_code() -> None:
     with agent_and_harness() as (harness, agent):
         postgres = harness.start_postgres(agent, "standby", "plain")

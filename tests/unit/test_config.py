@@ -78,6 +78,8 @@ def test_a_minimal_file_gets_the_defaults_of_the_design(tmp_path: Path) -> None:
         ("cluster.synchronous_standbys", 3, "needs at least 4 members, there are 3"),
         ("cluster.synchronous_standbys", 0, ">= 1"),
         ("instance.name", "demo-9", "'demo-9' is not among members: demo-1, demo-2, demo-3"),
+        ("instance.log_directory", "log", "must be an absolute path"),
+        ("instance.log_directory", "/var/tmp/i1/data/log", "must not be in the data directory"),
         ("instance.directory", "/" + "x" * 100, "too long for a Unix socket; use a shorter path"),
         ("members.1.name", "demo-1", "every name must be there once"),
         ("members.1.name", "Demo_2", "'Demo_2' is no instance name"),

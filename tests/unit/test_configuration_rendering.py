@@ -13,6 +13,7 @@ from instance_manager.postgres.configuration import (
     NOBODY_CAN_SATISFY,
     NOTHING_SYNCHRONOUS,
     REPLICATION_CONF,
+    CollectedLog,
     ParametersRefused,
     ReplicationSettings,
     StaticSettings,
@@ -60,6 +61,23 @@ def static(**changes: object) -> StaticSettings:
 def test_every_fixed_and_refused_parameter_is_refused_with_its_reason() -> None:
     for name, reason in (FIXED | REFUSED).items():
         assert check_parameters({name: "x"}) == (f"{name}: {reason}",)
+
+
+@pytest.mark.parametrize(("major", "form"), [(14, "csvlog"), (15, "jsonlog"), (18, "jsonlog")])
+def test_the_log_is_collected_into_files_that_are_left_by_size_and_never_written_again(major: int, form: str) -> None:
+    log = CollectedLog(Path("/var/log/it's"), "postgres-%S.log", 8 << 20)
+    rendered = parse_settings(render_postgresql_conf(static(major=major, log=log)))
+    assert {key: rendered[key] for key in rendered if key.startswith("log") and key in FIXED} == {
+        "logging_collector": "on",
+        "log_destination": form,
+        "log_directory": "/var/log/it's",
+        "log_filename": "postgres-%S.log",
+        "log_file_mode": "0600",
+        "log_rotation_age": "0",
+        "log_rotation_size": "8192kB",
+        "log_truncate_on_rotation": "off",
+        "log_timezone": "UTC",
+    }
 
 
 def test_all_problems_are_told_at_once() -> None:
