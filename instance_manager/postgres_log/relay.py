@@ -132,7 +132,6 @@ class Relay:
         if self._untold:
             lines.insert(0, self._dropped_line(self._untold))
             self._untold = 0
-        self.counts.lines += len(batch.records)
         while lines:
             taken = output.write(lines, READER_WAIT_S)
             del lines[:taken]
@@ -142,6 +141,7 @@ class Relay:
                     return True
                 self._files.look()
                 self._keep_bound()
+        self.counts.lines += self._in_hand
         self._in_hand = 0
         self._files.save()
         return True

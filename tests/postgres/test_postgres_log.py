@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -303,6 +304,31 @@ async def test_a_relay_that_is_killed_leaves_out_no_line(relayed: Relayed) -> No
     seen = [int(line["message"].split()[1]) for line in relayed.reader.lines() if line["message"].startswith("number ")]
     assert set(seen) == set(range(count))
     assert len(seen) - count <= kills * 300, "a batch of 128 KiB each time"
+
+
+async def test_a_relay_that_is_killed_before_a_reader_that_stopped_has_kept_nothing_to_itself(relayed: Relayed) -> None:
+    count = 300
+    await run(
+        relayed,
+        f"SET client_min_messages = error; DO $$ BEGIN FOR n IN 0..{count - 1} LOOP "
+        "RAISE WARNING 'number % %', n, repeat('x', 1000); END LOOP; END $$",
+    )
+    argv = [sys.executable, "-c", RELAY_ALONE, str(relayed.directory), str(relayed.server.data)]
+    process = subprocess.Popen(argv, stdout=relayed.reader.write_fd)  # noqa: ASYNC220
+
+    async def pipe_is_full() -> bool:
+        return not select.select([], [relayed.reader.write_fd], [], 0)[1]
+
+    await wait_until(pipe_is_full, deadline_s=30, what="it cannot write any more")
+    process.send_signal(signal.SIGKILL)
+    process.wait(10)
+    relayed.reader.go()
+    relayed.begin()
+    await relayed.told(f"number {count - 1} ", deadline_s=30)
+    relayed.end()
+    lines = relayed.reader.lines()
+    seen = {int(line["message"].split()[1]) for line in lines if line["message"].startswith("number ")}
+    assert seen == set(range(count))
 
 
 async def test_what_a_server_says_before_its_collector_runs_is_told_too(relayed: Relayed) -> None:
