@@ -187,9 +187,11 @@ class KubernetesCluster:
     def host(self, name: str) -> str:
         return f"{name}.{CLUSTER}.{self.namespace}.svc.cluster.local"
 
-    def psql(self, statement: str, *, host: str = f"{CLUSTER}-rw", deadline_s: float = 20.0) -> str:
-        """As the application, by a Service's or a pod's name."""
-        target = f"host={host} port=5432 dbname=app user=app passfile={self.password_file()} connect_timeout=3"
+    def psql(self, statement: str, *, host: str = f"{CLUSTER}-rw", options: str = "", deadline_s: float = 20.0) -> str:
+        """As the application, by a Service's or a pod's name; `options` of libpq besides."""
+        target = (
+            f"host={host} port=5432 dbname=app user=app passfile={self.password_file()} connect_timeout=3 {options}"
+        )
         argv = ["psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", f"--command={statement}", target]
         done = self.runner.run_here([*self.runner.as_client(self.namespace), *argv], deadline_s=deadline_s)
         assert done.returncode == 0, done.stderr
