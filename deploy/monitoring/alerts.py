@@ -264,6 +264,16 @@ ALERTS = (
         do="Give the container more processor or memory; report an error of the agent.",
     ),
     Alert(
+        name="PostgresLogDropped",
+        expr=f"increase({P}postgres_log_records_dropped_total[15m]) > 0",
+        for_="0s",
+        severity="warning",
+        summary=f"{WHERE}: {{{{ $value }}}} records of Postgres's log were dropped within 15 minutes.",
+        means="Whoever collects standard output does not read it, or reads slower than Postgres writes for longer than 64 MiB last. Postgres itself waits for nobody.",
+        look="`instance_manager_postgres_log_waiting_bytes`; the node's log collector; what floods the log (`log_statement`, an error in a loop).",
+        do="Bring the collector back; log less under `postgres.parameters`. What was dropped is gone.",
+    ),
+    Alert(
         name="LoopLag",
         expr=f"histogram_quantile(0.99, sum by (namespace, pod, cluster, le) (rate({P}event_loop_lag_seconds_bucket[5m]))) > 0.5",
         for_="5m",
