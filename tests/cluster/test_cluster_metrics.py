@@ -30,6 +30,7 @@ SCRAPES = 4
 # Of things that a healthy cluster without an archive does not have; each says why it may be empty.
 MAY_BE_EMPTY = {
     "instance_manager_archive_": "there is no archive",
+    "instance_manager_certificate_days_left": "there is no TLS",
     "instance_manager_collector_success": "no collector fails",
 }
 
