@@ -79,6 +79,7 @@ class Recovered:
         (data / "instance-manager.replication.conf").write_text(
             f"restore_command = '{restore}'\nport = {self._port}\narchive_mode = off\nlisten_addresses = ''\n"
             f"unix_socket_directories = '{self._root / 'socket'}'\nsynchronous_standby_names = ''\n"
+            "logging_collector = off\nlog_destination = stderr\n"
         )
         (data / "recovery.signal").touch()
         if self._run_as is not None:

@@ -359,7 +359,7 @@ def test_a_standby_whose_wal_is_gone_from_its_primary_gets_it_from_the_archive(c
         cluster.start(standby)
         cluster.wait_redundant(75)
     restored = cluster.layout.log(standby).read_bytes()[begun:].decode(errors="replace")
-    assert f'restored log file "{names[0]}" from archive' in restored
+    assert f'restored log file \\"{names[0]}\\" from archive' in restored
     assert not any(line.startswith(("rewind", "set aside")) for line in messages(cluster, standby, offset=begun))
     assert writer.missing() == set()
 

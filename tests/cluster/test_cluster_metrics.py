@@ -105,9 +105,9 @@ def test_every_query_of_both_dashboards_returns_data_after_a_failover(
         assert not empty, "\n".join(empty)
         # Who is primary is told by one, and how it became so by phases.
         assert prometheus.ask("sum(instance_manager_accepts_writes) == 1")
-        phases = prometheus.ask("instance_manager_failover_phase_seconds_count == 1")
+        phases = prometheus.ask("instance_manager_failover_phase_seconds_count >= 1")
         assert {each["metric"]["phase"] for each in phases} >= {"suspicion", "election", "promotion", "opening"}
-        assert prometheus.ask('instance_manager_failovers_total{kind="election"} == 1')
+        assert prometheus.ask('instance_manager_failovers_total{kind="election"} >= 1')
 
 
 def _filled_in(expr: str) -> str:
