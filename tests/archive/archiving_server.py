@@ -78,6 +78,7 @@ class ArchivingServer:
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **CREDENTIALS, "PYTHONPATH": str(REPOSITORY)},
+                start_new_session=True,
             )
         process = self.process
         await until(lambda: self._answers() or process.poll() is not None, deadline_s=30)

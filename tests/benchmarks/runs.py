@@ -131,7 +131,9 @@ def stand_in(directory: Path, certificate: Path, key: Path, delay_ms: float) -> 
     """The S3 server; its port is the first line that it prints."""
     argv = [sys.executable, str(Path(__file__).with_name("s3_stand_in.py")), "--directory", str(directory)]
     argv += ["--certificate", str(certificate), "--key", str(key), "--delay-ms", str(delay_ms)]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    # A session of its own, as every program that is compared has: Linux may share out the processor by sessions
+    # (sched_autogroup), and whoever shares one with the store would pay for it.
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         yield process
     finally:
