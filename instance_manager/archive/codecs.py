@@ -22,6 +22,8 @@ SUFFIXES = {"zstd": ".zst", "lz4": ".lz4", "gzip": ".gz", "none": "", "bzip2": "
 
 _GZIP = 31
 _DEFAULT_LEVELS = {"zstd": 1, "lz4": 0, "gzip": 1}
+_ZSTD_LEVEL_1_FOR_WAL = {"min_match": 5, "hash_log": 13, "target_length": 1}
+"""Instead of 7, 14 and 0: WAL repeats itself in short runs. Less work than plain level 1, and a smaller object (docs/benchmarks.md)."""
 _ERRORS = (zstandard.ZstdError, zlib.error, OSError, EOFError, lzma.LZMAError, RuntimeError, ValueError)
 
 
@@ -67,7 +69,9 @@ class Codec:
             raise ValueError(f"{self.name} can be read but not written")
         level = _DEFAULT_LEVELS[self.name] if self.level is None else self.level
         if self.name == "zstd":
-            return zstandard.ZstdCompressor(level=level).compressobj(size=size_bytes)
+            return zstandard.ZstdCompressor(compression_params=_zstd_parameters(level, size_bytes)).compressobj(
+                size=size_bytes
+            )
         if self.name == "lz4":
             return _Lz4(level, size_bytes)
         return zlib.compressobj(level, zlib.DEFLATED, _GZIP)
@@ -95,11 +99,17 @@ class Codec:
         return makers[self.name]()
 
 
+def _zstd_parameters(level: int, size_bytes: int) -> zstandard.ZstdCompressionParameters:
+    tuned = _ZSTD_LEVEL_1_FOR_WAL if level == 1 else {}
+    # The checksum is what vouches for the content itself where only the digest of the object is known (`upload.Prepared`).
+    return zstandard.ZstdCompressionParameters.from_level(level, source_size=size_bytes, write_checksum=True, **tuned)
+
+
 class _Lz4:
     """lz4's frame compressor, which wants to be begun."""
 
     def __init__(self, level: int, size_bytes: int) -> None:
-        self._frame = lz4.frame.LZ4FrameCompressor(compression_level=level)
+        self._frame = lz4.frame.LZ4FrameCompressor(compression_level=level, content_checksum=True)
         self._head: bytes = self._frame.begin(size_bytes)
 
     def compress(self, chunk: bytes | memoryview) -> bytes:

@@ -9,6 +9,7 @@ nobody's until it is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ from instance_manager.threads import Threads
 log = logging.getLogger("instance_manager.archive.push")
 
 PREPARE_DEADLINE_S = 60.0
+WINDOW_FOR_EACH_UPLOAD = 4
+WAITING_MAX_BYTES = 4 << 20
+"""What takes more memory is not put aside for its upload's turn: what is held stays within `parallel` segments and a little."""
 Identity = tuple[int, int, int]
 
 
@@ -61,8 +65,9 @@ class Pusher:
         self._layout = layout
         self._uploader = uploader
         self._counters = counters
-        self._turns = asyncio.Semaphore(parallel)
-        self._window = 2 * parallel
+        self._preparing = asyncio.Semaphore(parallel)
+        self._uploading = asyncio.Semaphore(parallel)
+        self._window = WINDOW_FOR_EACH_UPLOAD * parallel
         self._ensure_archive = ensure_archive
         self._on_durable = on_durable
         self._begun: dict[str, _Begun] = {}
@@ -166,12 +171,20 @@ class Pusher:
         return (self._wal_directory / "archive_status" / f"{name}.ready").exists()
 
     async def _upload_in_turn(self, name: str, orders: Orders) -> None:
-        async with self._turns:
+        """The processor works on the next file while the store is waited for."""
+        async with contextlib.AsyncExitStack() as preparing:
+            await preparing.enter_async_context(self._preparing)
             await self._ensure_history(timeline_of(name), name, orders)
-            await self._upload(name, orders)
+            prepared = await self._prepared(name, orders)
+            if prepared.held_bytes <= WAITING_MAX_BYTES:
+                await preparing.aclose()
+            async with self._uploading:
+                await self._create(name, prepared, orders)
 
     async def _upload(self, name: str, orders: Orders) -> None:
-        prepared = await self._prepared(name, orders)
+        await self._create(name, await self._prepared(name, orders), orders)
+
+    async def _create(self, name: str, prepared: Prepared, orders: Orders) -> None:
         if wal_kind(name) == "history":
             await asyncio.to_thread(self._check_accepted, name, orders)
         try:
@@ -181,9 +194,8 @@ class Pusher:
                 log.error("%s", conflict)  # noqa: TRY400 - the text says it all
                 raise
             # Two promotions may leave one timeline at different places: nobody asks for either by name.
-            is_new = await self._uploader.create(
-                self._layout.other_partial(name, prepared.sha256), prepared, orders.epoch
-            )
+            sha256 = await asyncio.to_thread(prepared.file_sha256, self._layout.codec)
+            is_new = await self._uploader.create(self._layout.other_partial(name, sha256), prepared, orders.epoch)
             self._counters.other_partials += 1
         if is_new:
             self._counters.archived += 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from instance_manager.archive.codecs import codec_of_suffix
 from instance_manager.archive.layout import Layout, without_suffix
 from instance_manager.archive.spool import Spool
-from instance_manager.archive.upload import SMALL_FILE_LIMIT_BYTES
+from instance_manager.archive.upload import SHA256_KEY, SMALL_FILE_LIMIT_BYTES, STORED_SHA256_KEY
 from instance_manager.archive.wal_names import SegmentSize, wal_kind
 from instance_manager.archive.wal_page import HEADER_BYTES, WrongSegment, check_first_page
 from instance_manager.ports import ContentDamaged, ObjectInfo, ObjectStore
@@ -39,11 +39,13 @@ class Expected:
 
 def verified(chunks: Iterator[bytes], info: ObjectInfo, expected: Expected) -> Iterator[bytes]:
     """The chunks of a WAL file, cut where the expectation says; ContentDamaged: anything about them is wrong."""
+    told = info.metadata.get(SHA256_KEY)
     digest = hashlib.sha256()
     length = 0
     head = b""
     for chunk in chunks:
-        digest.update(chunk)
+        if told is not None:
+            digest.update(chunk)
         if expected.is_segment:
             if length < HEADER_BYTES:
                 head += chunk[:HEADER_BYTES]
@@ -57,11 +59,24 @@ def verified(chunks: Iterator[bytes], info: ObjectInfo, expected: Expected) -> I
         length += len(chunk)
     if expected.is_segment and length != expected.size.size_bytes:
         raise ContentDamaged(f"{info.name} holds {length} bytes, a segment has {expected.size.size_bytes}")
-    told = info.metadata.get("sha256")
     if told is not None and told != digest.hexdigest():
         raise ContentDamaged(
             f"{info.name} holds other content than was archived: sha256 {digest.hexdigest()}, not {told}"
         )
+
+
+def verified_as_stored(chunks: Iterator[bytes], info: ObjectInfo) -> Iterator[bytes]:
+    """The chunks of an object as it lies in the archive; ContentDamaged behind the last one: not the object that was stored."""
+    told = info.metadata.get(STORED_SHA256_KEY)
+    if told is None:
+        yield from chunks
+        return
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+    if told != digest.hexdigest():
+        raise ContentDamaged(f"{info.name} is not the object that was stored: sha256 {digest.hexdigest()}, not {told}")
 
 
 def _check_head(head: bytes, info: ObjectInfo, expected: Expected) -> None:
@@ -88,7 +103,7 @@ async def restore_object(
     codec = codec_of_suffix(object_name)
 
     def receive(info: ObjectInfo, chunks: Iterator[bytes]) -> Path:
-        content = codec.decompressed(chunks, limit_bytes=expected.limit_bytes)
+        content = codec.decompressed(verified_as_stored(chunks, info), limit_bytes=expected.limit_bytes)
         return spool.write(expected.name, verified(content, info, expected))
 
     return await store.receive(object_name, receive, deadline_s=deadline_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from instance_manager.archive.codecs import Codec
-from instance_manager.archive.content import FileContent, MemoryContent, file_chunks
+from instance_manager.archive.content import FileContent, MemoryContent, file_chunks, sha256_of
 from instance_manager.archive.counters import PushCounters
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import OrderBook, Orders
@@ -22,6 +23,8 @@ from instance_manager.postgres.histories import HistoryInvalid, parse_history
 
 SMALL_FILE_LIMIT_BYTES = 1 << 20
 IN_MEMORY_SEGMENT_MAX_BYTES = 32 << 20
+SHA256_KEY = "sha256"
+STORED_SHA256_KEY = "stored-sha256"
 READ_BYTES = 256 << 10
 """Stays in the processor's cache from the reading to the digest to the compression."""
 
@@ -36,11 +39,30 @@ class ArchiveConflict(NotArchived):
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What will be created: its content in the archive's form, and the digest of the file itself."""
+    """What will be created: its content in the archive's form, and a digest by which it is known again."""
 
     content: Content
-    sha256: str
+    sha256: str | None
+    """Of the file itself. None for a segment that was compressed: the digest of its 16 MiB would be a fifth of all work."""
     file_bytes: int
+    stored_sha256: str | None = None
+    """Then instead: of the object. Objects that are alike hold the same; those that differ are compared by what is in them."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Of memory, until it is uploaded."""
+        return self.content.size_bytes if isinstance(self.content, MemoryContent) else 0
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        told = {SHA256_KEY: self.sha256, STORED_SHA256_KEY: self.stored_sha256}
+        return {key: digest for key, digest in told.items() if digest is not None}
+
+    def file_sha256(self, codec: Codec) -> str:
+        """Of the file itself, computed where it is not known. Blocks: call it in a thread."""
+        if self.sha256 is not None:
+            return self.sha256
+        return sha256_of(codec.decompressed(self.content.chunks(), limit_bytes=LARGEST_SEGMENT_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +90,21 @@ def prepare(path: Path, name: str, codec: Codec, size: SegmentSize, system_ident
         raise NotArchived(f"{name} has {before.st_size} bytes, a segment has {size.size_bytes}")
     if not is_segment and before.st_size > SMALL_FILE_LIMIT_BYTES:
         raise NotArchived(f"{name} has {before.st_size} bytes: no such file is as long as that")
-    digest = hashlib.sha256()
+    is_known_as_stored = kind == "segment" and codec.name != "none" and size.size_bytes <= IN_MEMORY_SEGMENT_MAX_BYTES
+    digest, stored_digest = hashlib.sha256(), hashlib.sha256()
 
     def checked() -> Iterator[memoryview]:
         for number, chunk in enumerate(_reused_chunks(path)):
             if number == 0 and is_segment:
                 _check(bytes(chunk[:HEADER_BYTES]), name, size, system_identifier)
-            digest.update(chunk)
+            if not is_known_as_stored:
+                digest.update(chunk)
             yield chunk
+
+    def compressed() -> Iterator[bytes]:
+        for piece in codec.compressed(checked(), before.st_size):
+            stored_digest.update(piece)
+            yield piece
 
     content: Content
     if is_segment and (codec.name == "none" or size.size_bytes > IN_MEMORY_SEGMENT_MAX_BYTES):
@@ -85,12 +114,14 @@ def prepare(path: Path, name: str, codec: Codec, size: SegmentSize, system_ident
             FileContent(path, before.st_size) if codec.name == "none" else CompressedFile(path, codec, before.st_size)
         )
     else:
-        content = MemoryContent(tuple(codec.compressed(checked(), before.st_size)))
+        content = MemoryContent(tuple(compressed()))
     if kind == "history":
         _check_history(path, name)
     after = path.stat()
     if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
         raise NotArchived(f"{name} changed while it was read")
+    if is_known_as_stored:
+        return Prepared(content, None, before.st_size, stored_digest.hexdigest())
     return Prepared(content, digest.hexdigest(), before.st_size)
 
 
@@ -150,14 +181,14 @@ class Uploader:
 
         NotArchived: the permit is over, or of another epoch.
         """
-        metadata = {"sha256": prepared.sha256, "epoch": str(epoch), "instance": self._instance}
+        metadata = {**prepared.metadata, "epoch": str(epoch), "instance": self._instance}
 
         async def attempt(deadline_s: float) -> bool:
             self.require_permit(epoch)
             try:
                 await self._store.create(object_name, prepared.content, metadata=metadata, deadline_s=deadline_s)
             except ObjectExists:
-                await self._compare(object_name, prepared.sha256, deadline_s)
+                await self._compare(object_name, prepared, deadline_s)
                 return False
             return True
 
@@ -180,21 +211,25 @@ class Uploader:
             raise NotArchived(f"epoch {epoch} is over, {orders.epoch} has begun")
         return orders
 
-    async def _compare(self, object_name: str, sha256: str, deadline_s: float) -> None:
+    async def _compare(self, object_name: str, prepared: Prepared, deadline_s: float) -> None:
         info = await self._store.info(object_name, deadline_s=deadline_s)
         if info is None:
             raise StoreUnreachable(f"{object_name} was there and is gone")
-        found = info.metadata.get("sha256") if info.vouched else None
+        told = info.metadata if info.vouched else {}
+        if prepared.stored_sha256 is not None and told.get(STORED_SHA256_KEY) == prepared.stored_sha256:
+            return
+        found = told.get(SHA256_KEY)
         if found is None:
-            # Written by another tool, or by a store that does not vouch: only its content tells.
+            # Written by another tool, another version of the codec, or by a store that does not vouch: only its content tells.
             receiver = partial(content_digest, self._layout.codec)
             found = await self._store.receive(object_name, receiver, deadline_s=deadline_s)
         if found is None:
             raise StoreUnreachable(f"{object_name} was there and is gone")
-        if found != sha256:
+        own = await asyncio.to_thread(prepared.file_sha256, self._layout.codec)
+        if found != own:
             self._counters.conflicts += 1
             raise ArchiveConflict(
-                f"{object_name} is in the archive with other content (sha256 {found[:16]}..., this file has {sha256[:16]}...): "
+                f"{object_name} is in the archive with other content (sha256 {found[:16]}..., this file has {own[:16]}...): "
                 "two servers have written the same name. Nothing is overwritten; find out which is right, and move "
                 "the other away"
             )

@@ -6,9 +6,11 @@ import bz2
 import gzip
 import lzma
 import os
+import random
 from collections.abc import Callable
 
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +60,24 @@ def test_a_stream_that_is_cut_off_or_damaged_is_no_content(name: str) -> None:
 def test_more_than_a_segment_is_refused(name: str) -> None:
     with pytest.raises(ContentDamaged, match="more than 999999 bytes"):
         unpacked(Codec(name), packed(Codec(name), CONTENT), limit_bytes=999_999)
+
+
+@pytest.mark.parametrize("name", ["zstd", "lz4", "gzip"])
+def test_content_has_a_checksum_of_its_own(name: str) -> None:
+    """It vouches for what is in an object of which only the stored bytes have a digest."""
+    stored = packed(Codec(name), os.urandom(100_000))
+    # What cannot be compressed lies there as it is: only a checksum tells that a byte of it is another one.
+    damaged = stored[:50_000] + bytes([stored[50_000] ^ 1]) + stored[50_001:]
+    with pytest.raises(ContentDamaged):
+        unpacked(Codec(name), damaged)
+
+
+def test_what_repeats_itself_in_short_runs_takes_less_room_than_with_plain_level_1() -> None:
+    words = [os.urandom(6) for _ in range(300)]
+    content = b"".join(random.Random(1).choices(words, k=50_000))
+    plain = zstandard.ZstdCompressor(level=1).compress(content)
+    assert len(packed(Codec("zstd"), content)) < 0.8 * len(plain)
+    assert zstandard.ZstdDecompressor().decompress(packed(Codec("zstd"), content)) == content
 
 
 def test_the_level_is_the_callers() -> None:

@@ -118,6 +118,22 @@ async def test_content_that_is_not_what_was_archived_stops_recovery(local_desk: 
         await fetch(local_desk, C)
 
 
+async def test_an_object_that_is_not_the_one_that_was_stored_stops_recovery(local_desk: Desk) -> None:
+    """Whole, with a right checksum and the right first page, but another."""
+    await fill(local_desk, A)
+    stored = b"".join(local_desk.layout.codec.compressed([segment_content(C)], SEGMENT))
+    told = {"stored-sha256": sha256_of([stored])}
+    await put(local_desk, B, segment_content(B), **{"stored-sha256": sha256_of([b""])})
+    await put(local_desk, C, segment_content(C, seed=2), **told)
+    for name in (B, C):
+        with pytest.raises(NotFetched, match="is not the object that was stored"):
+            await fetch(local_desk, name)
+    await local_desk.store.delete(local_desk.layout.wal(C), deadline_s=10)
+    await put(local_desk, C, segment_content(C), **told)
+    assert await fetch(local_desk, C) is PRESENT
+    assert restored(local_desk) == segment_content(C)
+
+
 async def test_another_systems_archive_is_not_one_that_ends_here(local_desk: Desk) -> None:
     await fill(local_desk, A)
     local_desk.command(local_desk.primary(epoch=2, system=SYSTEM + 1))

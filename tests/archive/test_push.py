@@ -6,17 +6,20 @@ import asyncio
 import hashlib
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
+import zstandard
 from archive_harness import Desk, desk_at, until
 from fault_proxy import FaultProxy
 from s3_server import admin, make_bucket, settings_for
 from wal_builders import SIZE, SYSTEM, first_page, make_ready, segment_content
 
+from instance_manager.archive import push
 from instance_manager.archive.content import MemoryContent, sha256_of
 from instance_manager.archive.stores.directory import DirectoryStore
 from instance_manager.archive.stores.s3 import S3Store
-from instance_manager.archive.upload import NotArchived
+from instance_manager.archive.upload import NotArchived, Prepared
 from instance_manager.ports import ObjectInfo
 
 A, B, C, D = (f"00000001000000000000000{number}" for number in (5, 6, 7, 8))
@@ -41,7 +44,8 @@ async def test_an_acknowledged_segment_is_in_the_archive_with_its_digest_and_epo
     await desk.push(A)
     assert await desk.wal_in_store(A) == segment_content(A)
     found = await info_of(desk, A)
-    assert found.metadata["sha256"] == sha256_of([segment_content(A)])
+    stored = await desk.store.receive(found.name, lambda info, chunks: b"".join(chunks), deadline_s=10)
+    assert found.metadata["stored-sha256"] == hashlib.sha256(stored or b"").hexdigest()
     assert (found.metadata["epoch"], found.metadata["instance"]) == ("7", "orders-1")
     assert found.size_bytes < SEGMENT / 3
     assert found.name == f"orders/wals/{A[:16]}/{A}.zst"
@@ -65,6 +69,51 @@ async def test_files_behind_the_asked_one_go_out_with_it_and_are_acknowledged_on
     await desk.push(C)
     assert desk.push_counters.archived == 3
     assert desk.push_counters.look_ahead_hits == 2
+
+
+async def test_the_next_file_is_compressed_while_the_store_is_waited_for(
+    tmp_path: Path, directory_store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with desk_at(tmp_path / "i", directory_store, parallel=1) as desk:
+        desk.ready(A, B)
+        compressed, asked = watched(desk, monkeypatch)
+        task = asyncio.create_task(desk.push(A))
+        await until(lambda: compressed == [A, B] and asked == [A], deadline_s=10)
+        task.cancel()
+
+
+async def test_what_takes_much_memory_is_not_put_aside_for_the_next_file(
+    tmp_path: Path, directory_store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(push, "WAITING_MAX_BYTES", 1)
+    async with desk_at(tmp_path / "i", directory_store, parallel=1) as desk:
+        desk.ready(A, B)
+        compressed, asked = watched(desk, monkeypatch)
+        task = asyncio.create_task(desk.push(A))
+        await until(lambda: asked == [A], deadline_s=10)
+        assert desk.archiver.pusher._preparing.locked()
+        assert compressed == [A]
+        task.cancel()
+
+
+def watched(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """What is compressed, and what the store is asked to create, for ever without an answer."""
+    compressed: list[str] = []
+    asked: list[str] = []
+    prepare = push.prepare
+
+    def noted(path: Path, name: str, *rest: Any) -> Prepared:
+        compressed.append(name)
+        return prepare(path, name, *rest)
+
+    async def never(object_name: str, *rest: object) -> bool:
+        asked.append(object_name.rpartition("/")[2].removesuffix(".zst"))
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(push, "prepare", noted)
+    monkeypatch.setattr(desk.archiver.pusher._uploader, "create", never)
+    return compressed, asked
 
 
 async def test_a_bad_file_behind_the_asked_one_is_not_the_asked_ones_failure(desk: Desk) -> None:
@@ -158,6 +207,33 @@ async def test_the_same_content_by_another_compressor_is_the_same(desk: Desk) ->
     desk.ready(A)
     await desk.push(A)
     assert desk.push_counters.already_there == 1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+async def test_what_another_version_of_the_codec_has_stored_is_compared_by_its_content(
+    s3_desk: Desk, seed: int
+) -> None:
+    """Its digest is of other bytes than ours, which tells nothing of what is in them."""
+    stored = zstandard.ZstdCompressor(level=9).compress(segment_content(A, seed=seed))
+    metadata = {"stored-sha256": hashlib.sha256(stored).hexdigest(), "epoch": "1"}
+    await s3_desk.store.create(s3_desk.layout.wal(A), MemoryContent.of(stored), metadata=metadata, deadline_s=10)
+    s3_desk.ready(A)
+    if seed:
+        with pytest.raises(NotArchived, match=f"other content .*{sha256_of([segment_content(A)])[:16]}"):
+            await s3_desk.push(A)
+    else:
+        await s3_desk.push(A)
+        assert s3_desk.push_counters.already_there == 1
+
+
+async def test_a_segment_that_is_there_as_it_would_be_sent_is_not_read_back(s3_desk: Desk, proxy: FaultProxy) -> None:
+    s3_desk.ready(A)
+    await s3_desk.push(A)
+    proxy.requests.clear()
+    s3_desk.ready(A)
+    await s3_desk.push(A)
+    assert s3_desk.push_counters.already_there == 1
+    assert "GET" not in proxy.requests
 
 
 async def test_other_content_under_the_name_is_a_conflict_for_ever_and_is_never_overwritten(desk: Desk) -> None:
@@ -324,17 +400,17 @@ async def test_a_backlog_of_50_000_files_is_worked_off_at_a_constant_cost_for_ea
         (desk.wal / name).touch()
     sent: list[str] = []
 
-    async def only_note(name: str, orders: object) -> None:
+    async def only_note(name: str, *rest: object) -> None:
         sent.append(name)
 
-    monkeypatch.setattr(desk.archiver.pusher, "_upload", only_note)
+    monkeypatch.setattr(desk.archiver.pusher, "_upload_in_turn", only_note)
     counting = CountingPath(monkeypatch)
     for name in names:
         await desk.archiver.pusher.push(name)
     assert sent == names
     assert counting.listings == 0
     assert counting.looks < 6 * count
-    assert len(desk.archiver.pusher._begun) <= 8
+    assert len(desk.archiver.pusher._begun) <= 16
 
 
 def _names_from(name: str):  # type: ignore[no-untyped-def]
