@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,9 @@ class Pusher:
         self._layout = layout
         self._uploader = uploader
         self._counters = counters
-        self._preparing = asyncio.Semaphore(parallel)
+        # More than there are processors only take each other's caches and memory.
+        preparing = min(parallel, len(os.sched_getaffinity(0)))
+        self._preparing = asyncio.Semaphore(preparing)
         self._uploading = asyncio.Semaphore(parallel)
         self._window = WINDOW_FOR_EACH_UPLOAD * parallel
         self._ensure_archive = ensure_archive
@@ -73,7 +76,7 @@ class Pusher:
         self._begun: dict[str, _Begun] = {}
         self._histories: set[Timeline] = set()
         self._history_turn = asyncio.Lock()
-        self._threads = Threads("compression")
+        self._threads = Threads("compression", kept_max=preparing)
 
     async def push(self, name: str) -> None:
         """Returns when `name` is durable in the archive, or proven to be no part of the accepted history.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from instance_manager.archive.content import CHUNK_BYTES
-from instance_manager.archive.stores import CALLS_IN_FLIGHT_MAX
+from instance_manager.archive.stores import CALLS_IN_FLIGHT_MAX, CALLS_KEPT_MAX
 from instance_manager.archive.stores.names import check_name, check_prefix
 from instance_manager.ports import (
     Content,
@@ -48,7 +48,7 @@ class DirectoryStore:
     def __init__(self, root: Path, *, page_entries: int = PAGE_ENTRIES) -> None:
         self._root = root
         self._page_entries = page_entries
-        self._threads = Threads(f"the directory {root}", in_flight_max=CALLS_IN_FLIGHT_MAX)
+        self._threads = Threads(f"the directory {root}", in_flight_max=CALLS_IN_FLIGHT_MAX, kept_max=CALLS_KEPT_MAX)
 
     async def create(
         self, name: str, content: Content, *, metadata: Mapping[str, str] | None = None, deadline_s: float

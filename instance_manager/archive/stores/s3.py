@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from botocore.exceptions import ClientError
 
-from instance_manager.archive.stores import CALLS_IN_FLIGHT_MAX
+from instance_manager.archive.stores import CALLS_IN_FLIGHT_MAX, CALLS_KEPT_MAX
 from instance_manager.archive.stores.names import check_name, check_prefix
 from instance_manager.archive.stores.s3_body import Body, Part, parts_of
 from instance_manager.archive.stores.s3_errors import (
@@ -85,7 +85,7 @@ class S3Store:
     def __init__(self, settings: S3Settings) -> None:
         self._settings = settings
         self._base = f"{check_name(settings.prefix)}/" if settings.prefix else ""
-        self._threads = Threads(f"S3 {settings.bucket}", in_flight_max=CALLS_IN_FLIGHT_MAX)
+        self._threads = Threads(f"S3 {settings.bucket}", in_flight_max=CALLS_IN_FLIGHT_MAX, kept_max=CALLS_KEPT_MAX)
         self._client: S3Client | None = None
         self._next_renewal_s = 0.0
         self._client_mutex = threading.Lock()
