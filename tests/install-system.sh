@@ -23,6 +23,7 @@ PATH=$PATH:/usr/sbin:/sbin
 [ "${2:-}" != test ] || command -v haproxy >/dev/null || packages+=(haproxy)
 [ "${2:-}" != browser ] || command -v chromium >/dev/null || packages+=(chromium fonts-dejavu-core)
 optional=()
+[ "${2:-}" != test ] || command -v strace >/dev/null || optional+=(strace)
 if [ "${2:-}" = drill ]; then
     command -v ip >/dev/null || optional+=(iproute2)
     command -v mkfs.ext4 >/dev/null || optional+=(e2fsprogs)

@@ -2,17 +2,32 @@
 
 Whoever asked for a file renames it himself, in the event loop: a request that is over can no longer put anything into
 Postgres's place, whatever its threads still do.
+
+A file is not flushed here, the disk only begins on it. Nothing in this directory outlives the archiver that wrote it; Postgres
+flushes each file that it takes over before it reads it (`durable_rename` in KeepFileRestoredFromArchive, 14 to 18), pg_rewind the whole directory at
+its end; and what a crash of the machine loses is asked for again. A second flush in front of Postgres's own made replay a fifth slower.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None)
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+
+
+def begin_writing(file_descriptor: int) -> bool:
+    """The disk starts on what was written, and nobody waits for it; False: it cannot, and will later by itself."""
+    whole = 0  # as a length: until the end
+    return bool(_libc.sync_file_range(file_descriptor, 0, whole, _SYNC_FILE_RANGE_WRITE) == 0)
 
 
 class Spool:
@@ -33,7 +48,7 @@ class Spool:
         self._is_prepared = False
 
     def write(self, name: str, chunks: Iterator[bytes]) -> Path:
-        """A file of these chunks, flushed. Whatever the chunks raise leaves none. Blocks."""
+        """A file of these chunks. Whatever the chunks raise leaves none. Blocks."""
         path = self._directory / f"{name}.{secrets.token_hex(4)}"
         try:
             with path.open("xb", buffering=0) as file:
@@ -45,7 +60,7 @@ class Spool:
                     view = memoryview(chunk)
                     while view:
                         view = view[file.write(view) :]
-                os.fsync(file.fileno())
+                begin_writing(file.fileno())
         except BaseException:
             with contextlib.suppress(OSError):
                 path.unlink()

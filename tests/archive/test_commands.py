@@ -201,6 +201,16 @@ async def test_what_the_environment_says_to_an_interpreter_is_nothing_to_the_cli
     assert (await shell(f"PERL5LIB={tmp_path} PYTHONPATH={tmp_path} {command}", A))[0] == 1
 
 
+def test_the_perl_client_is_strict_although_it_does_not_load_the_module(client_file: Path) -> None:
+    done = subprocess.run(
+        [commands.PERL, "-f", "-T", "-Mstrict", "-Mwarnings=FATAL,all", "-c", commands.quick(client_file)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def broken_client(file: Path, python: str, perl: str) -> None:
     file.write_text(python)
     commands.quick(file).write_text(perl)

@@ -15,7 +15,7 @@ from fault_proxy import FaultProxy
 from s3_server import admin, make_bucket, settings_for
 from wal_builders import SIZE, SYSTEM, first_page, make_ready, segment_content
 
-from instance_manager.archive import push
+from instance_manager.archive import push, upload
 from instance_manager.archive.content import MemoryContent, sha256_of
 from instance_manager.archive.stores.directory import DirectoryStore
 from instance_manager.archive.stores.s3 import S3Store
@@ -100,7 +100,7 @@ def watched(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], lis
     """What is compressed, and what the store is asked to create, for ever without an answer."""
     compressed: list[str] = []
     asked: list[str] = []
-    prepare = push.prepare
+    prepare = upload.prepare
 
     def noted(path: Path, name: str, *rest: Any) -> Prepared:
         compressed.append(name)
