@@ -124,10 +124,13 @@ class Threads:
                 return  # the loop is closed: nobody waits any more
 
         try:
-            if inbox is not None:
+            if inbox is None:
+                # Not as an argument: a thread holds on to its arguments until it ends.
+                inbox = queue.SimpleQueue()
                 inbox.put(run)
+                threading.Thread(target=self._work, args=(inbox,), name=self._name, daemon=True).start()
             else:
-                threading.Thread(target=self._work, args=(run,), name=self._name, daemon=True).start()
+                inbox.put(run)
         except RuntimeError as error:  # no more threads
             with self._mutex:
                 self._in_flight -= 1
@@ -135,16 +138,16 @@ class Threads:
         async with asyncio.timeout(deadline_s):
             return await answer
 
-    def _work(self, work: Callable[[], None] | None) -> None:
-        inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    def _work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
+        work: Callable[[], None] | None = inbox.get()
         while work is not None:
             work()
+            # What it was given and has returned is not kept until there is more to do.
+            work = None
             with self._mutex:
                 if len(self._kept) >= self._kept_max:
                     return
                 self._kept.append(inbox)
-            # What it returned and was given is not kept until there is more to do.
-            work = None
             work = self._next_work(inbox)
 
     def _next_work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> Callable[[], None] | None:

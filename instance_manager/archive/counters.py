@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 
 
@@ -123,9 +122,3 @@ class ArchiverStatus:
     backlog: Backlog = field(default_factory=Backlog)
     backfill: BackfillState = field(default_factory=BackfillState)
     backup: BackupState = field(default_factory=BackupState)
-
-
-def look_at_outcome(task: asyncio.Task[object]) -> None:
-    """So that asyncio does not report the error of a task that nobody waits for any more."""
-    if not task.cancelled():
-        task.exception()

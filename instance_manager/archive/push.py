@@ -14,12 +14,14 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from instance_manager.archive.accepted import Verdict, history_until, verdict_on
-from instance_manager.archive.counters import PushCounters, look_at_outcome
+from instance_manager.archive.counters import PushCounters
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import Orders
+from instance_manager.archive.stores.patience import without_tracebacks
 from instance_manager.archive.upload import ArchiveConflict, NotArchived, Prepared, Uploader, file_identity, prepare
 from instance_manager.archive.wal_names import timeline_of, wal_kind
 from instance_manager.core.types import Timeline, format_lsn
@@ -39,11 +41,12 @@ Identity = tuple[int, int, int]
 @dataclass(frozen=True, slots=True)
 class _Begun:
     identity: Identity
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None
+    """None: it has failed."""
 
     @property
-    def has_failed(self) -> bool:
-        return self.task.done() and (self.task.cancelled() or self.task.exception() is not None)
+    def is_over(self) -> bool:
+        return self.task is None or self.task.done()
 
 
 class Pusher:
@@ -104,7 +107,7 @@ class Pusher:
 
     async def close(self) -> None:
         """Cancel what is under way; nothing of it has been acknowledged."""
-        tasks = [begun.task for begun in self._begun.values()]
+        tasks = [begun.task for begun in self._begun.values() if begun.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -115,14 +118,16 @@ class Pusher:
         await self._ensure_archive(orders)
         if self._is_left_out(name, orders):
             return
-        begun = self._begin(name, orders)
+        task = self._begin(name, orders)
         self._look_ahead(name, orders)
         try:
             # Shielded: an impatient client does not end the upload that its next one will ask for.
-            await asyncio.shield(begun.task)
+            await asyncio.shield(task)
         finally:
-            if begun.task.done() and self._begun.get(name) is begun:
+            begun = self._begun.get(name)
+            if begun is not None and begun.task in (task, None) and task.done():
                 del self._begun[name]
+            del task
         self._counters.last_archived = name
 
     def _is_left_out(self, name: str, orders: Orders) -> bool:
@@ -137,22 +142,31 @@ class Pusher:
         log.warning("%s is not archived: it is %s", name, where)
         return True
 
-    def _begin(self, name: str, orders: Orders) -> _Begun:
+    def _begin(self, name: str, orders: Orders) -> asyncio.Task[None]:
         identity = file_identity(self._wal_directory / name)
         begun = self._begun.get(name)
-        if begun is not None and begun.identity == identity and not begun.has_failed:
+        if begun is not None and begun.task is not None and begun.identity == identity and not _has_failed(begun.task):
             self._counters.look_ahead_hits += begun.task.done()
-            return begun
-        begun = _Begun(identity, asyncio.create_task(self._upload_in_turn(name, orders), name=f"archive {name}"))
-        begun.task.add_done_callback(look_at_outcome)
-        self._begun[name] = begun
-        return begun
+            return begun.task
+        task = asyncio.create_task(self._upload_in_turn(name, orders), name=f"archive {name}")
+        self._begun[name] = _Begun(identity, task)
+        task.add_done_callback(partial(self._look_at_outcome, name, identity))
+        return task
+
+    def _look_at_outcome(self, name: str, identity: Identity, task: asyncio.Task[None]) -> None:
+        if not _has_failed(task):
+            return
+        if not task.cancelled() and isinstance(error := task.exception(), NotArchived | ObjectStoreError | OSError):
+            without_tracebacks(error)
+        begun = self._begun.get(name)
+        if begun is not None and begun.task is task:
+            self._begun[name] = _Begun(identity, None)
 
     def _look_ahead(self, name: str, orders: Orders) -> None:
         """Begin files behind `name` that are ready, as far as the window allows: one look at the disk for each new one."""
         if wal_kind(name) != "segment":
             return
-        for behind in [each for each, begun in self._begun.items() if each < name and begun.task.done()]:
+        for behind in [each for each, begun in self._begun.items() if each < name and begun.is_over]:
             del self._begun[behind]  # Postgres asks in order: nobody will
         following = name
         for _ in range(self._window - 1):
@@ -246,6 +260,10 @@ class Pusher:
         self._counters.refused += 1
         self._counters.last_error = str(error)
         return error
+
+
+def _has_failed(task: asyncio.Task[None]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
 
 
 def _told(orders: Orders) -> str:

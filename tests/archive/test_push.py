@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import itertools
 from pathlib import Path
@@ -34,7 +35,7 @@ async def info_of(desk: Desk, name: str) -> ObjectInfo:
 
 async def settled(desk: Desk) -> None:
     """Until nothing is under way."""
-    tasks = [begun.task for begun in desk.archiver.pusher._begun.values()]
+    tasks = [begun.task for begun in desk.archiver.pusher._begun.values() if begun.task is not None]
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -295,6 +296,33 @@ async def test_while_the_store_fails_nothing_is_acknowledged_and_then_all_is(
     await s3_desk.push(A)
     await s3_desk.push(B)
     assert await s3_desk.wal_in_store(B) == segment_content(B)
+
+
+@pytest.mark.parametrize("kind", ["403 AccessDenied", "500 InternalError"])
+async def test_of_uploads_that_failed_nothing_stays_in_memory(s3_desk: Desk, proxy: FaultProxy, kind: str) -> None:
+    """In an outage the files behind fail too: kept with their errors each would hold a segment for hours."""
+    names = list(itertools.islice(_names_from(A), 10))
+    s3_desk.ready(*names)
+    await s3_desk.archiver.pusher._ensure_archive(s3_desk.primary())
+    proxy.fail(kind)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            with pytest.raises(NotArchived):
+                await s3_desk.push(A)
+            await settled(s3_desk)
+            await until(lambda: contents_in_memory() == 0, deadline_s=5)
+    finally:
+        gc.enable()
+    proxy.heal()
+    for name in names:
+        await s3_desk.push(name)
+    assert s3_desk.push_counters.archived == len(names)
+
+
+def contents_in_memory() -> int:
+    return sum(isinstance(each, MemoryContent) for each in gc.get_objects())
 
 
 async def test_nothing_is_remembered_a_new_archive_gets_everything(

@@ -171,7 +171,8 @@ class World:
     async def kill(self) -> None:
         """The primary's archiver is killed, and started anew; what its threads do still happens."""
         for begun in self.primary.archiver.pusher._begun.values():
-            begun.task.cancel()
+            if begun.task is not None:
+                begun.task.cancel()
         flushed = self.primary.flushed
         self.primary = self.member(self.primary.wal.parent.name)
         self.primary.flushed = flushed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -70,3 +72,13 @@ async def test_no_more_are_kept_than_asked_for_and_none_for_ever(monkeypatch: py
     await until(lambda: len(running("many")) <= 3)
     await until(lambda: running("many") == [] and threads._kept == [])
     assert await threads.call(lambda: 9, deadline_s=DEADLINE_S) == 9
+
+
+async def test_a_kept_thread_keeps_nothing_of_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Large:
+        pass
+
+    monkeypatch.setattr(module, "KEPT_S", 10 * DEADLINE_S)
+    threads = Threads("empty-handed", kept_max=1)
+    gone = weakref.ref(await threads.call(Large, deadline_s=DEADLINE_S))
+    await until(lambda: len(threads._kept) == 1 and gc.collect() >= 0 and gone() is None)

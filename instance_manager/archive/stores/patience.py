@@ -16,6 +16,17 @@ T = TypeVar("T")
 _CHANCE = random.SystemRandom()
 
 
+def without_tracebacks(error: BaseException) -> None:
+    """A traceback holds on to what its calls worked with, such as a whole segment, and often on itself: for the text of an error that is enough."""
+    waiting, seen = [error], set[int]()
+    while waiting:
+        each = waiting.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            each.__traceback__ = None
+            waiting += [linked for linked in (each.__cause__, each.__context__) if linked is not None]
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How often and how long. Pauses are drawn evenly from 0 to a bound that doubles, so that many do not come at once."""
@@ -34,7 +45,8 @@ class Patience:
             left_s = end_s - monotonic_s()
             try:
                 return await attempt(max(0.001, min(self.attempt_s, left_s)))
-            except (StoreUnreachable, ContentDamaged):
+            except (StoreUnreachable, ContentDamaged) as error:
+                without_tracebacks(error)
                 pause_s = _CHANCE.uniform(0, bound_s)
                 if number == self.attempts_max or monotonic_s() + pause_s >= end_s:
                     raise
