@@ -18,7 +18,7 @@ sys.path[:0] = [str(TESTS / folder) for folder in ("postgres", "archive")]
 
 from certificates import make_certificate  # noqa: E402
 from measure import CpuMeter, adopt_orphans  # noqa: E402
-from peers import BarmanCloud, Nothing, Ours, Peer, PgBackRest, Store  # noqa: E402
+from peers import REPLAYED_MAX, BarmanCloud, Moved, Nothing, Ours, Peer, PgBackRest, Store  # noqa: E402
 from runs import archive, replay, stand_in  # noqa: E402
 from wal_source import WalSource, emptied, wal_source  # noqa: E402
 
@@ -29,6 +29,8 @@ Results = dict[str, dict[str, list[float]]]
 def peer_of(name: str, store: Store, parallel: int, work: Path) -> Peer:
     if name == "nothing":
         return Nothing()
+    if name == "mv":
+        return Moved(work)
     kinds = {"ours": Ours, "pgbackrest": PgBackRest, "barman": BarmanCloud}
     made: Peer = kinds[name](store, parallel, work)
     return made
@@ -63,8 +65,9 @@ async def measured(
         if done.peak_mib is not None:
             found["peak MiB"] = done.peak_mib
         if not arguments.no_replay:
-            is_nothing = isinstance(peer, Nothing)
-            found["replay s"] = await replay(source, min(count, 100), peer, meter, root, from_pg_wal=is_nothing)
+            from_pg_wal = type(peer) is Nothing
+            count = min(count, REPLAYED_MAX)
+            found["replay s"] = await replay(source, count, peer, meter, root, from_pg_wal=from_pg_wal)
     finally:
         peer.close()
         meter.reap()
@@ -104,7 +107,7 @@ def main() -> None:
     parser.add_argument("--store", choices=["s3", "directory"], default="s3")
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("--parallel", type=int, default=4)
-    parser.add_argument("--peers", nargs="+", default=["nothing", "ours", "pgbackrest", "barman"])
+    parser.add_argument("--peers", nargs="+", default=["nothing", "mv", "ours", "pgbackrest", "barman"])
     parser.add_argument("--no-replay", action="store_true")
     parser.add_argument("--root", type=Path, default=DEFAULT_ROOT)
     parser.add_argument("--json", type=Path)

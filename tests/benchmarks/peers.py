@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ BUCKET = "benchmark"
 REGION = "us-east-1"
 KEY_ID, SECRET = "testing", "testing-secret"
 PREFETCH_BYTES = 128 << 20
+REPLAYED_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,28 @@ class Nothing:
 
     def close(self) -> None:
         return
+
+
+@dataclass
+class Moved(Nothing):
+    """Replay of segments that lie decompressed on the same file system, moved by mv: less than that no restore_command costs."""
+
+    work: Path
+    name = "(mv)"
+
+    async def begin(self, server: PostgresProcess, system_identifier: int) -> None:
+        self._source = server
+
+    async def begin_restore(self, server: PostgresProcess, system_identifier: int) -> None:
+        self._place = self.work / "moved"
+        self._place.mkdir()
+        segments = [str(path) for path in (self._source.data / "pg_wal").iterdir() if len(path.name) == 24]
+        for argv in (["cp", "-a", *sorted(segments)[: REPLAYED_MAX + 20], str(self._place)], ["sync"]):
+            await asyncio.to_thread(subprocess.run, argv, check=True)
+        server.own(self._place)
+
+    def restore_command(self) -> str:
+        return f'mv {self._place}/%f "%p"'
 
 
 def reachable(source: Path, place: Path) -> Path:
