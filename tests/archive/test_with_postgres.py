@@ -36,8 +36,11 @@ async def test_what_postgres_archived_is_what_recovery_gets_back(cluster: Cluste
     with archiving(server, section) as made:
         copy = await cold_copy(cluster, server)
         system = await prepared(cluster, made)
+        assert made.process is not None
+        made.process.send_signal(signal.SIGSTOP)  # so that more than one file waits
         for number in range(12):
             await insert(server, number * 3000, 3000)
+        made.process.send_signal(signal.SIGCONT)
         await all_archived(server)
         status = made.status()
         assert (await server.fetchval("SELECT failed_count FROM pg_stat_archiver"), status["push"]["refused"]) == (0, 0)
