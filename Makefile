@@ -92,6 +92,7 @@ benchmark-archive: system $(VENV)/.made-for-tests
 	@tests/install-system.sh "$(PYTHON)" benchmark
 	$(VENV)/bin/python tests/benchmarks/archive_benchmark.py $(BENCHMARK_OPTIONS)
 	$(VENV)/bin/python tests/benchmarks/backlog_benchmark.py
+	$(VENV)/bin/python tests/benchmarks/lease_benchmark.py
 
 drill: $(VENV)/.made
 	@tests/install-system.sh "$(PYTHON)" drill
