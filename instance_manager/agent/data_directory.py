@@ -111,6 +111,10 @@ class DataDirectory:
             return None
         return end
 
+    async def require_source(self, host: str, port: int, system_identifier: str, timeline: Timeline) -> None:
+        """Whoever is copied from is there to be copied from. LocalPostgresError: why not."""
+        await self._postgres.require_source(host, port, int(system_identifier), timeline)
+
     async def clone(self, host: str, port: int, system_identifier: str, on_progress: Callable[[str], None]) -> None:
         await self._postgres.clone(host, port, int(system_identifier), on_progress)
         await self._refresh_report()

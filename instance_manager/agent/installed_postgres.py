@@ -228,6 +228,9 @@ class InstalledPostgres:
         end = await promotion.shutdown_end(self._server, control, chain, deadline_s=SHUTDOWN_END_DEADLINE_S)
         return end.reason if isinstance(end, promotion.NotHandedOver) else end
 
+    async def require_source(self, host: str, port: int, system_identifier: int, timeline: Timeline) -> None:
+        await rewind.require_ready(self._files.source(host, port), system_identifier, timeline)
+
     async def clone(self, host: str, port: int, system_identifier: int, on_progress: Callable[[str], None]) -> None:
         await asyncio.to_thread(directory.remove_leftovers, self._server)
 

@@ -159,6 +159,10 @@ class LocalPostgres(Protocol):
         """See `postgres.promotion.shutdown_end`; a reason where it is no clean end (P12)."""
         ...
 
+    async def require_source(self, host: str, port: int, system_identifier: int, timeline: Timeline) -> None:
+        """A primary of this system answers there, and has checkpointed on `timeline`. LocalPostgresError: why not."""
+        ...
+
     async def clone(self, host: str, port: int, system_identifier: int, on_progress: Callable[[str], None]) -> None: ...
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> str:

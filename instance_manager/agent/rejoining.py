@@ -258,6 +258,12 @@ class Rejoining:
         c = self._c
         source = self._serving_primary(record)
         member = self._member(source)
+        if rejoin is not Rejoin.CLONE:
+            # What a peer last said of itself may be old: this may be the only copy that is left of the data. A primary
+            # that is not there counts for no failed rewind either.
+            await c.database.directory.require_source(
+                member.host, member.postgres_port, record.system_identifier or "", chain.current
+            )
         # What was read for the plan may be old by now: looking at a directory on a slow disk takes its time.
         await c.keeper.read()
         # Where there is no directory there is no log to be kept for an election.

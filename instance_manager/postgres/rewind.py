@@ -82,7 +82,7 @@ async def rewind(
     control = await read_control_data(server)
     if not control.can_be_rewound:
         raise DirectoryRefused(f"{server.data_directory} has neither checksums nor wal_log_hints: clone it")
-    await _require_ready(source, control.system_identifier, timeline)
+    await require_ready(source, control.system_identifier, timeline)
     marker = await asyncio.to_thread(write_rewind_marker, server, f"{source.host}:{source.port}")
     # pg_rewind runs the server in single-user mode where it was not shut down; that refuses a standby's directory.
     await asyncio.to_thread(_remove_signals, server)
@@ -123,8 +123,12 @@ def _finish(server: LocalServer, not_needed: bool) -> None:
     remove_rewind_marker(server)
 
 
-async def _require_ready(source: SourceServer, system_identifier: int, timeline: Timeline) -> None:
-    """Before its first checkpoint on the new timeline a source's pg_control makes pg_rewind say "not needed", wrongly."""
+async def require_ready(source: SourceServer, system_identifier: int, timeline: Timeline) -> None:
+    """It is a primary of this system, and has checkpointed on `timeline`: before its first checkpoint there a source's
+    pg_control makes pg_rewind say "not needed", wrongly.
+
+    SourceNotReady; DirectoryRefused: it is of another system.
+    """
     deadline_s = 10.0
     try:
         password = await asyncio.to_thread(read_passfile, source.passfile, user=source.user)

@@ -187,6 +187,15 @@ class FakeDatabase:
     async def shutdown_end(self, chain: TimelineChain | None) -> WalEnd | None:
         return self.at
 
+    async def require_source(self, host: str, port: int, system_identifier: str, timeline: Timeline) -> None:
+        await self._do("require source")
+
+    async def rewind(self, host: str, port: int, timeline: Timeline) -> None:
+        await self._do("rewind")
+
+    async def set_aside(self) -> None:
+        await self._do("set aside")
+
     async def clone(self, host: str, port: int, system_identifier: str, on_progress: Callable[[str], None]) -> None:
         await self._do("clone")
 

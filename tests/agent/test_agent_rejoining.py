@@ -21,6 +21,7 @@ from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, Timeline
 from instance_manager.core.voting import VolumeState
+from instance_manager.postgres.rewind import SourceNotReady
 
 
 class Standby(Instance):
@@ -218,3 +219,30 @@ async def test_r6_a_voter_with_a_directory_is_neither_rewound_nor_cloned(tmp_pat
         with pytest.raises(OperationFailed, match="the primary drops it first"):
             await a.rejoining.rejoin("Postgres does not run here")
         assert a.events == []
+
+
+@pytest.mark.parametrize("failed_rewinds", [0, 3])
+async def test_r6_the_last_copy_is_not_given_up_for_a_primary_that_is_not_there(
+    tmp_path: Path, failed_rewinds: int
+) -> None:
+    """Seed 1008020: the primary had lost its directory and was believed to serve: three rewinds met nobody, and the only data
+    that was left was set aside."""
+
+    async def refused() -> None:
+        raise SourceNotReady("p:5432: connection refused")
+
+    async with Standby(tmp_path, record(voters=frozenset({B}))) as a:
+        a.knows("p")
+        a.database.running = False
+        a.database.at = end(300, timeline=1)
+        a.rejoining.failed_rewinds = failed_rewinds
+        a.database.on["require source"] = refused
+        for _ in range(4):
+            with pytest.raises(SourceNotReady):
+                await a.rejoining.rejoin("Postgres does not run here")
+        assert a.events == []
+        assert a.volume.state.member_id == A
+        del a.database.on["require source"]
+        await a.rejoining.rejoin("Postgres does not run here")
+        done = ["set aside", "clone"] if failed_rewinds else ["rewind"]
+        assert a.events == ["require source", "volume", *done, "volume"]

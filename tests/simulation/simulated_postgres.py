@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simulated_recovery import OUR_RESTORE_COMMAND
-from simulated_rejoin import clone, rewind
+from simulated_rejoin import clone, ready_source, rewind
 from simulated_running import ASKS_AGAIN_S, Access, Instance, SimulatedRunning
 from simulated_server import PostgresServer
 from simulated_volume import HOT_STANDBY, DataDirectory
@@ -349,6 +349,9 @@ class SimulatedPostgres:
         before = WalEnd(control.timeline, control.checkpoint_lsn)
         end = end_along(self._access.data().log, before, chain)
         return end if end.lsn > control.checkpoint_lsn else f"no record at the checkpoint {before} of pg_control"
+
+    async def require_source(self, host: str, port: int, system_identifier: int, timeline: Timeline) -> None:
+        await ready_source(self._access, host, port, system_identifier, timeline)
 
     async def clone(self, host: str, port: int, system_identifier: int, on_progress: Callable[[str], None]) -> None:
         await clone(self._access, host, port, system_identifier, on_progress)

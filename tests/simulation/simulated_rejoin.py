@@ -105,6 +105,23 @@ async def clone(
     volume.rewind_attempts = 0
 
 
+async def ready_source(
+    access: Access, host: str, port: int, system_identifier: int, timeline: Timeline
+) -> PostgresServer:
+    """`postgres.rewind.require_ready`."""
+    try:
+        server = await Source(access, host).connected(SOURCE_DEADLINE_S)
+    except ConnectionRefusedError as error:
+        raise SourceNotReady(f"{host}:{port}: connection refused") from error
+    if server is None:
+        raise SourceNotReady(f"{host}:{port}: no answer within {SOURCE_DEADLINE_S:g} s")
+    if server.data.system_identifier != system_identifier:
+        raise DirectoryRefused(f"{host}:{port} is of another system")
+    if server.in_recovery or server.data.timeline != timeline:
+        raise SourceNotReady(f"{host}:{port} has not checkpointed on {timeline}")
+    return server
+
+
 async def rewind(access: Access, host: str, port: int, timeline: Timeline) -> RewindOutcome:
     """`postgres.rewind.rewind`. Afterwards recovery must reach where the source was at the end, and WAL may lack."""
     volume = access.volume
@@ -113,16 +130,7 @@ async def rewind(access: Access, host: str, port: int, timeline: Timeline) -> Re
     if data is None or volume.foreign:
         raise DirectoryRefused("there is no data directory")
     source = Source(access, host)
-    try:
-        server = await source.connected(SOURCE_DEADLINE_S)
-    except ConnectionRefusedError as error:
-        raise SourceNotReady(f"{host}:{port}: connection refused") from error
-    if server is None:
-        raise SourceNotReady(f"{host}:{port}: no answer within {SOURCE_DEADLINE_S:g} s")
-    if server.data.system_identifier != data.system_identifier:
-        raise DirectoryRefused(f"{host}:{port} is of another system")
-    if server.in_recovery or server.data.timeline != timeline:
-        raise SourceNotReady(f"{host}:{port} has not checkpointed on {timeline}")
+    server = await ready_source(access, host, port, data.system_identifier, timeline)
     await access.write_file()
     volume.rewind_attempts += 1
     attempts = volume.rewind_attempts
