@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from archive_harness import QUICK, Desk
@@ -36,7 +36,7 @@ from instance_manager.archive.backup.verify import verify_backup
 from instance_manager.archive.content import MemoryContent
 from instance_manager.archive.lineage import Lineage
 from instance_manager.codec import to_json
-from instance_manager.ports import ObjectExists
+from instance_manager.ports import Content, ObjectExists, ObjectStore, StoreRefused
 from instance_manager.postgres.server import LocalServer
 
 pytestmark = pytest.mark.timeout(240)
@@ -119,6 +119,47 @@ async def test_a_backup_that_fails_leaves_nothing_and_one_that_is_cancelled_neit
         with pytest.raises(BackupFailed, match="deleted while it was taken"):
             await running
         assert [name for name in await objects(store) if "/base/" in name or "/backups/" in name] == []
+        server.kill()
+
+
+class LandsLate:
+    """A store that has one tar on its way when another fails: what is sent comes there, whoever waits for it."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._failed = asyncio.Event()
+        self.landed = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def create(self, name: str, content: Content, **options: Any) -> None:
+        if "/data_0001" in name:
+            asyncio.get_running_loop().call_later(0.3, self._failed.set)
+            raise StoreRefused("no room")
+        if "/data.tar" in name:
+            await asyncio.shield(asyncio.create_task(self._land(name)))
+        else:
+            await self._store.create(name, content, **options)
+
+    async def _land(self, name: str) -> None:
+        await self._failed.wait()
+        await self._store.create(name, MemoryContent.of(b"late"), deadline_s=10)
+        self.landed.set()
+
+
+async def test_what_was_on_its_way_when_a_backup_failed_is_cleaned_up_too(
+    cluster: Cluster, directory_section: dict[str, Any]
+) -> None:
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        late = LandsLate(store)
+        with pytest.raises(BackupFailed, match="no room"):
+            await take(made, cast(ObjectStore, late), split_bytes=4 << 20, patience=QUICK)
+        async with asyncio.timeout(10):
+            await late.landed.wait()
+        assert await objects(store, "orders/base/") == []
         server.kill()
 
 

@@ -11,7 +11,7 @@ import asyncio
 import datetime
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ from instance_manager.postgres.sql import Session, session
 log = logging.getLogger("instance_manager.archive.backup")
 
 SMALL_DEADLINE_S = 30.0
+LANDING_S = 10.0
+"""What a backup that ends waits for the last objects on their way; a store that hangs for longer leaves what no backup names."""
 _START_LINE = re.compile(r"START WAL LOCATION: ([0-9A-F]+/[0-9A-F]+) \(file [0-9A-F]{24}\)")
 _TIMELINE_LINE = re.compile(r"START TIMELINE: (\d+)")
 _FACTS = """
@@ -330,13 +332,26 @@ class _Backup:
     async def _create(self, object_name: str, content: Content) -> None:
         async def attempt(deadline_s: float) -> None:
             try:
-                await self._store.create(object_name, content, deadline_s=deadline_s)
+                await self._landed(self._store.create(object_name, content, deadline_s=deadline_s))
             except ObjectExists:
                 # The id is ours alone, so this is an attempt of which no answer came: of a file that lives, another content.
                 await self._store.delete(object_name, deadline_s=SMALL_DEADLINE_S)
-                await self._store.create(object_name, content, deadline_s=deadline_s)
+                await self._landed(self._store.create(object_name, content, deadline_s=deadline_s))
 
         await self._settings.patience.call(attempt)
+
+    async def _landed(self, creating: Coroutine[None, None, None]) -> None:
+        """The store's thread cannot be cancelled: what it has sent comes there before anything is cleaned up."""
+        task = asyncio.ensure_future(creating)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._flow.abort()
+            await asyncio.wait({task}, timeout=LANDING_S)
+            if task.done() and not task.cancelled():
+                task.exception()  # so that asyncio does not report it
+            task.cancel()
+            raise
 
     @asynccontextmanager
     async def _watched(self) -> AsyncIterator[None]:
