@@ -110,6 +110,7 @@ class PrimaryDuties:
         facts = await c.database.directory.stopped_facts(record.chain)
         if facts.half_rewound or facts.end is None or record.chain is None:
             raise OperationFailed("the data directory cannot be started as a primary: its log's end is not known")
+        chain, record = record.chain, await self.writes.unrelaxed(record)
         ends = await self.ask_ends(record)
         same_boot = c.volume.state.wrote_in_boot == c.boot_id
         why_not = judge_restart(
@@ -129,8 +130,8 @@ class PrimaryDuties:
         grounds = record.grounds()
         # First: whatever becomes of the write, this epoch is never used again (R3).
         await c.volume.save(lambda state: state.seen(Epoch(highest + 1)))
-        begun = record.chain.current in facts.histories
-        along = facts.recovers_along == record.chain.current
+        begun = chain.current in facts.histories
+        along = facts.recovers_along == chain.current
         end = facts.end
 
         def change(current: ClusterRecord) -> ClusterRecord:

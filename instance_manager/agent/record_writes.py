@@ -34,6 +34,21 @@ class RecordWrites:
         await c.volume.save(lambda state: state.writing(stored.record, None))
         return stored.record
 
+    async def unrelaxed(self, record: ClusterRecord) -> ClusterRecord:
+        """The record by which a restart is judged: with a q that was being lowered when this holder ended as it was before,
+        so that its voters are asked, and can be elected if this disk lost what they hold (R16)."""
+        c = self._c
+        strict = c.volume.state.unrelaxed(record)
+        if strict is None:
+            return record
+        voters, quorum = strict.voters, strict.quorum
+        stored = await c.keeper.write(
+            lambda current: replace(current, voters=voters, quorum=quorum), grounds=record.grounds()
+        )
+        await c.volume.save(lambda state: state.writing(stored.record, None))
+        c.journal.note("quorum", f"q is {quorum} again: Postgres was never told to stop waiting")
+        return stored.record
+
     def _still_held(self, current: ClusterRecord, record: ClusterRecord) -> ClusterRecord:
         """`current`, if this life holds it in the epoch of `record`. WriteRefused."""
         if current.holder is None or current.holder != self._c.holder or current.epoch != record.epoch:

@@ -75,6 +75,8 @@ def plan_rejoin(record: ClusterRecord, facts: DirectoryFacts, *, chain: Timeline
             "move it away by hand",
         )
     plan = _plan_for_own_directory(facts, chain)
+    if plan.rejoin is Rejoin.REWIND and facts.failed_rewinds >= MAXIMUM_REWINDS:
+        plan = RejoinPlan(Rejoin.SET_ASIDE_AND_CLONE, f"{facts.failed_rewinds} rewinds failed")
     votes = record.needs_vote_of(facts.member_id)
     if facts.excluded and votes and not facts.half_rewound and facts.end is not None and chain.contains(facts.end):
         # Else the primary could not come back to drop it: it asks every voter for the end of its log (R16).
@@ -87,8 +89,6 @@ def plan_rejoin(record: ClusterRecord, facts: DirectoryFacts, *, chain: Timeline
 def _plan_for_own_directory(facts: DirectoryFacts, chain: TimelineChain) -> RejoinPlan:
     if facts.excluded:
         return RejoinPlan(Rejoin.SET_ASIDE_AND_CLONE, "it was given up by a failover that allowed data loss (R15)")
-    if facts.half_rewound and facts.failed_rewinds >= MAXIMUM_REWINDS:
-        return RejoinPlan(Rejoin.SET_ASIDE_AND_CLONE, f"{facts.failed_rewinds} rewinds failed")
     if facts.half_rewound:
         return RejoinPlan(Rejoin.REWIND, "a rewind was interrupted: the directory must not be started")
     if facts.needs is not None and chain.contains(facts.needs):
@@ -100,8 +100,6 @@ def _plan_for_own_directory(facts: DirectoryFacts, chain: TimelineChain) -> Rejo
         return RejoinPlan(Rejoin.REWIND, "the end of its log cannot be told")
     if chain.contains(facts.end):
         return RejoinPlan(Rejoin.FOLLOW, f"its log ends at {facts.end}, which the cluster's history contains")
-    if facts.failed_rewinds >= MAXIMUM_REWINDS:
-        return RejoinPlan(Rejoin.SET_ASIDE_AND_CLONE, f"{facts.failed_rewinds} rewinds failed")
     return RejoinPlan(
         Rejoin.REWIND, f"its log ends at {facts.end}, past the cluster's history (timeline {chain.current})"
     )

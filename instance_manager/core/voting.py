@@ -124,6 +124,18 @@ class VolumeState:
         known = {(each.voters, each.quorum) for each in (own, self.intended_record) if each is not None}
         return (record.voters, record.quorum) not in known
 
+    def unrelaxed(self, record: ClusterRecord) -> ClusterRecord | None:
+        """`record` with the N and q by which commits went on to wait, if this holder ended amid lowering q to 0; None otherwise.
+
+        Postgres stops waiting only after the lower q is known to be recorded and is noted here. So what was acknowledged is
+        on others, and a restart by the q of 0 would ask none of them (R16).
+        """
+        own = self.last_record
+        if own is None or own.holder is None or record.holder is None or record.quorum > 0:
+            return None
+        same = (own.epoch, own.mode, own.holder.member_id) == (record.epoch, record.mode, record.holder.member_id)
+        return replace(record, voters=own.voters, quorum=own.quorum) if same and own.quorum > 0 else None
+
     def may_follow(self, record: ClusterRecord) -> bool:
         """A record's holder may be followed unless a later epoch was promised."""
         return record.holder is not None and record.epoch >= self.promised_epoch

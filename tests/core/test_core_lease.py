@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -191,6 +192,17 @@ def test_r16_a_restarted_holder_asks_as_many_voters_as_an_election_needs() -> No
     assert judge_restart(record(quorum=2), end(200), {A: end(200)}) is None
     assert judge_restart(record(voters=ids("a")), end(200), {B: end(200)}) is not None, "only voters count"
     assert judge_restart(record(quorum=0), end(200), {}) is None, "nobody else holds what it acknowledged"
+
+
+def test_r16_a_q_of_0_that_the_holder_has_not_noted_is_not_the_one_that_commits_waited_by() -> None:
+    """Its note comes before Postgres is told, so without it Postgres still waits."""
+    recorded = record(voters=frozenset(), quorum=0, renewals=9)
+    lowering = volume(last_record=record(), intended_record=recorded)
+    assert lowering.unrelaxed(recorded) == replace(recorded, voters=record().voters, quorum=1)
+    assert lowering.unrelaxed(record()) is None, "the write never came there"
+    assert volume(last_record=recorded).unrelaxed(recorded) is None, "it was noted"
+    assert lowering.unrelaxed(replace(recorded, epoch=Epoch(6))) is None, "another takeover's"
+    assert lowering.unrelaxed(replace(recorded, mode="asynchronous")) is None, "R8"
 
 
 def test_r4_a_release_is_a_stamp_with_epoch_and_end_of_the_log() -> None:

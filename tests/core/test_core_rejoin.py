@@ -37,6 +37,7 @@ def plan(of: ClusterRecord | None = None, **changes: Any) -> RejoinPlan:
         ({"end": None}, Rejoin.REWIND),
         ({"half_rewound": True}, Rejoin.REWIND),
         ({"half_rewound": True, "failed_rewinds": 3}, Rejoin.SET_ASIDE_AND_CLONE),
+        ({"end": None, "failed_rewinds": 3}, Rejoin.SET_ASIDE_AND_CLONE),
         ({"end": end(101, timeline=1), "failed_rewinds": 3}, Rejoin.SET_ASIDE_AND_CLONE),
         ({"exists": False}, Rejoin.CLONE),
         ({"excluded": True}, Rejoin.SET_ASIDE_AND_CLONE),

@@ -133,6 +133,27 @@ def test_r13_a_winner_that_cannot_open_gives_the_lease_back_promote_timeout_afte
         until(cluster, lambda: another_serves(cluster, former), 30)
 
 
+def test_r16_a_holder_that_ended_amid_lowering_q_to_0_is_judged_by_the_q_that_commits_waited_by() -> None:
+    """Seed 1010299: the lower q was recorded and Postgres not told of it; its disk lost what the standby held, and nobody asked."""
+    with whole_cluster(instances=2) as cluster:
+        primary = primary_of(cluster)
+        standby = next(each for each in cluster.instances.values() if each is not primary)
+        standby.crash()
+        until(cluster, lambda: record_of(cluster).quorum == 0, 20, look_s=0.0002)
+        agent = primary.agent
+        assert agent is not None
+        last = agent.context.volume.state.last_record
+        assert last is not None
+        assert last.quorum == 1, "the answer has not reached it"
+        primary.lose_power()
+        primary.volume.lose_flushed_tail(3)
+        primary.start()
+        cluster.world.run(cluster.world.now_s + 10)
+        assert (record_of(cluster).quorum, record_of(cluster).epoch) == (1, last.epoch), "it waits for the standby"
+        standby.start()
+        until(cluster, lambda: another_serves(cluster, primary), 40)
+
+
 def test_a_start_that_a_held_up_supervisor_has_not_answered_keeps_the_directory_for_itself() -> None:
     """Seed 1001740: it was given up, and happened amid a rewind. Here a second start would be refused."""
     with whole_cluster() as cluster:
