@@ -1,4 +1,7 @@
-"""The real vip-manager, unmodified, on a cluster of ours. Debian's does not know Patroni's API: `VIP_MANAGER` names one that does."""
+"""The real vip-manager, unmodified, on a cluster of ours: VIP_MANAGER=PROGRAM pytest tests/cluster/vip_manager_program.py
+
+Debian's does not know Patroni's API, and the module of one that does cannot be had from Go's proxy: it is built by hand.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,9 @@ MOVES_WITHIN_S = 5.0
 
 def vip_manager() -> str:
     found = os.environ.get("VIP_MANAGER") or shutil.which("vip-manager")
-    if found is None:
-        pytest.skip(
-            "no vip-manager here: build one (its module cannot be had from Go's proxy) and name it in VIP_MANAGER"
-        )
+    assert found is not None, "name one in VIP_MANAGER"
     told = subprocess.run([found, "--help"], capture_output=True, text=True, timeout=20, check=False)
-    if "patroni" not in told.stdout + told.stderr:
-        pytest.skip(f"{found} does not know --dcs-type patroni")
+    assert "patroni" in told.stdout + told.stderr, f"{found} does not know --dcs-type patroni"
     return found
 
 
