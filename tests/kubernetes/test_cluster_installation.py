@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -55,7 +56,14 @@ def test_the_services_lead_to_the_primary_and_to_the_standbys(cluster: Kubernete
     standbys = sorted(set(cluster.names) - {primary})
     where = "SELECT split_part(current_setting('cluster_name'), '_', 1), pg_is_in_recovery()"
     wait_for(lambda: cluster.psql(where) == f"{primary}|f", 10, "pg-rw leads to the primary")
-    assert cluster.psql(where, host=f"{CLUSTER}-ro") in [f"{name}|t" for name in standbys]
+
+    def found() -> str | None:
+        # Until the first standby is ready the name has no address.
+        with contextlib.suppress(AssertionError):
+            return cluster.psql(where, host=f"{CLUSTER}-ro")
+        return None
+
+    assert wait_for(found, 10, "pg-ro leads somewhere") in [f"{name}|t" for name in standbys]
     assert cluster.psql("SELECT 1", host=f"{CLUSTER}-r") == "1"
 
 
