@@ -231,14 +231,13 @@ async def test_a_write_that_began_and_did_not_answer_is_unknown_and_may_land_lat
 
     monkeypatch.setattr(os, "rename", stalled_rename)
     with pytest.raises(OutcomeUnknown):
-        await store.replace(renewal(RECORD), version=created.version, deadline_s=0.1)
+        await store.replace(renewal(RECORD), version=created.version, deadline_s=1.0)
     other = LocalCoordination(directory, locks)
     assert await other.read(deadline_s=2) == created
     go_on.set()
-    await asyncio.sleep(0.2)
-    landed = await other.read(deadline_s=2)
-    assert landed is not None
-    assert landed.record.renewals == 1
+    async with asyncio.timeout(10):
+        while (landed := await other.read(deadline_s=2)) is None or landed.record.renewals != 1:
+            await asyncio.sleep(0.01)
     # R1: a conditional write of our own on what we saw could not have succeeded beside it.
     with pytest.raises(Conflict):
         await other.replace(RECORD, version=created.version, deadline_s=2)
