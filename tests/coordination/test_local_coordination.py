@@ -222,12 +222,13 @@ async def test_a_write_that_began_and_did_not_answer_is_unknown_and_may_land_lat
     store: LocalCoordination, directory: Path, locks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     created = await store.create(RECORD, deadline_s=2)
-    go_on = threading.Event()
+    go_on, renamed = threading.Event(), threading.Event()
     real_rename = os.rename
 
     def stalled_rename(*arguments: Any, **keywords: Any) -> None:
         go_on.wait(5)
         real_rename(*arguments, **keywords)
+        renamed.set()
 
     monkeypatch.setattr(os, "rename", stalled_rename)
     with pytest.raises(OutcomeUnknown):
@@ -235,9 +236,10 @@ async def test_a_write_that_began_and_did_not_answer_is_unknown_and_may_land_lat
     other = LocalCoordination(directory, locks)
     assert await other.read(deadline_s=2) == created
     go_on.set()
-    async with asyncio.timeout(10):
-        while (landed := await other.read(deadline_s=2)) is None or landed.record.renewals != 1:
-            await asyncio.sleep(0.01)
+    assert await asyncio.to_thread(renamed.wait, 10)
+    landed = await other.read(deadline_s=2)
+    assert landed is not None
+    assert landed.record.renewals == 1
     # R1: a conditional write of our own on what we saw could not have succeeded beside it.
     with pytest.raises(Conflict):
         await other.replace(RECORD, version=created.version, deadline_s=2)
