@@ -122,6 +122,7 @@ class Agent:
         self.peer_service = PeerService(self)
         self._operation: asyncio.Task[None] | None = None
         self._operation_act = ""
+        self._reloads: set[asyncio.Task[str]] = set()
         self._not_before_s: dict[str, float] = {}
         self._left = asyncio.Event()
         self._last_tick_s = context.clock.now_s()
@@ -290,7 +291,10 @@ class Agent:
         c.health.expect_sql(c.database.running_read_write)
         if c.link.reload_asked:
             c.link.reload_asked = False
-            task = asyncio.ensure_future(self.reload())
+            task = asyncio.create_task(self.reload())
+            # The loop itself keeps no task.
+            self._reloads.add(task)
+            task.add_done_callback(self._reloads.discard)
             task.add_done_callback(_log_outcome)
 
     # Acting.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
@@ -22,6 +23,7 @@ from instance_manager.core.lease import (
 from instance_manager.core.quorum import (
     ALONE,
     NOBODY,
+    QuorumStep,
     RecordBehindBarrier,
     RecordVoters,
     SetSynchronous,
@@ -39,6 +41,8 @@ from instance_manager.postgres.synchronous import BarrierNotPassed
 
 SWITCHOVER_MAXIMUM_LAG_BYTES = 16 * 1024 * 1024
 BARRIER_DEADLINE_S = 5.0
+OVERTAKEN_LOOK_S = 0.2
+"""How often it is asked, while a barrier is waited for, whether the step that needs it is still the next one."""
 GATE_DEADLINE_S = 2.0
 
 
@@ -287,14 +291,7 @@ class PrimaryDuties:
         if self._mode_changed_s is not None and not asynchronous and c.clock.now_s() - self._mode_changed_s < wait_s:
             self.quorum_state = "waiting one lease duration after the change to synchronous (R8)"
             return
-        wanted = self._wanted(record)
-        step = next_step(
-            voters=frozenset() if asynchronous else record.voters,
-            quorum=record.quorum,
-            synchronous=c.synchronous,
-            confirmed=c.synchronous_confirmed,
-            wanted=wanted,
-        )
+        step = self._next_step(record)
         if isinstance(step, Settled):
             self.quorum_state, self.is_settled = step.reason, True
             return
@@ -308,12 +305,37 @@ class PrimaryDuties:
             c.synchronous, c.synchronous_confirmed = step.synchronous, False
             await c.database.set_synchronous(step.synchronous)
             c.synchronous_confirmed = True
-        elif isinstance(step, RecordBehindBarrier):
-            if record.chain is None:
-                raise OperationFailed("the record knows no timeline")
-            await c.database.barrier(record.chain.current, deadline_s=BARRIER_DEADLINE_S)
+        elif isinstance(step, RecordBehindBarrier) and await self._passes_barrier_for(step, record):
             await self._record_voters(record, step.voters, step.quorum)
         c.wake.set()
+
+    def _next_step(self, record: ClusterRecord) -> QuorumStep:
+        c = self._c
+        return next_step(
+            voters=frozenset() if c.configuration.cluster.durability == "asynchronous" else record.voters,
+            quorum=record.quorum,
+            synchronous=c.synchronous,
+            confirmed=c.synchronous_confirmed,
+            wanted=self._wanted(record),
+        )
+
+    async def _passes_barrier_for(self, step: RecordBehindBarrier, record: ClusterRecord) -> bool:
+        """False: another step is next by now, as when the standby that is waited for is lost as well. BarrierNotPassed."""
+        c = self._c
+        if record.chain is None:
+            raise OperationFailed("the record knows no timeline")
+        barrier = asyncio.create_task(c.database.barrier(record.chain.current, deadline_s=BARRIER_DEADLINE_S))
+        try:
+            while not barrier.done():
+                await asyncio.wait((barrier,), timeout=OVERTAKEN_LOOK_S)
+                if not barrier.done() and self._next_step(record) != step:
+                    c.journal.note("quorum", "the barrier is given up: another step is next by now")
+                    return False
+            barrier.result()
+        finally:
+            barrier.cancel()
+            await asyncio.gather(barrier, return_exceptions=True)
+        return True
 
     async def _record_members(self, record: ClusterRecord) -> None:
         """Asynchronous: N names who may take over by time, and whom an extension asks; q stays 0 (R7, R11)."""

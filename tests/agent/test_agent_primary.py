@@ -111,6 +111,27 @@ async def test_section_4_r3_a_lost_voter_is_dropped_from_postgres_behind_the_bar
         assert p.record.voters == {A}
 
 
+async def test_a_barrier_waits_no_longer_for_a_standby_that_is_lost_as_well(tmp_path: Path) -> None:
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    async with Primary(tmp_path, record()) as p:
+        await p.looks(2)
+        del p.database.senders[B]
+        await p.looks(0.5)
+        del p.database.senders[A]
+        await p.looks(2)
+        assert await p.serve() == ["synchronous"]
+        assert p.database.set == [SynchronousSet(1, frozenset({A}))]
+        p.database.on["barrier"] = never
+        waiting = asyncio.create_task(p.duties.serve())
+        await p.looks(1)
+        assert waiting.done()
+        assert p.record.voters == {A, B}
+        assert await p.serve() == ["volume", "record", "volume"]
+        assert p.record.quorum == 0
+
+
 async def test_section_4_q_is_raised_behind_the_barrier_only(tmp_path: Path) -> None:
     async with Primary(tmp_path, record(quorum=0)) as p:
         await p.looks(1.9)

@@ -191,7 +191,9 @@ def test_what_an_agent_that_died_had_written_and_not_reloaded_is_told_to_postgre
         processes.send([agent], signal.SIGKILL)
         eventually(cluster, lambda: psql(target, "SELECT 1").code == 0, within_s=20, what="clients are let in")
         eventually(cluster, lambda: psql(target, "SHOW work_mem").out == "7MB", within_s=20, what="the new value")
-        assert cluster.processes(name).postmaster == postmaster
+        found = cluster.processes(name).postmaster
+        assert found is not None
+        assert found.pid == postmaster.pid
         assert _restarts_told(cluster, name) == restarts + 1
     finally:
         rules.write_text(opened)
