@@ -67,7 +67,8 @@ class Slots:
         self.allowed: list[object] = []
         """What the archive's commands were allowed, in order."""
         self.disk_is_slow = False
-        self.access = Access.OPEN
+        self.access: Access | None = Access.OPEN
+        self.accesses_written: list[Access] = []
         self.replacing = asyncio.Event()
 
     async def write_files(self, synchronous: object, access: Access, *, standby: bool, upstream: object = None) -> None:
@@ -75,9 +76,10 @@ class Slots:
 
     async def write_access(self, access: Access) -> None:
         self.access = access
+        self.accesses_written.append(access)
 
-    async def lets_clients_in(self) -> bool:
-        return self.access is Access.OPEN
+    async def written_access(self) -> Access | None:
+        return self.access
 
     async def replace_static(self, _: object) -> tuple[str, ...]:
         await self.replacing.wait()
@@ -295,3 +297,15 @@ async def test_p8_a_reload_of_the_configuration_does_not_open_the_gate_of_a_prim
     server.slots.replacing.set()
     await asyncio.gather(reloading, starting, return_exceptions=True)
     assert server.slots.access is Access.CLOSED
+
+
+@pytest.mark.parametrize("access", [Access.OPEN, Access.CLOSED, None])
+async def test_p8_a_reload_brings_the_access_rules_of_the_gate_as_it_is(
+    server: Server, tmp_path: Path, access: Access | None
+) -> None:
+    """None: edited by somebody, and whether clients are in cannot be told."""
+    server.link.postgres = None
+    server.slots.access = access
+    server.slots.replacing.set()
+    await server.database.reload_configuration(configuration(tmp_path, "a"))
+    assert server.slots.accesses_written == ([access] if access is not None else [])
