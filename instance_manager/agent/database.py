@@ -316,8 +316,10 @@ class Database:
         if self._following is None or self._following[0] != upstream.holder:
             self._asked_s = self._clock.now_s()
         self._following = (upstream.holder, upstream.epoch)
-        # A winner that gave the Lease back has slots that nobody will stream through.
+        # A winner that gave the Lease back has slots that nobody will stream through, and a gate that it closed to promote.
         self._slots.of_pid = None
+        if await self._postgres.written_access() is Access.CLOSED:
+            await self.open_gate()
         self.look_soon()
 
     async def adopt(self, upstream: Upstream, *, promised: bool) -> None:

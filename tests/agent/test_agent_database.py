@@ -166,21 +166,29 @@ async def test_slots_are_looked_at_again_after_a_while(server: Server) -> None:
     assert server.slots.asked == [MEMBERS, MEMBERS]
 
 
-async def test_r13_a_winner_that_gave_the_lease_back_and_follows_has_no_slots(
+async def test_r13_a_winner_that_gave_the_lease_back_and_follows_has_no_slots_and_lets_readers_in(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It made them for its promotion, in the life of the server that goes on as a standby."""
+    """For its promotion it made slots and closed the gate, in the life of the server that goes on as a standby."""
 
     async def follow(*_: object, **__: object) -> None:
         return None
 
+    loaded: list[Access | None] = []
+
+    async def reload() -> None:
+        loaded.append(server.slots.access)
+
     monkeypatch.setattr(voting, "follow", follow)
+    monkeypatch.setattr(server.database, "_reload", reload)
     await server.database.prepare_slots(MEMBERS)
+    server.slots.access = Access.CLOSED
     await server.database.follow(Upstream(holder=B, epoch=Epoch(7), host="b", port=5432, member_id=A))
     await server.clock.sleep(SLOTS_INTERVAL_S)
     await server.database._look()
     await server.database._look()
     assert server.slots.asked == [MEMBERS, frozenset()]
+    assert loaded == [Access.OPEN]
 
 
 async def test_a_stop_that_the_supervisor_answers_late_is_carried_through(server: Server) -> None:
