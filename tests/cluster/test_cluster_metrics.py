@@ -32,6 +32,7 @@ MAY_BE_EMPTY = {
     "instance_manager_archive_": "there is no archive",
     "instance_manager_certificate_days_left": "there is no TLS",
     "instance_manager_collector_success": "no collector fails",
+    "instance_manager_decisions_total": "none changes while all is well",
 }
 
 
