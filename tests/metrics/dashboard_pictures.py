@@ -1,6 +1,6 @@
 """Pictures of every panel of deploy/monitoring/dashboard.json, from a real cluster by way of a real Prometheus; not by Grafana.
 
-    make dashboard-pictures                                       # writes docs/images/dashboard-*.png; about six minutes
+    make dashboard-pictures                                       # writes docs/images/dashboard-*.png; about five minutes
     python tests/metrics/dashboard_pictures.py --to DIRECTORY
 
 A cluster of three with TLS and an archive is under pgbench; a switchover is asked for, later the primary is killed
