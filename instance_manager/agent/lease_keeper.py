@@ -121,6 +121,7 @@ class LeaseKeeper:
         """Also at the start: a write of the agent before this one may still be under way (R1)."""
         self.last_error: str | None = None
         self.renewals = 0
+        self._told: tuple[object, ...] = ()
         self._judged: tuple[ClusterRecord | None, VolumeState, str | None] | None = None
 
     @property
@@ -217,7 +218,7 @@ class LeaseKeeper:
                 self._note_error(error)
             except WriteRefused:
                 pass
-            self._on_change()
+            self._tell_news()
             next_s = began_s + (self._timings.renew_interval_s if self.last_error is None else 0.25)
             await self._serve_requests_until(next_s)
 
@@ -240,7 +241,15 @@ class LeaseKeeper:
             await self._read()
         except CoordinationError as error:
             self._note_error(error)
-        self._on_change()
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        """Whoever decides is woken by what is new; how old it is he sees at his own pace."""
+        record = self.record
+        news = (record and record.without_renewals(), self._unreadable, self.last_error, self.unknown_write)
+        if news != self._told:
+            self._told = news
+            self._on_change()
 
     async def _beat(self) -> None:
         """Renew if this instance is the holder and healthy, else read."""
