@@ -205,6 +205,8 @@ class ServerFiles:
             instances=self._configuration.room_for_instances,
             parameters=self._configuration.postgres.parameters,
             archive_command=self._archive_command(),
+            summarize_wal=self._configuration.archive is not None
+            and self._configuration.archive.backup.needs_summaries,
             tls=self._server_tls(),
             log=CollectedLog(self._configuration.log_directory, LOG_FILENAME, FILE_BYTES),
         )

@@ -122,6 +122,16 @@ def test_the_users_value_beats_the_default_and_ours_beats_both() -> None:
     assert parse_settings(render_postgresql_conf(static(major=17)))["allow_alter_system"] == "off"
 
 
+def test_wal_is_summarized_where_incremental_backups_are_wanted_and_the_server_can() -> None:
+    def rendered(major: int, **changes: object) -> str | None:
+        return parse_settings(render_postgresql_conf(static(major=major, **changes))).get("summarize_wal")
+
+    assert rendered(17, summarize_wal=True) == "on"
+    assert rendered(17) is None
+    assert rendered(16, summarize_wal=True) is None
+    assert rendered(18, summarize_wal=True, parameters={"summarize_wal": False}) == "off"
+
+
 NAMES = st.from_regex(r"[a-z_][a-z0-9_]{0,20}(\.[a-z_][a-z0-9_]{0,20})?", fullmatch=True).filter(
     lambda name: not name.startswith("include")
 )
