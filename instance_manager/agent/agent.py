@@ -454,13 +454,17 @@ class Agent:
         return await self.reload_configuration()
 
     def renewal_facts(self) -> RenewalFacts:
-        """What cannot be started is not held on to: without voters only the Lease's end lets another take it."""
+        """What cannot be started is not held on to: without voters, and where the Lease is damaged, only its end lets another
+        take it (R3)."""
         c = self.context
         refusal = c.health.unhealthy()
         record = c.keeper.record
         known = record is not None and record.system_identifier is not None
-        if refusal is None and known and not c.database.running and not c.database.directory.is_startable:
-            refusal = "its data directory cannot be started"
+        if refusal is None and known and not c.database.running:
+            if not c.database.directory.is_startable:
+                refusal = "its data directory cannot be started"
+            elif (damage := c.keeper.view().damage) is not None:
+                refusal = f"Postgres does not run, and is not started by a Lease that is damaged: {damage}"
         running = c.link.postgres is not None and c.link.postgres.mode == "read_write"
         position = c.database.view().end if running else None
         return RenewalFacts(holder=c.holder, refusal=refusal, position=position, opened=c.gate_open)

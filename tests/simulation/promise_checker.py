@@ -153,7 +153,7 @@ class PromiseChecker:
         assert record.chain is not None
         cluster = self._cluster
         name = record.holder.name
-        data = cluster.instances[name].volume.data
+        data = cluster.directory_of(record.holder.member_id)
         assert data is not None, f"{name} took the Lease without a directory"
         log, switch = data.log, record.chain.switches[-1]
         prefix = frozenset(log.entries[: entries_before(switch.switch_lsn)])

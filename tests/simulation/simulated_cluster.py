@@ -241,14 +241,15 @@ class SimulatedCluster:
     def mount(self, instance: SimulatedInstance, volume: DataVolume, storage: SimulatedStorage) -> Undo:
         """Another volume in place of the right one, which is remembered as it was; what is returned mounts that again."""
         right, member = (instance.volume, instance.storage), self.member_at(instance)
-        if member is not None and instance.volume.data is not None:
-            self._destroyed[member] = instance.volume.data
+        data = instance.volume.data
+        if member is not None and data is not None:
+            self._destroyed[member] = data
         instance.mount(volume, storage)
 
         def undo() -> None:
             instance.mount(*right)
-            if member is not None:
-                self._destroyed.pop(member, None)
+            if member is not None and data is not None:
+                del self._destroyed[member]
 
         return undo
 
