@@ -21,7 +21,7 @@ from instance_manager.agent.health import Health
 from instance_manager.agent.peering import HEARTBEAT_S, EndAnswer, Peers, WatchAnswer
 from instance_manager.agent.postgres_port import Upstream
 from instance_manager.agent.standby_watch import Walsender
-from instance_manager.agent.supervisor_link import SupervisorLink
+from instance_manager.agent.supervisor_link import PostgresProcess, SupervisorLink
 from instance_manager.agent.volume import Volume, VolumeDirectory
 from instance_manager.codec import from_json, to_json
 from instance_manager.config import Configuration
@@ -85,6 +85,7 @@ class FakeDatabase:
         self.set: list[SynchronousSet] = []
         self.recovery_says: list[str] = []
         self.exists = True
+        self.is_startable = True
         self.left: tuple[Timeline, ...] = ()
         """Timelines of histories that are not the cluster's."""
 
@@ -213,6 +214,7 @@ class FakeDatabase:
 
 class FakeLink:
     def __init__(self, name: str, events: list[str]) -> None:
+        self.postgres: PostgresProcess | None = None
         self.incarnation = f"{name}-life-1"
         self.permit: Permit | None = None
         self._events = events

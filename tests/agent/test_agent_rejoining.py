@@ -6,14 +6,16 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from agent_builders import CHAIN, A, B, P, end, holder, record, taken_by_a
+from agent_builders import CHAIN, A, B, P, end, held_by_a, holder, record, taken_by_a
 from agent_instance import Instance
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.context import OperationFailed
+from instance_manager.agent.health import Health
 from instance_manager.agent.own_verbs import reinitialise
 from instance_manager.agent.rejoining import Rejoining
 from instance_manager.core.decide import Decision
@@ -169,6 +171,24 @@ async def test_r6_the_directory_of_a_standby_is_given_up_in_the_record_to_be_clo
         assert a.record.excluded == {A}
         # It is a voter until the primary has dropped it by the table.
         assert a.record.voters == {A, B}
+
+
+# What a holder holds on to.
+
+
+async def test_r3_a_holder_whose_postgres_has_ended_does_not_renew_a_damaged_lease(tmp_path: Path) -> None:
+    """Nobody starts by it, and who renews "lives": the verb that a user has left for this would be refused for ever."""
+    async with Reinitialised(tmp_path, held_by_a()) as a:
+        a.context.health = cast(Health, SimpleNamespace(unhealthy=lambda: None))
+        assert a.agent.renewal_facts().refusal is None
+        a.store.put(held_by_a(epoch=Epoch(3)))
+        await a.keeper.read()
+        assert a.agent.renewal_facts().refusal is None, "a server that runs is fenced by nothing that a hand wrote"
+        a.database.running = False
+        assert "is not started by a Lease that is damaged" in str(a.agent.renewal_facts().refusal)
+        a.store.put(held_by_a())
+        await a.keeper.read()
+        assert a.agent.renewal_facts().refusal is None
 
 
 # A hand-over, and the end of the instance.
