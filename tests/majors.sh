@@ -31,7 +31,7 @@ for major in "$@"; do
     chmod -R a+rX "$reachable/$major"
     echo "=== Postgres $major: $("$reachable/$major/bin/postgres" --version)"
     POSTGRES_BIN_DIRECTORY="$reachable/$major/bin" "$python" -m pytest -q -n 2 \
-        tests/postgres tests/archive/test_backup.py tests/archive/test_recovery.py || failed+=("$major")
+        tests/postgres tests/archive/test_backup.py tests/archive/test_recovery.py tests/archive/test_recovery_placed.py || failed+=("$major")
 done
 if [ ${#failed[@]} -gt 0 ]; then
     echo "failed on: ${failed[*]}" >&2

@@ -176,6 +176,7 @@ class Replay:
             "max_locks_per_transaction": control.hot_standby.max_locks_per_transaction,
             "wal_level": control.wal_level,
             "wal_retrieve_retry_interval": "200ms",
+            "wal_recycle": "off",
             "log_min_messages": "log" if log.isEnabledFor(logging.DEBUG) else "warning",
             "restore_command": self._archive.restore_command(),
             **(self._target if self._cut is None else Target()).settings(self._chain.current),
@@ -188,15 +189,14 @@ class Replay:
         write_atomically(self._work / "hba.conf", b"local all postgres trust\n", run_as=run_as)
 
     async def _start(self) -> None:
+        await self._archive.before_postgres_starts()
         run_as = self._server.run_as
         # What the source wrote with ALTER SYSTEM must not turn any of these: the command line is above it.
-        above = ("restore_command", "primary_conninfo", "synchronous_standby_names", "archive_mode", "listen_addresses")
-        values = {"restore_command": self._archive.restore_command()}
-        options = [
-            part
-            for name in above
-            for part in ("-c", f"{name}={values.get(name, 'off' if name == 'archive_mode' else '')}")
-        ]
+        above = {
+            **{"restore_command": self._archive.restore_command(), "archive_mode": "off", "wal_recycle": "off"},
+            **{"primary_conninfo": "", "synchronous_standby_names": "", "listen_addresses": ""},
+        }
+        options = [part for name, value in above.items() for part in ("-c", f"{name}={value}")]
         argv = [
             *(self._server.program("postgres"), "-D", str(self._server.data_directory)),
             *("-c", f"config_file={self._work / 'postgresql.conf'}"),
@@ -223,6 +223,12 @@ class Replay:
         loop = asyncio.get_running_loop()
         assert self._process is not None  # noqa: S101
         while self._process.returncode is None:
+            unreadable = self._archive.unreadable
+            if unreadable is not None:
+                raise TargetNotReached(
+                    f"replay stopped at {format_lsn(seen.lsn)}: a record in {unreadable}, or one that begins right before it, cannot be "
+                    f"read, although the segment is the one that was archived. Nothing was opened; see {self.log_file}"
+                )
             row = await self._look()
             if row is None:
                 # Each look is a line in its log.
@@ -300,6 +306,7 @@ class Replay:
     async def _open(self, seen: _Seen, by: str) -> Reached:
         """The only place where it becomes a primary."""
         self._say(f"{by}: opening")
+        await self._archive.before_it_opens()
         loop = asyncio.get_running_loop()
         end_s = loop.time() + STOP_DEADLINE_S
         while await self._is_in_recovery():
