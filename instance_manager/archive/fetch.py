@@ -92,8 +92,9 @@ class Fetcher:
         *,
         gate: ArchiveGate,
         place: Place | None = None,
+        niceness: int = 0,
     ) -> None:
-        """`place`: where segments wait that have come ahead of need; None: in the spool."""
+        """`place`: where segments wait that have come ahead of need; None: in the spool. `niceness`: of the threads that write them."""
         self._wal_directory = wal_directory
         self._store = store
         self._layout = layout
@@ -101,7 +102,7 @@ class Fetcher:
         self._counters = counters
         self._settings = settings
         self._gate = gate
-        self._spool = Spool(spool)
+        self._spool = Spool(spool, niceness=niceness)
         self._prefetch = Prefetch(self._spool, parallel=settings.parallel, place=place)
         self._followed: tuple[_Request, TimelineChain] | None = None
         """The last question behind which segments were begun."""

@@ -8,7 +8,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from instance_manager.archive.content import sha256_of
 from instance_manager.archive.fetch import FetchSettings
 from instance_manager.archive.recovery import placing
 from instance_manager.archive.recovery.serving import RecoveryArchive
+from instance_manager.archive.spool import Spool
 from instance_manager.archive.stores.patience import Patience
 from instance_manager.core.types import Lsn, TimelineChain
 from instance_manager.postgres.files import fsync_directory, fsync_file
@@ -376,6 +378,24 @@ async def test_a_placed_segment_whose_name_another_file_has_taken_gets_no_marker
         assert not recovery.is_placed(B)
         assert await recovery.read(B) == segment_content(B)
         assert recovery.came == [A, B]
+
+
+def test_threads_that_bring_segments_ahead_give_way_to_postgres_and_are_never_put_before_it(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def noted() -> Iterator[bytes]:
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        yield b"x"
+
+    def write(niceness: int) -> None:
+        Spool(tmp_path, niceness=niceness).write(A, noted())
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    for niceness in (0, own + 5, own - 1):
+        thread = threading.Thread(target=write, args=(niceness,))
+        thread.start()
+        thread.join()
+    assert seen == [own, own + 5, own]
 
 
 async def test_who_comes_back_again_and_again_to_what_he_has_cannot_read_it(local_desk: Desk) -> None:

@@ -104,7 +104,7 @@ async def replay(source: WalSource, count: int, peer: Peer, meter: CpuMeter, roo
             return replay_seconds(await peer.recover(server, system_identifier(server.data), target_lsn))
         server.write("standby.signal" if from_pg_wal else "recovery.signal", "")
         server.configure(
-            **{"archive_mode": "off", "archive_command": "", "hot_standby": "off", "fsync": "on"},
+            **{"archive_mode": "off", "archive_command": "", "hot_standby": "on", "fsync": "on"},
             recovery_target_lsn=target_lsn,
             recovery_target_action="shutdown",
             restore_command=peer.restore_command(),

@@ -32,6 +32,8 @@ from instance_manager.postgres.sql import session
 log = logging.getLogger("instance_manager.archive.recovery")
 
 POLL_S = 0.2
+MOVING_POLL_S = 1.0
+"""While replay goes on: each look is a connection, which costs as much as replay of a few MiB."""
 UNREACHABLE_POLL_S = 0.5
 RESTART_PAUSE_S = 2.0
 STOP_DEADLINE_S = 600.0
@@ -235,7 +237,8 @@ class Replay:
                 await asyncio.sleep(UNREACHABLE_POLL_S)
                 continue
             lsn = parse_lsn(row["lsn"]) if row["lsn"] else Lsn(0)
-            if lsn != seen.lsn:
+            is_moving = lsn != seen.lsn
+            if is_moving:
                 seen.lsn, seen.ends_at = lsn, self._archive.ends_seen
                 if lsn > seen.highest:
                     seen.highest, seen.moved_s = lsn, loop.time()
@@ -255,7 +258,7 @@ class Replay:
                 raise RecoveryStopped(f"Postgres has paused for a reason of its own: see {self.log_file}")
             if self._archive.ends_seen - seen.ends_at >= ENDS_TO_BELIEVE and lsn:
                 return self._at_the_end(seen)
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(MOVING_POLL_S if is_moving else POLL_S)
         return None
 
     def _at_the_end(self, seen: _Seen) -> str:

@@ -25,6 +25,8 @@ from instance_manager.ports import ObjectStore
 from instance_manager.postgres.server import RunAs
 from instance_manager.threads import monotonic_s
 
+NICENESS = 5
+"""Where processors are few what comes ahead gives way to the one process that replays, which is what is waited for."""
 RETURNS_TO_BELIEVE = 5
 """So often Postgres must have come back to a segment that it has. It does so once by itself, from the backup's checkpoint to its begin."""
 
@@ -93,6 +95,7 @@ class RecoveryArchive:
             settings,
             gate=ArchiveGate(store, layout, codec, self.status),
             place=self._place,
+            niceness=NICENESS,
         )
         self._server: ArchiverSocket | None = None
         self.ends_seen = 0
