@@ -171,7 +171,11 @@ async def test_a_recovery_that_is_killed_in_the_middle_goes_on_over_what_it_had_
     data = restoration.server.data_directory
     command = [sys.executable, "-m", "instance_manager", "restore", str(data), "--server", "orders"]
     command += ["--directory", directory_section["directory"], "--bin-directory", str(BIN_DIRECTORY)]
-    first = await asyncio.create_subprocess_exec(*command, cwd=REPOSITORY, stdout=asyncio.subprocess.PIPE)
+    # Whatever it leaves goes with the cluster.
+    environment = {**os.environ, "TMPDIR": str(cluster.root)}
+    first = await asyncio.create_subprocess_exec(
+        *command, cwd=REPOSITORY, env=environment, stdout=asyncio.subprocess.PIPE
+    )
     assert first.stdout is not None
     async for line in first.stdout:
         if line.startswith(b"replayed to"):
