@@ -11,11 +11,11 @@ S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PR
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser probe-latency kubernetes audit clean system monitoring-tools scrape-cost
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser dashboard-pictures probe-latency kubernetes audit clean system monitoring-tools scrape-cost
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser probe-latency kubernetes audit clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser dashboard-pictures probe-latency kubernetes audit clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -107,6 +107,12 @@ drill-ci: drill
 test-browser: system $(VENV)/.made-for-tests
 	@tests/install-system.sh "$(PYTHON)" browser
 	$(RUN) pytest $(PYTEST_OPTIONS) tests/browser
+
+# Every panel of the dashboard, drawn from a real cluster under load, into docs/images (PICTURES=DIRECTORY: there); five minutes.
+PICTURES ?= docs/images
+dashboard-pictures: system monitoring-tools $(VENV)/.made-for-tests
+	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[pictures]'
+	$(VENV)/bin/python tests/metrics/dashboard_pictures.py --to $(PICTURES)
 
 # How soon the probes answer at 200 requests a second, under load and with Postgres, disk and store away; needs root.
 probe-latency: system $(VENV)/.made-for-tests

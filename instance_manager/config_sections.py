@@ -165,6 +165,8 @@ class BackupScheduleSection(Section, frozen=True):
     """Times of day in UTC, `03:00`."""
     weekdays: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = ()
     """By default every day."""
+    full_every: Annotated[int, msgspec.Meta(ge=1, le=100)] = 1
+    """Each so manieth is a full one, those between are incremental, each on the one before."""
 
 
 class BackupSection(Section, frozen=True):
@@ -179,8 +181,14 @@ class BackupSection(Section, frozen=True):
     parallel: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
     rate_limit_bytes_per_s: Annotated[int, msgspec.Meta(ge=1 << 20)] | None = None
     """Of what is read from the data directory."""
+    incremental: bool = False
+    """The server summarizes its WAL, so that incremental backups can be taken (Postgres 17 and later); also on where `full_every` is above 1."""
     verify_checksums: bool = True
     """Look at the checksum of every page, where the cluster has them."""
+
+    @property
+    def needs_summaries(self) -> bool:
+        return self.incremental or (self.schedule is not None and self.schedule.full_every > 1)
 
 
 class ArchiveSection(Section, frozen=True):

@@ -16,13 +16,22 @@ class Panel:
     queries: tuple[tuple[str, str], ...]
     """PromQL and its legend."""
     unit: str = "short"
-    kind: Literal["timeseries", "stat"] = "timeseries"
+    kind: Literal["timeseries", "stat", "state-timeline"] = "timeseries"
+    """A stat tells what is now: what is gone is not shown as the last that was."""
     width: int = 8
     description: str = ""
+    thresholds: tuple[tuple[float | None, str], ...] = ()
+    """From which value on which colour; the first is for what is below all. Without any, Grafana's: red from 80 on."""
+    states: tuple[tuple[int, str, str], ...] = ()
+    """Of a state timeline: value, text and colour."""
 
 
 def _with(selector: str, matcher: str) -> str:
     return selector.removesuffix("}") + ", " + matcher + "}"
+
+
+def _state(pod_roles: str, value: int) -> str:
+    return f"{P}role{_with(SELECT, pod_roles)} * {value}"
 
 
 ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
@@ -32,32 +41,50 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel(
                 title="Primaries",
                 kind="stat",
-                width=4,
+                width=3,
                 queries=((f"sum({P}accepts_writes{ALL})", ""),),
                 description="1 in all but the seconds of a failover.",
+                thresholds=((None, "red"), (1, "green"), (2, "red")),
             ),
-            Panel(title="Epoch", kind="stat", width=4, queries=((f"max({P}epoch{ALL})", ""),)),
+            Panel(
+                title="Epoch",
+                kind="stat",
+                width=3,
+                queries=((f"max({P}epoch{ALL})", ""),),
+                thresholds=((None, "blue"),),
+            ),
             Panel(
                 title="Promises a failover needs",
                 kind="stat",
                 width=4,
                 queries=((f"max({P}election_promises_needed{ALL})", ""),),
                 description="Empty: nobody can be elected.",
+                thresholds=((None, "green"),),
             ),
             Panel(
                 title="Commits wait for",
                 kind="stat",
                 width=4,
                 queries=((f"max({P}synchronous_standbys_actual{ALL})", ""),),
+                thresholds=((None, "orange"), (1, "green")),
             ),
-            Panel(title="Fence in", kind="stat", width=4, unit="s", queries=((f"max({P}seconds_to_fence{ALL})", ""),)),
+            # The reds of these three are their alerts' limits.
+            Panel(
+                title="Fence in",
+                kind="stat",
+                width=3,
+                unit="s",
+                queries=((f"max({P}seconds_to_fence{ALL})", ""),),
+                thresholds=((None, "red"), (2, "green")),
+            ),
             Panel(
                 title="Newest backup",
                 kind="stat",
-                width=4,
+                width=3,
                 unit="s",
                 queries=((f"time() - max({P}archive_newest_backup_timestamp_seconds{ALL})", ""),),
                 description="Its age. Empty without an archive, or without a backup.",
+                thresholds=((None, "green"), (8 * 86400, "red")),
             ),
             Panel(
                 title="Archive waits since",
@@ -66,13 +93,39 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 unit="s",
                 queries=((f"max({P}archive_oldest_ready_age_seconds{ALL})", ""),),
                 description="Empty without an archive.",
+                thresholds=((None, "green"), (300, "red")),
             ),
         ),
     ),
     (
         "Lease and failover",
         (
-            Panel(title="Role", queries=((f"{P}role{SELECT} == 1", "{{pod}} {{role}}"),)),
+            Panel(
+                title="Role",
+                kind="state-timeline",
+                queries=(
+                    (
+                        "sum by (pod) ("
+                        + " or ".join(
+                            (
+                                _state('role="primary"', 4),
+                                _state('role=~"candidate|promoting"', 3),
+                                _state('role="standby"', 2),
+                                _state('role!~"primary|candidate|promoting|standby"', 1),
+                            )
+                        )
+                        + ")",
+                        "{{pod}}",
+                    ),
+                ),
+                states=(
+                    (4, "primary", "green"),
+                    (3, "takes over", "purple"),
+                    (2, "standby", "blue"),
+                    (1, "neither", "orange"),
+                ),
+                description="A gap: the instance was not scraped.",
+            ),
             Panel(
                 title="Seconds to fence",
                 unit="s",
@@ -119,10 +172,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 title="Decisions",
                 queries=(
                     (
-                        f"sum by (pod, decision) (increase({P}decisions_total{SELECT}[$__rate_interval]))",
+                        f"sum by (pod, decision) (increase({P}decisions_total{SELECT}[$__rate_interval])) > 0",
                         "{{pod}} {{decision}}",
                     ),
                 ),
+                description="Empty while none changes.",
             ),
             Panel(
                 title="Quorum",
@@ -293,7 +347,6 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 title="Certificates, days left",
-                unit="d",
                 queries=((f"{P}certificate_days_left{SELECT}", "{{pod}} {{use}}"),),
             ),
         ),
@@ -327,7 +380,8 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 title="Collectors that fail",
-                queries=((f"{P}collector_success{SELECT} == 0", "{{pod}} {{collector}} {{database}}"),),
+                queries=((f"1 - {P}collector_success{SELECT} == 1", "{{pod}} {{collector}} {{database}}"),),
+                description="1 for each; empty while none fails.",
             ),
             Panel(
                 title="Scrapes", unit="s", queries=((f"pg_exporter_last_scrape_duration_seconds{SELECT}", "{{pod}}"),)
@@ -420,6 +474,24 @@ def _panel(number: int, panel: Panel, place: dict[str, int]) -> dict[str, Any]:
             for index, (expr, legend) in enumerate(panel.queries)
         ],
     }
+    defaults = made["fieldConfig"]["defaults"]
+    if panel.thresholds:
+        steps = [{"value": value, "color": colour} for value, colour in panel.thresholds]
+        defaults["thresholds"] = {"mode": "absolute", "steps": steps}
     if panel.kind == "stat":
         made["options"] = {"reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}}
+        for target in made["targets"]:
+            target |= {"instant": True, "range": False}
+    if panel.kind == "state-timeline":
+        states = {
+            str(value): {"text": text, "color": colour, "index": index}
+            for index, (value, text, colour) in enumerate(panel.states)
+        }
+        defaults |= {
+            "mappings": [{"type": "value", "options": states}],
+            # By thresholds, values would be merged by them and not by their mapping.
+            "color": {"mode": "palette-classic"},
+            "custom": {"fillOpacity": 80, "lineWidth": 0},
+        }
+        made["options"] = {"mergeValues": True, "showValue": "never", "rowHeight": 0.8}
     return made

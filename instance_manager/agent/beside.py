@@ -48,7 +48,8 @@ async def pay_owed_reload(c: Context, *, look_every_s: float = 1.0) -> None:
     """Once: an agent that died between writing a file and the reload left a server that knows nothing of it, for ever.
 
     What is in the files is what was decided, and a reload at any time is harmless; so a server that outlived an agent gets one,
-    with settings and access rules as this agent's configuration has them, without asking a clock which of the two is newer.
+    with settings and access rules as this agent's configuration has them, the gate as it is (P8), without asking a clock which of
+    the two is newer.
     """
     while True:
         # Before its start is done a HUP ends it.

@@ -81,7 +81,7 @@ class Database:
         self._starts_with: tuple[MemberId, Epoch] | None = None
         """Whom a server follows from its start, however late that comes."""
         self._gate = asyncio.Lock()
-        """A reload that finds the gate open and writes it anew does not open one that was closed meanwhile (P8)."""
+        """A reload writes the gate anew as it finds it, and so neither opens nor closes one that was moved meanwhile (P8)."""
         self._slots = Slots(postgres, clock, lambda: self._pid)
         self._stopping_since_s: float | None = None
         self._checkpoint: asyncio.Task[None] | None = None
@@ -316,8 +316,10 @@ class Database:
         if self._following is None or self._following[0] != upstream.holder:
             self._asked_s = self._clock.now_s()
         self._following = (upstream.holder, upstream.epoch)
-        # A winner that gave the Lease back has slots that nobody will stream through.
+        # A winner that gave the Lease back has slots that nobody will stream through, and a gate that it closed to promote.
         self._slots.of_pid = None
+        if await self._postgres.written_access() is Access.CLOSED:
+            await self.open_gate()
         self.look_soon()
 
     async def adopt(self, upstream: Upstream, *, promised: bool) -> None:
@@ -412,7 +414,7 @@ class Database:
         await self._reload()
 
     async def gate_is_open(self) -> bool:
-        return await self._postgres.lets_clients_in()
+        return await self._postgres.written_access() is Access.OPEN
 
     async def prepare_slots(self, members: frozenset[MemberId]) -> None:
         """A slot for each member, none for others."""
@@ -446,12 +448,12 @@ class Database:
         await self.directory.rewind(host, port, timeline)
 
     async def reload_configuration(self, configuration: Configuration) -> tuple[str, ...]:
-        """Take over changed parameters and access rules; returns the names that need a restart."""
+        """Take over changed parameters and access rules, the gate as it is; returns the names that need a restart."""
         async with self._gate:
-            is_open = await self.gate_is_open()
+            access = await self._postgres.written_access()
             names = await self._postgres.replace_static(configuration)
-            if is_open:
-                await self._postgres.write_access(Access.OPEN)
+            if access is not None:
+                await self._postgres.write_access(access)
         if self.running:
             await self._reload()
         return names

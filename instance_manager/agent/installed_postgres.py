@@ -178,8 +178,8 @@ class InstalledPostgres:
         with self._files.writes.one(lambda: self._files.write_access(access)) as write:
             await asyncio.to_thread(write)
 
-    async def lets_clients_in(self) -> bool:
-        return await asyncio.to_thread(self._files.lets_clients_in)
+    async def written_access(self) -> Access | None:
+        return await asyncio.to_thread(self._files.written_access)
 
     async def set_standby_signal(self, standby: bool) -> None:
         change = directory.create_standby_signal if standby else directory.remove_standby_signal

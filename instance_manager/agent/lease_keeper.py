@@ -9,8 +9,10 @@ a primary.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -100,8 +102,10 @@ class LeaseKeeper:
         self._volume = volume
         self._grant = grant
         self._on_change = on_change
-        self._requests: asyncio.Queue[_Request] = asyncio.Queue(maxsize=64)
-        self._hint = asyncio.Event()
+        self._requests: deque[_Request] = deque()
+        self._hinted = False
+        self._called = asyncio.Event()
+        """A request or a hint waits: one event for both, for this is waited for all the time."""
         self._stored: StoredRecord | None = None
         self._read_ever = False
         self._unreadable: str | None = None
@@ -117,6 +121,7 @@ class LeaseKeeper:
         """Also at the start: a write of the agent before this one may still be under way (R1)."""
         self.last_error: str | None = None
         self.renewals = 0
+        self._told: tuple[object, ...] = ()
         self._judged: tuple[ClusterRecord | None, VolumeState, str | None] | None = None
 
     @property
@@ -156,7 +161,8 @@ class LeaseKeeper:
 
     def hint(self) -> None:
         """The record may have changed: read soon."""
-        self._hint.set()
+        self._hinted = True
+        self._called.set()
 
     async def read(self) -> StoredRecord | None:
         """A read that was sent after this call. CoordinationError if the store does not answer."""
@@ -200,7 +206,7 @@ class LeaseKeeper:
 
     async def _listen(self) -> None:
         async for _ in self._coordination.changes():
-            self._hint.set()
+            self.hint()
 
     async def _keep(self) -> None:
         while True:
@@ -212,30 +218,38 @@ class LeaseKeeper:
                 self._note_error(error)
             except WriteRefused:
                 pass
-            self._on_change()
+            self._tell_news()
             next_s = began_s + (self._timings.renew_interval_s if self.last_error is None else 0.25)
             await self._serve_requests_until(next_s)
 
     async def _serve_requests_until(self, next_s: float) -> None:
         while (left_s := next_s - self._clock.now_s()) > 0:
-            request = asyncio.ensure_future(self._requests.get())
-            hinted = asyncio.ensure_future(self._hint.wait())
-            done, pending = await asyncio.wait({request, hinted}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-            for task in pending:
-                task.cancel()
-            if request in done:
-                await self._serve(request.result())
+            if self._requests:
+                await self._serve(self._requests.popleft())
                 self._on_change()
-            elif hinted in done:
-                self._hint.clear()
+            elif self._hinted:
+                self._hinted = False
                 await self._read_on_hint()
+            else:
+                self._called.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left_s):
+                        await self._called.wait()
 
     async def _read_on_hint(self) -> None:
         try:
             await self._read()
         except CoordinationError as error:
             self._note_error(error)
-        self._on_change()
+        self._tell_news()
+
+    def _tell_news(self) -> None:
+        """Whoever decides is woken by what is new; how old it is he sees at his own pace."""
+        record = self.record
+        news = (record and record.without_renewals(), self._unreadable, self.last_error, self.unknown_write)
+        if news != self._told:
+            self._told = news
+            self._on_change()
 
     async def _beat(self) -> None:
         """Renew if this instance is the holder and healthy, else read."""
@@ -272,7 +286,8 @@ class LeaseKeeper:
         self.renewals += 1
 
     async def _ask(self, request: _Request) -> StoredRecord | None:
-        await self._requests.put(request)
+        self._requests.append(request)
+        self._called.set()
         try:
             return await asyncio.shield(request.answer)
         except asyncio.CancelledError:

@@ -24,9 +24,12 @@ from instance_manager.core.types import (
     format_lsn,
     member_name_of,
 )
+from instance_manager.ports import Conflict
 
 WAIT_POLL_S = 0.1
 ASK_DEADLINE_S = 3.0
+REPLACES = 3
+"""Tries to replace a damaged Lease while whoever holds it goes on to renew it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,12 +247,24 @@ async def _wait_and_take(c: Context, ground: Ground, found: Survey, holder: Hold
     if ground.damage is None:
         await c.keeper.write(change, grounds=record.grounds())
     else:
-        await c.keeper.read()
-        _require_unchanged(c, ground)
-        await c.keeper.repair(taken, c.keeper.damaged_version)
+        await _replace_damaged(c, ground, taken)
     lost = ", ".join(member_name_of(member) for member in found.lost) or "nobody"
     c.journal.note("failover with loss", f"epoch {epoch}; given up: {lost}")
     return f"{c.configuration.name} took the Lease at epoch {epoch}; given up: {lost}"
+
+
+async def _replace_damaged(c: Context, ground: Ground, taken: ClusterRecord) -> None:
+    """A holder renews a damaged Lease as well, and this may be the holder: what it replaces is judged anew each time."""
+    for left in reversed(range(REPLACES)):
+        await c.keeper.read()
+        _require_unchanged(c, ground)
+        try:
+            await c.keeper.repair(taken, c.keeper.damaged_version)
+        except Conflict:
+            if not left:
+                raise
+        else:
+            return
 
 
 def _require_unchanged(c: Context, ground: Ground) -> None:

@@ -129,8 +129,9 @@ class LocalPostgres(Protocol):
 
     async def write_access(self, access: Access) -> None: ...
 
-    async def lets_clients_in(self) -> bool:
-        """Is the file the one of an open gate? What Postgres has loaded is another question."""
+    async def written_access(self) -> Access | None:
+        """The state of the gate by its file, whatever configuration its lines are of; None: the file is not there, or edited
+        so that it cannot be told. What Postgres has loaded is another question."""
         ...
 
     async def set_standby_signal(self, standby: bool) -> None: ...

@@ -97,9 +97,10 @@ class ServerFiles:
         path = self._server.data_directory / HBA_CONF
         write_atomically(path, self._access_text(access).encode(), run_as=self._server.run_as)
 
-    def lets_clients_in(self) -> bool:
-        """Is the file the one of an open gate? What Postgres has loaded is another question."""
-        return read_if_present(self._server.data_directory / HBA_CONF) == self._access_text(Access.OPEN).encode()
+    def written_access(self) -> Access | None:
+        """Told by the file, which may be of an older configuration; None: it is none of ours."""
+        content = read_if_present(self._server.data_directory / HBA_CONF) or b""
+        return host_based_access.rendered_access(content.decode(errors="replace"))
 
     def conninfo(self, upstream: Upstream) -> str:
         return replication_conninfo(
@@ -204,6 +205,8 @@ class ServerFiles:
             instances=self._configuration.room_for_instances,
             parameters=self._configuration.postgres.parameters,
             archive_command=self._archive_command(),
+            summarize_wal=self._configuration.archive is not None
+            and self._configuration.archive.backup.needs_summaries,
             tls=self._server_tls(),
             log=CollectedLog(self._configuration.log_directory, LOG_FILENAME, FILE_BYTES),
         )

@@ -201,7 +201,8 @@ class Archiver:
         level = "calm"
         while True:
             try:
-                self.status.backlog = await asyncio.to_thread(self._backlog.look)
+                archives = self.orders.permitted() is not None
+                self.status.backlog = await asyncio.to_thread(self._backlog.look, archives=archives)
             except OSError as error:
                 log.debug("pg_wal cannot be looked at: %s", error)
             if self.status.backlog.level != level:

@@ -55,15 +55,11 @@ class BacklogWatch:
         self._oldest = ""
         self._oldest_since_s = 0.0
 
-    def look(self) -> Backlog:
-        """OSError. Blocks on the disk."""
-        ready, oldest = 0, ""
-        with os.scandir(self._wal_directory / "archive_status") as entries:
-            for entry in entries:
-                if entry.name.endswith(".ready"):
-                    ready += 1
-                    if not oldest or entry.name < oldest:
-                        oldest = entry.name
+    def look(self, *, archives: bool) -> Backlog:
+        """`archives`: this is a primary. What a former primary left its successor brings; here Postgres asks for none of it any
+        more, and would leave it there until the segment is recycled. OSError. Blocks on the disk.
+        """
+        ready, oldest = self._waiting() if archives else (0, "")
         now_s = self._now_s()
         if oldest != self._oldest:
             self._oldest, self._oldest_since_s = oldest, now_s
@@ -72,3 +68,14 @@ class BacklogWatch:
         free, whole = volume.f_bavail * volume.f_frsize, volume.f_blocks * volume.f_frsize
         level = level_of(ready, age_s, free, whole, self._thresholds)
         return Backlog(ready, oldest.removesuffix(".ready"), age_s, free, whole, level)
+
+    def _waiting(self) -> tuple[int, str]:
+        """How many, and the first of them."""
+        ready, oldest = 0, ""
+        with os.scandir(self._wal_directory / "archive_status") as entries:
+            for entry in entries:
+                if entry.name.endswith(".ready"):
+                    ready += 1
+                    if not oldest or entry.name < oldest:
+                        oldest = entry.name
+        return ready, oldest

@@ -130,7 +130,8 @@ class Streamer:
         try:
             orders = self._uploader.require_permit()
         except NotArchived:
-            self._segment = None
+            # No primary any more: the time since is nobody's lag when it is one again.
+            self._segment = self._counters.covered_s = None
             return False
         asked_s = monotonic_s()
         flushed = await self._flushed()

@@ -50,6 +50,8 @@ class KubernetesCoordination:
         self._collection = f"/apis/coordination.k8s.io/v1/namespaces/{namespace}/leases"
         self._seen: Plain | None = None
         """The object as it last was answered, with what others wrote into it."""
+        self._understood: tuple[Plain, ClusterRecord] | None = None
+        """What was last found in one: it is asked for more than once."""
 
     async def read(self, *, deadline_s: float) -> StoredRecord | None:
         """From the store itself: without a resourceVersion the API server asks etcd. UnreadableLease, StoreUnavailable."""
@@ -57,7 +59,7 @@ class KubernetesCoordination:
         if lease is None:
             return None
         try:
-            return StoredRecord(from_lease(lease), _version(lease))
+            return StoredRecord(self._record_in(lease), _version(lease))
         except ValueError as error:
             raise UnreadableLease(f"the Lease {self._name} is damaged: {error}", _version(lease)) from error
 
@@ -182,7 +184,7 @@ class KubernetesCoordination:
         """As it was read with this very holder; None: not known."""
         seen = self._seen
         with contextlib.suppress(ValueError):
-            if seen is not None and from_lease(seen).holder == holder:
+            if seen is not None and self._record_in(seen).holder == holder:
                 uid = str(seen["metadata"]["annotations"].get(HOLDER_POD_UID, NONE))
                 return uid if uid != NONE else None
         return None
@@ -190,9 +192,15 @@ class KubernetesCoordination:
     def _stored(self, answer: Answer) -> StoredRecord:
         self._seen = answer.content
         try:
-            return StoredRecord(from_lease(answer.content), _version(answer.content))
+            return StoredRecord(self._record_in(answer.content), _version(answer.content))
         except ValueError as error:
             raise OutcomeUnknown(f"what was stored is not what was written: {error}") from error
+
+    def _record_in(self, lease: Plain) -> ClusterRecord:
+        """ValueError: none. The object must be one that was answered, and that nobody changes."""
+        if self._understood is None or self._understood[0] is not lease:
+            self._understood = (lease, from_lease(lease))
+        return self._understood[1]
 
 
 def has_ended(pod: Plain, uid: str, incarnation: str) -> bool:

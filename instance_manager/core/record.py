@@ -128,6 +128,10 @@ class ClusterRecord:
             self.configuration_counter,
         )
 
+    def without_renewals(self) -> ClusterRecord:
+        """All but what each heartbeat of the holder changes."""
+        return replace(self, renewals=0, position=None, write_id="", renewed_at="")
+
     def problems(self) -> tuple[str, ...]:
         """What makes this record one that nobody wrote (R3); empty when it is sound."""
         found = []

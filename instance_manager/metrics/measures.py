@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import get_args
 
+from instance_manager.core.decide import Act
 from instance_manager.metrics.exposition import Block, Counter, Histogram
 
 RENEWAL_BOUNDS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5)
@@ -27,7 +29,10 @@ class Measures:
             "instance_manager_lease_renewal_seconds", "How long renewals took that succeeded.", RENEWAL_BOUNDS_S
         )
         self.decisions = Counter(
-            "instance_manager_decisions_total", "Changes of the decision, by the new one.", ("decision",)
+            "instance_manager_decisions_total",
+            "Changes of the decision, by the new one.",
+            ("decision",),
+            known=[(act,) for act in get_args(Act)],
         )
         self.self_fences = Counter(
             "instance_manager_self_fences_total",

@@ -135,6 +135,8 @@ class StaticSettings:
     tls: TlsFiles | None = None
     archive_command: str | None = None
     """None: no archiving. Switching it on needs a restart. (With `archive_mode` on and no command WAL is kept for ever.)"""
+    summarize_wal: bool = False
+    """For incremental backups, on Postgres 17 and later."""
     log: CollectedLog | None = None
     """None: plain lines on standard error."""
 
@@ -243,7 +245,8 @@ def render_postgresql_conf(settings: StaticSettings) -> str:
     problems = check_parameters(settings.parameters)
     if problems:
         raise ParametersRefused(problems)
-    rendered: dict[str, ParameterValue] = {**DEFAULTS, **settings.parameters}
+    summaries: dict[str, ParameterValue] = {"summarize_wal": True} if _can_summarize(settings) else {}
+    rendered: dict[str, ParameterValue] = {**DEFAULTS, **summaries, **settings.parameters}
     for name, minimum in minimums_for(settings.instances).items():
         rendered[name] = max(minimum, int(rendered.get(name, minimum)))
     rendered |= _fixed_values(settings)
@@ -358,6 +361,10 @@ def changes_that_need_restart(before: str, after: str) -> tuple[str, ...]:
     new = parse_settings(after)
     changed = {name for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
     return tuple(sorted(changed & RESTART_PARAMETERS))
+
+
+def _can_summarize(settings: StaticSettings) -> bool:
+    return settings.summarize_wal and settings.major >= 17
 
 
 def _fixed_values(settings: StaticSettings) -> dict[str, ParameterValue]:

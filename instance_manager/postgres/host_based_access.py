@@ -21,6 +21,8 @@ AGENT_MAP = "instance_manager"
 REPLICATION_ROLE = "streaming_replica"
 MONITORING_ROLE = "instance_manager_monitor"
 
+_LAST_OF_CLOSED = f'host replication "{REPLICATION_ROLE}" all reject'
+_ALWAYS_OF_OPEN = "local all all scram-sha-256"
 _USER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 _TYPES = frozenset({"local", "host", "hostssl", "hostnossl", "hostgssenc", "hostnogssenc"})
 _METHODS = frozenset({"scram-sha-256", "cert", "reject", "gss", "ldap", "radius", "pam", "oauth", "peer"})
@@ -115,15 +117,25 @@ def render_hba(settings: AccessSettings, access: Access) -> str:
     lines += [
         f"local all,replication {replication} reject",
         f"host all {replication} all reject",
-        f"host replication {replication} all reject",
+        _LAST_OF_CLOSED,
     ]
     users = [check_line(line) for line in settings.lines]
     networks = _networks(settings.application_networks)
     if access is Access.OPEN:
         lines += users
-        lines.append("local all all scram-sha-256")
+        lines.append(_ALWAYS_OF_OPEN)
         lines += [f"{host} all all {network} scram-sha-256" for network in networks]
     return HEADER + "".join(f"{line}\n" for line in lines)
+
+
+def rendered_access(text: str) -> Access | None:
+    """The state for which `render_hba` made this text, whatever the settings were; None: it did not, or somebody edited it."""
+    if not text.startswith(HEADER):
+        return None
+    lines = text.splitlines()
+    if _ALWAYS_OF_OPEN in lines:
+        return Access.OPEN
+    return Access.CLOSED if lines[-1] == _LAST_OF_CLOSED else None
 
 
 def render_ident(*, agent_os_user: str, superuser: str = "postgres") -> str:

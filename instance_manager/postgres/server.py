@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import pwd
 import re
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _INHERITED_VARIABLES = ("PATH", "TZ", "TZDIR", "LD_LIBRARY_PATH", "TMPDIR")
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
 _CHUNK_BYTES = 64 * 1024
 _KEPT_STDERR_BYTES = 64 * 1024
 _LINE_END = re.compile(rb"[\r\n]+")
@@ -104,12 +107,13 @@ async def run_program(
     input: bytes | None = None,
     on_line: Callable[[str], None] | None = None,
     limit_bytes: int = 16 * 1024 * 1024,
+    ends_with_parent: bool = False,
 ) -> str:
     """Run a program as Postgres's user and return its standard output.
 
     `argv[0]` is a full path. The environment holds only a few harmless variables, `LC_ALL=C` and `env`. `on_line` sees
     each line of standard error as it comes; a carriage return ends a line too (progress). Whatever happens, a
-    cancellation included, the program has been reaped when this returns.
+    cancellation included, the program has been reaped when this returns. With `ends_with_parent` it is killed when this process is.
 
     ProgramFailed: exit code other than 0 (negative: signal). DeadlinePassed. OutputTooLong: more than `limit_bytes` on
     standard output. LocalPostgresError: it cannot be started.
@@ -131,6 +135,7 @@ async def run_program(
             extra_groups=None if run_as is None else [],
             # pg_basebackup has a child that streams WAL: it must not outlive a kill.
             process_group=0,
+            preexec_fn=_killed_with_parent if ends_with_parent else None,
         )
     except OSError as error:
         raise LocalPostgresError(f"{argv[0]} cannot be started: {error.strerror}") from error
@@ -153,6 +158,10 @@ async def run_program(
     if exit_code != 0:
         raise ProgramFailed(argv, exit_code, stderr.result())
     return stdout.result().decode(errors="replace")
+
+
+def _killed_with_parent() -> None:
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 async def _collect(stream: asyncio.StreamReader | None, argv: Sequence[str], limit_bytes: int) -> bytes:

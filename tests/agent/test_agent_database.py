@@ -67,7 +67,8 @@ class Slots:
         self.allowed: list[object] = []
         """What the archive's commands were allowed, in order."""
         self.disk_is_slow = False
-        self.access = Access.OPEN
+        self.access: Access | None = Access.OPEN
+        self.accesses_written: list[Access] = []
         self.replacing = asyncio.Event()
 
     async def write_files(self, synchronous: object, access: Access, *, standby: bool, upstream: object = None) -> None:
@@ -75,9 +76,10 @@ class Slots:
 
     async def write_access(self, access: Access) -> None:
         self.access = access
+        self.accesses_written.append(access)
 
-    async def lets_clients_in(self) -> bool:
-        return self.access is Access.OPEN
+    async def written_access(self) -> Access | None:
+        return self.access
 
     async def replace_static(self, _: object) -> tuple[str, ...]:
         await self.replacing.wait()
@@ -164,21 +166,29 @@ async def test_slots_are_looked_at_again_after_a_while(server: Server) -> None:
     assert server.slots.asked == [MEMBERS, MEMBERS]
 
 
-async def test_r13_a_winner_that_gave_the_lease_back_and_follows_has_no_slots(
+async def test_r13_a_winner_that_gave_the_lease_back_and_follows_has_no_slots_and_lets_readers_in(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It made them for its promotion, in the life of the server that goes on as a standby."""
+    """For its promotion it made slots and closed the gate, in the life of the server that goes on as a standby."""
 
     async def follow(*_: object, **__: object) -> None:
         return None
 
+    loaded: list[Access | None] = []
+
+    async def reload() -> None:
+        loaded.append(server.slots.access)
+
     monkeypatch.setattr(voting, "follow", follow)
+    monkeypatch.setattr(server.database, "_reload", reload)
     await server.database.prepare_slots(MEMBERS)
+    server.slots.access = Access.CLOSED
     await server.database.follow(Upstream(holder=B, epoch=Epoch(7), host="b", port=5432, member_id=A))
     await server.clock.sleep(SLOTS_INTERVAL_S)
     await server.database._look()
     await server.database._look()
     assert server.slots.asked == [MEMBERS, frozenset()]
+    assert loaded == [Access.OPEN]
 
 
 async def test_a_stop_that_the_supervisor_answers_late_is_carried_through(server: Server) -> None:
@@ -295,3 +305,15 @@ async def test_p8_a_reload_of_the_configuration_does_not_open_the_gate_of_a_prim
     server.slots.replacing.set()
     await asyncio.gather(reloading, starting, return_exceptions=True)
     assert server.slots.access is Access.CLOSED
+
+
+@pytest.mark.parametrize("access", [Access.OPEN, Access.CLOSED, None])
+async def test_p8_a_reload_brings_the_access_rules_of_the_gate_as_it_is(
+    server: Server, tmp_path: Path, access: Access | None
+) -> None:
+    """None: edited by somebody, and whether clients are in cannot be told."""
+    server.link.postgres = None
+    server.slots.access = access
+    server.slots.replacing.set()
+    await server.database.reload_configuration(configuration(tmp_path, "a"))
+    assert server.slots.accesses_written == ([access] if access is not None else [])

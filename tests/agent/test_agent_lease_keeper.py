@@ -63,6 +63,22 @@ async def test_section_3_a_holder_renews_every_interval() -> None:
         assert at.store.record.renewals == 6
 
 
+async def test_who_decides_is_woken_by_what_is_new_in_the_lease_and_not_by_its_renewals() -> None:
+    for who in (HOLDER, OTHER):
+        async with keeping(store(), who) as at:
+            await asyncio.sleep(BEAT_S)
+            woken = at.changes
+            await asyncio.sleep(4 * BEAT_S)
+            assert at.changes == woken
+            at.store.put(paused(at.store.record))
+            await asyncio.sleep(BEAT_S)
+            assert at.changes == woken + 1
+            at.store.faults_of_reads.append(unavailable())
+            at.store.faults_of_writes.append(unavailable())
+            await asyncio.sleep(2 * BEAT_S)
+            assert at.changes > woken + 1
+
+
 async def test_section_3_without_proof_of_health_nothing_is_renewed_and_the_store_is_still_read() -> None:
     async with keeping(store()) as at:
         at.refusal = "Postgres has answered no new connection for 4.1 s"

@@ -10,7 +10,7 @@ from archiving_server import ArchivingServer
 
 from instance_manager.archive.backup.info import BackupInfo, parse_info
 from instance_manager.archive.backup.names import BackupNames
-from instance_manager.archive.backup.take import Taken, TakeSettings, take_backup
+from instance_manager.archive.backup.take import OnBackup, Taken, TakeSettings, take_backup
 from instance_manager.archive.codecs import Codec
 from instance_manager.archive.content import read_object
 from instance_manager.archive.layout import Layout
@@ -19,7 +19,7 @@ from instance_manager.config_sections import ArchiveSection, S3Section
 from instance_manager.ports import ObjectStore
 
 LAYOUT = Layout("orders", Codec("zstd"))
-SETTINGS = TakeSettings(stall_s=20, wal_deadline_s=30, wal_poll_s=0.1)
+SETTINGS = TakeSettings(stall_s=20, wal_deadline_s=30, wal_poll_s=0.1, summaries_deadline_s=30)
 
 
 def section_of(section: dict[str, Any]) -> ArchiveSection:
@@ -33,10 +33,16 @@ def store_of(section: dict[str, Any]) -> ObjectStore:
 
 
 async def take(
-    made: ArchivingServer, store: ObjectStore, *, name: str | None = None, layout: Layout = LAYOUT, **changes: Any
+    made: ArchivingServer,
+    store: ObjectStore,
+    *,
+    name: str | None = None,
+    on: OnBackup | None = None,
+    layout: Layout = LAYOUT,
+    **changes: Any,
 ) -> Taken:
     settings = replace(SETTINGS, **changes)
-    return await take_backup(made.server.server, store, layout, settings, instance="orders-1", name=name)
+    return await take_backup(made.server.server, store, layout, settings, instance="orders-1", name=name, on=on)
 
 
 async def objects(store: ObjectStore, prefix: str = "orders/") -> list[str]:

@@ -17,7 +17,7 @@ from archive_harness import QUICK, Desk
 from archiving_server import REPOSITORY, ArchivingServer, all_archived, archiving, insert, prepared
 from backup_harness import LAYOUT, SETTINGS, objects, store_of, take
 from fault_proxy import FaultProxy
-from harness import Cluster, wait_until
+from harness import Cluster, major_version, wait_until
 from test_retention import info_at, put
 from wal_builders import SYSTEM
 
@@ -30,7 +30,7 @@ from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import delete_backup
 from instance_manager.archive.backup.requests import Attempt, Begun, Claim, Ended, Request, Requests, WalWanted
 from instance_manager.archive.backup.retention import Policy
-from instance_manager.archive.backup.take import BackupFailed
+from instance_manager.archive.backup.take import BackupFailed, OnBackup
 from instance_manager.archive.backup.tender import BackupTender, TenderSettings
 from instance_manager.archive.backup.verify import verify_backup
 from instance_manager.archive.content import MemoryContent
@@ -119,6 +119,22 @@ async def test_a_backup_that_fails_leaves_nothing_and_one_that_is_cancelled_neit
         with pytest.raises(BackupFailed, match="deleted while it was taken"):
             await running
         assert [name for name in await objects(store) if "/base/" in name or "/backups/" in name] == []
+        server.kill()
+
+
+async def test_an_incremental_backup_is_refused_where_the_server_cannot_tell_what_has_changed(
+    cluster: Cluster, directory_section: dict[str, Any]
+) -> None:
+    """Where it can: tests/archive/incremental_backups.py."""
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        await take(made, store)
+        kept = await objects(store, "orders/instance-manager/backups/")
+        reason = "incremental backups need Postgres 17" if major_version() < 17 else "the server writes no summaries"
+        with pytest.raises(BackupFailed, match=f"no incremental backup: {reason}"):
+            await take(made, store, on=OnBackup())
+        assert await objects(store, "orders/instance-manager/backups/") == kept
         server.kill()
 
 

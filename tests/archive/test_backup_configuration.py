@@ -57,6 +57,19 @@ def test_a_schedule_and_a_retention_mean_what_they_say() -> None:
     assert schedule.last_due(monday) == datetime.datetime(2025, 11, 23, 15, 30, tzinfo=datetime.UTC)
 
 
+def test_incremental_backups_are_asked_for_by_the_schedule_or_allowed_by_hand() -> None:
+    section = msgspec.convert({"schedule": {"at": ["03:00"], "full_every": 7}}, BackupSection)
+    assert section.needs_summaries
+    assert tender_settings(section, "orders-1", instances=3).full_every == 7
+    assert msgspec.convert({"incremental": True}, BackupSection).needs_summaries
+    full = msgspec.convert({"schedule": {"at": ["03:00"]}}, BackupSection)
+    assert not full.needs_summaries
+    assert tender_settings(full, "orders-1", instances=3).full_every == 1
+    for value in (0, 101):
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert({"schedule": {"at": ["03:00"], "full_every": value}}, BackupSection)
+
+
 @pytest.mark.parametrize("at", [[], ["3:00"], ["24:00"], ["03:00:00"], ["noon"]])
 def test_a_schedule_without_proper_times_is_refused(tmp_path: Path, at: list[str]) -> None:
     text = problem(tmp_path, archive={"directory": "/srv/archive", "backup": {"schedule": {"at": at}}})

@@ -127,16 +127,32 @@ def test_the_oldest_waiting_file_ages_until_it_is_archived(tmp_path: Path) -> No
     status.mkdir()
     now_s = 0.0
     watch = BacklogWatch(tmp_path, lambda: now_s, Thresholds())
-    assert watch.look().ready == 0
+    assert watch.look(archives=True).ready == 0
     for name in ("000000010000000000000006", "000000010000000000000005", "00000002.history"):
         (status / f"{name}.ready").touch()
     (status / "000000010000000000000004.done").touch()
-    assert (watch.look().ready, watch.look().oldest) == (3, "000000010000000000000005")
+    assert (watch.look(archives=True).ready, watch.look(archives=True).oldest) == (3, "000000010000000000000005")
     now_s = 70.0
-    found = watch.look()
+    found = watch.look(archives=True)
     assert (found.oldest_age_s, found.level) == (
         70.0,
         "behind" if found.free_bytes >= found.volume_bytes * 0.2 else found.level,
     )
     (status / "000000010000000000000005.ready").unlink()
-    assert watch.look().oldest_age_s == 0.0
+    assert watch.look(archives=True).oldest_age_s == 0.0
+
+
+def test_what_a_former_primary_left_waits_for_nobody_until_it_is_primary_again(tmp_path: Path) -> None:
+    status = tmp_path / "archive_status"
+    status.mkdir()
+    (status / "000000010000000000000005.ready").touch()
+    now_s = 0.0
+    watch = BacklogWatch(tmp_path, lambda: now_s, Thresholds())
+    assert watch.look(archives=True).oldest == "000000010000000000000005"
+    now_s = 400.0
+    left = watch.look(archives=False)
+    assert (left.ready, left.oldest, left.oldest_age_s, left.level) == (0, "", 0.0, "calm")
+    assert left.free_bytes > 0
+    now_s = 500.0
+    again = watch.look(archives=True)
+    assert (again.ready, again.oldest_age_s) == (1, 0.0)

@@ -183,6 +183,16 @@ async def test_nothing_is_streamed_without_a_permit_or_by_a_standby_or_off_the_a
     assert await desk.object_names("") == []
 
 
+async def test_the_time_in_which_it_was_no_primary_is_no_lag(local_desk: Desk) -> None:
+    desk = local_desk
+    flush(desk, 1000)
+    assert await desk.archiver.streamer.step()
+    assert desk.archiver.status.stream.covered_s is not None
+    desk.now_s = 1060.0
+    assert not await desk.archiver.streamer.step()
+    assert desk.archiver.status.stream.covered_s is None
+
+
 async def test_a_timelines_history_is_there_before_its_first_piece(desk: Desk) -> None:
     name = "000000020000000000000005"
     desk.command(desk.primary(epoch=2, chain=chain_of((2, 1, START + 100))))

@@ -339,7 +339,17 @@ def test_a_switchover_waits_for_no_archive(cluster: LocalCluster) -> None:
         assert any(line.startswith("release: ") for line in told), told
         all_archived(cluster, finished)
         assert new == cluster.wait_primary()
+        # The old one still has what it had not archived. Nothing there waits for it, and no alert says so.
+        assert list((cluster.layout.data(old) / "pg_wal/archive_status").glob("*.ready"))
+        eventually(cluster, lambda: tells_that_nothing_waits(cluster, old), within_s=15, what=f"nothing waits on {old}")
     assert writer.missing() == set()
+
+
+def tells_that_nothing_waits(cluster: LocalCluster, name: str) -> bool:
+    lines = http_get(cluster, name, "/metrics").body.splitlines()
+    return {"instance_manager_archive_ready_files 0", "instance_manager_archive_oldest_ready_age_seconds 0.0"} <= {
+        *lines
+    }
 
 
 def test_a_standby_whose_wal_is_gone_from_its_primary_gets_it_from_the_archive(cluster: LocalCluster) -> None:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
-import urllib.parse
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from cluster_tools import Writer, http_get, psql, stopped, wait_other_primary
 
 from instance_manager.demo.cluster import LocalCluster
@@ -21,59 +15,22 @@ sys.path[:0] = [str(ROOT / "tests/metrics"), str(ROOT / "deploy/monitoring")]
 
 from community_dashboard import QUERIES  # noqa: E402
 from dashboard import dashboard  # noqa: E402
-from monitoring_tools import fetch, free_port, promtool, serving, tool  # noqa: E402
+from dashboard_panels import substituted  # noqa: E402
+from monitoring_tools import promtool  # noqa: E402
+from prometheus_server import prometheus_of  # noqa: E402
 
 pytest_plugins = ("cluster_fixtures",)
 pytestmark = pytest.mark.timeout(180)
 
 SCRAPES = 4
+VARIABLES = {"namespace": "n", "cluster": "pg", "pod": ".*", "__rate_interval": "30s"}
 # Of things that a healthy cluster without an archive does not have; each says why it may be empty.
 MAY_BE_EMPTY = {
     "instance_manager_archive_": "there is no archive",
     "instance_manager_certificate_days_left": "there is no TLS",
     "instance_manager_collector_success": "no collector fails",
+    "instance_manager_decisions_total": "none changes while all is well",
 }
-
-
-class Prometheus:
-    def __init__(self, port: int) -> None:
-        self._url = f"http://127.0.0.1:{port}/api/v1/query?query="
-
-    def ask(self, expr: str) -> list[dict[str, Any]]:
-        answer = json.loads(fetch(self._url + urllib.parse.quote(expr)))
-        assert answer["status"] == "success", expr
-        return list(answer["data"]["result"])
-
-
-@contextlib.contextmanager
-def prometheus_of(cluster: LocalCluster, directory: Path) -> Iterator[Prometheus]:
-    """Scrapes the three every second, with the labels that the PodMonitor gives."""
-    targets = []
-    for name in cluster.names:
-        member = cluster.plan.member(name)
-        targets.append(
-            {
-                "targets": [f"{member.host}:{member.http_port}"],
-                "labels": {"pod": name, "namespace": "n", "cluster": "pg"},
-            }
-        )
-    (directory / "prometheus.yml").write_text(
-        yaml.safe_dump(
-            {
-                "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
-                "scrape_configs": [{"job_name": "n/instance-manager", "static_configs": targets}],
-            }
-        )
-    )
-    port = free_port()
-    argv = [
-        tool("prometheus"),
-        f"--config.file={directory}/prometheus.yml",
-        f"--storage.tsdb.path={directory}/tsdb",
-        f"--web.listen-address=127.0.0.1:{port}",
-    ]
-    with serving(argv, f"http://127.0.0.1:{port}/-/ready", log=directory / "prometheus.log"):
-        yield Prometheus(port)
 
 
 def test_every_query_of_both_dashboards_returns_data_after_a_failover(
@@ -84,7 +41,10 @@ def test_every_query_of_both_dashboards_returns_data_after_a_failover(
     wait_other_primary(lasting_cluster, old)
     lasting_cluster.start(old)
     lasting_cluster.wait_redundant(75)
-    with Writer(lasting_cluster, "metrics_are_told") as writer, prometheus_of(lasting_cluster, tmp_path) as prometheus:
+    with (
+        Writer(lasting_cluster, "metrics_are_told") as writer,
+        prometheus_of(lasting_cluster, tmp_path, namespace="n", name="pg") as prometheus,
+    ):
         writer.wait_for_more(20)
         told = psql(
             lasting_cluster.connection_string(),
@@ -99,7 +59,7 @@ def test_every_query_of_both_dashboards_returns_data_after_a_failover(
         empty = []
         for panel in dashboard()["panels"]:
             for target in panel.get("targets", []):
-                expr = _filled_in(target["expr"])
+                expr = substituted(target["expr"], VARIABLES)
                 if not prometheus.ask(expr) and not any(why in expr for why in MAY_BE_EMPTY):
                     empty.append(f"{panel['title']}: {expr}")
         assert not empty, "\n".join(empty)
@@ -108,12 +68,6 @@ def test_every_query_of_both_dashboards_returns_data_after_a_failover(
         phases = prometheus.ask("instance_manager_failover_phase_seconds_count >= 1")
         assert {each["metric"]["phase"] for each in phases} >= {"suspicion", "election", "promotion", "opening"}
         assert prometheus.ask('instance_manager_failovers_total{kind="election"} >= 1')
-
-
-def _filled_in(expr: str) -> str:
-    for variable, value in (("$namespace", "n"), ("$cluster", "pg"), ("$pod", ".*"), ("$__rate_interval", "30s")):
-        expr = expr.replace(variable, value)
-    return expr
 
 
 def test_promtool_finds_nothing_wrong_in_what_is_our_own(lasting_cluster: LocalCluster) -> None:

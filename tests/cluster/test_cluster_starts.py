@@ -163,18 +163,22 @@ def _restarts_told(cluster: LocalCluster, name: str) -> int:
     return int(line.split()[1])
 
 
+@pytest.mark.parametrize("role", ["standby", "primary"])
 def test_what_an_agent_that_died_had_written_and_not_reloaded_is_told_to_postgres_by_the_next(
-    lasting_cluster: LocalCluster,
+    lasting_cluster: LocalCluster, role: str
 ) -> None:
     """As if it had died between writing access rules and the reload: clients would stay out for ever. A changed configuration
-    that the agent before never took over counts as well."""
+    that the agent before never took over counts as well, its access rules too; and a primary's gate is open all the time."""
     cluster = lasting_cluster
-    cluster.wait_redundant(60)
-    name = cluster.standbys()[0]
+    primary = cluster.wait_redundant(60)
+    name = primary if role == "primary" else cluster.standbys()[0]
     data, file = cluster.layout.data(name), cluster.layout.config(name)
     rules, configuration = data / "pg_hba.conf", file.read_text()
     opened = rules.read_text()
-    target = target_of(cluster, name)
+    target, other = target_of(cluster, name), target_of(cluster, name, database="postgres")
+    # No password is known for that database: it is asked for, or the rules refuse before.
+    assert "no password" in psql(other, "SELECT 1").err
+    epoch, offset = record(cluster).epoch, log_end(cluster, name)
     postmaster = cluster.processes(name).postmaster
     agent = cluster.processes(name).agent
     restarts = _restarts_told(cluster, name)
@@ -187,14 +191,22 @@ def test_what_an_agent_that_died_had_written_and_not_reloaded_is_told_to_postgre
         rules.write_text(opened)
         changed = yaml.safe_load(configuration)
         changed["postgres"].setdefault("parameters", {})["work_mem"] = "7MB"
+        changed["postgres"]["host_based_access"] = ["host postgres all all reject"]
         file.write_text(yaml.safe_dump(changed))
         processes.send([agent], signal.SIGKILL)
         eventually(cluster, lambda: psql(target, "SELECT 1").code == 0, within_s=20, what="clients are let in")
         eventually(cluster, lambda: psql(target, "SHOW work_mem").out == "7MB", within_s=20, what="the new value")
+        eventually(cluster, lambda: "rejects" in psql(other, "SELECT 1").err, within_s=20, what="the new access rule")
         found = cluster.processes(name).postmaster
         assert found is not None
         assert found.pid == postmaster.pid
         assert _restarts_told(cluster, name) == restarts + 1
+        cluster.wait(partial(_says_its_role, cluster, name, role), 20, f"the new agent of {name} knows its role")
+        assert record(cluster).epoch == epoch
+        if role == "primary":
+            since = messages(cluster, name, offset=offset)
+            assert any("the agent restarted over a serving primary" in line for line in since)
+            assert not any(line.startswith("open: ") for line in since), "it was open already"
     finally:
         rules.write_text(opened)
         file.write_text(configuration)

@@ -108,5 +108,6 @@ def test_what_may_happen_for_the_first_time_is_told_as_never_before_it_does() ->
         'self_fences_total{reason="hard_deadline"}',
         'failovers_total{kind="election"}',
         'rejoins_total{kind="rewind",result="failed"}',
+        'decisions_total{decision="promote"}',
     ):
         assert f"instance_manager_{series} 0\n" in told

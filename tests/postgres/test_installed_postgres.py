@@ -70,4 +70,4 @@ async def test_p8_an_opening_of_the_gate_that_was_cut_off_does_not_come_after_it
     goes_on.set()
     await closing
     assert await asyncio.to_thread(landed.wait, 30)
-    assert not await postgres.lets_clients_in()
+    assert await postgres.written_access() is Access.CLOSED

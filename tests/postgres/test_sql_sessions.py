@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -183,3 +185,30 @@ async def test_a_program_is_killed_and_reaped_at_its_deadline(servers: Servers) 
     identity = await run_program(one.server, ["/bin/sh", "-c", "id -u; id -G; cat"], deadline_s=5, input=b"in")
     if one.server.run_as is not None:
         assert identity.split() == [str(one.server.run_as.uid), str(one.server.run_as.gid), "in"]
+
+
+_PARENT = """
+import asyncio, sys
+from pathlib import Path
+from instance_manager.postgres.server import LocalServer, run_program
+
+here = Path("/")
+server = LocalServer(here, here, here, "", 1, here, None)
+asyncio.run(run_program(server, ["/bin/sh", "-c", "echo $$ >&2; exec sleep 300"], deadline_s=300, ends_with_parent=True,
+                        on_line=lambda line: print(line, flush=True)))
+"""
+
+
+async def test_a_program_that_ends_with_its_parent_outlives_no_kill() -> None:
+    """pg_combinebackup writes into a place that the next restore empties."""
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", _PARENT, stdout=asyncio.subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(await asyncio.wait_for(parent.stdout.readline(), 30))
+    descriptor = os.pidfd_open(child)
+    try:
+        parent.kill()
+        await parent.wait()
+        readable, _, _ = await asyncio.to_thread(select.select, [descriptor], [], [], 10)
+        assert readable, "it lives"
+    finally:
+        os.close(descriptor)

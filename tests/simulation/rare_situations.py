@@ -148,6 +148,27 @@ def directory_vanishes(cluster: SimulatedCluster, chance: random.Random) -> Call
     return None
 
 
+def volume_of_another_cluster(cluster: SimulatedCluster, chance: random.Random) -> Callable[[], None] | None:
+    """It is mounted in place of a standby's, and then the right one again. Nothing of it may count here, nor may it be wiped."""
+    primary = _holder(cluster)
+    if primary is None or not cluster.has_data:
+        return None
+    ambush = _Ambush(cluster)
+    instance = chance.choice([each for each in cluster.instances.values() if each is not primary])
+    volume, storage = instance.volume_of_another_cluster()
+    data = volume.data
+    mount_right_one = cluster.mount(instance, volume, storage)
+    instance.start()
+
+    def undo() -> None:
+        ambush.end()
+        assert volume.data is data or data in volume.set_aside
+        mount_right_one()
+        instance.start()
+
+    return undo
+
+
 def unwritable_candidate(cluster: SimulatedCluster, chance: random.Random) -> Callable[[], None] | None:
     """R11: the primary has lost the store and its standbys. The one that stands cannot write its promise, and the others
     answer it late; meanwhile it hears the primary again, which asks it not to stand."""

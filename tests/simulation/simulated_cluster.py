@@ -14,11 +14,11 @@ from typing import Any
 from promise_checker import PromiseBroken, PromiseChecker
 from simulated_clients import Clients, HistoryViolation
 from simulated_faults import Fault, Mix, Undo, choose_mix
-from simulated_instance import SimulatedInstance
+from simulated_instance import SimulatedInstance, SimulatedStorage
 from simulated_network import Network, NetworkFaults
 from simulated_store import SimulatedStore, StoreFaults
 from simulated_time import World
-from simulated_volume import HARSH, DataDirectory, PostgresBehaviour, PostgresCluster
+from simulated_volume import HARSH, DataDirectory, DataVolume, PostgresBehaviour, PostgresCluster
 from simulation_branches import taken
 
 from instance_manager.agent.supervisor_link import SupervisorError
@@ -121,6 +121,7 @@ class SimulatedCluster:
         }
         self.clients = Clients(self, random.Random(chance.getrandbits(64)))
         self._destroyed: dict[MemberId, DataDirectory] = {}
+        """And those that are not mounted for a while."""
         self._members: dict[str, tuple[bytes, MemberId | None]] = {}
         self._volume_spent = False
         self.lies_in_wait = False
@@ -236,6 +237,20 @@ class SimulatedCluster:
         if member is not None and instance.volume.data is not None:
             self._destroyed[member] = instance.volume.data
         instance.lose_directory()
+
+    def mount(self, instance: SimulatedInstance, volume: DataVolume, storage: SimulatedStorage) -> Undo:
+        """Another volume in place of the right one, which is remembered as it was; what is returned mounts that again."""
+        right, member = (instance.volume, instance.storage), self.member_at(instance)
+        if member is not None and instance.volume.data is not None:
+            self._destroyed[member] = instance.volume.data
+        instance.mount(volume, storage)
+
+        def undo() -> None:
+            instance.mount(*right)
+            if member is not None:
+                self._destroyed.pop(member, None)
+
+        return undo
 
     def state_before_every_memory(self, chance: random.Random) -> float | None:
         """How long ago the record was at an epoch that every volume remembers a later one of; None: never."""

@@ -15,6 +15,7 @@ from rare_situations import (
     directory_vanishes,
     interrupted_failover_with_loss,
     unwritable_candidate,
+    volume_of_another_cluster,
     winner_cannot_open,
 )
 
@@ -474,6 +475,7 @@ RARE = (
     Fault("data directory vanishes under a living container", directory_vanishes, weight=0.1),
     Fault("failover with loss interrupted", interrupted_failover_with_loss, (25.0, 30.0), 0.1, modes=("synchronous",)),
     Fault("a candidate cannot write its promise", unwritable_candidate, (7.0, 10.0), 0.1),
+    Fault("volume of another cluster mounted", volume_of_another_cluster, (5.0, 20.0), 0.1),
 )
 """They lie in wait; some seeds have nothing else, so that nothing comes in between."""
 RARE_ALONE = 0.02

@@ -15,11 +15,12 @@ from simulated_server import PostgresServer
 from simulated_store import SimulatedStore, StoreClient
 from simulated_supervisor import SimulatedDatagrams, SimulatedSupervisor
 from simulated_time import Host, HostClock, Process, World
-from simulated_volume import DataVolume, PostgresCluster
+from simulated_volume import DataDirectory, DataVolume, PostgresCluster
 
 from instance_manager.agent.agent import Agent
 from instance_manager.agent.assembly import Ports, assemble
 from instance_manager.agent.context import Context
+from instance_manager.codec import to_json
 from instance_manager.config import Configuration
 from instance_manager.config_sections import (
     ClusterSection,
@@ -32,6 +33,8 @@ from instance_manager.config_sections import (
 )
 from instance_manager.core.roles import TRANSITIONS, Role
 from instance_manager.core.timing import Timings
+from instance_manager.core.types import MemberName, make_member_id
+from instance_manager.core.voting import VolumeState
 
 CLUSTER_UID = "simulated-cluster"
 PROBE_INTERVAL_S = 1.0
@@ -223,6 +226,24 @@ class SimulatedInstance:
         self.volume = DataVolume(self.postgres, self.name)
         if with_memory:
             self.storage = SimulatedStorage(self)
+
+    def mount(self, volume: DataVolume, storage: SimulatedStorage) -> None:
+        """In place of what was mounted; the container is to be started anew."""
+        self.crash()
+        self.volume, self.storage = volume, storage
+
+    def volume_of_another_cluster(self) -> tuple[DataVolume, SimulatedStorage]:
+        """As its instance of this name left it, in a state to be started."""
+        volume, storage = DataVolume(self.postgres, self.name), SimulatedStorage(self)
+        volume.data = DataDirectory.initdb(self.world.random.getrandbits(63))
+        storage.content = to_json(
+            VolumeState(
+                cluster_uid="another-cluster",
+                member_id=make_member_id(MemberName(self.name), f"{self.world.random.getrandbits(32):08x}"),
+                volume_id=storage.identity(),
+            )
+        )
+        return volume, storage
 
     def lose_directory(self) -> None:
         """What lies in the data directory's place is gone; Postgres notices and ends, the container lives on."""

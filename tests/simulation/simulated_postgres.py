@@ -281,10 +281,10 @@ class SimulatedPostgres:
         await self._access.write_file()
         self._access.data().access = access
 
-    async def lets_clients_in(self) -> bool:
+    async def written_access(self) -> Gate | None:
         await self._access.read_file()
         data = self._access.volume.data
-        return data is not None and data.access is Gate.OPEN
+        return data.access if data is not None else None
 
     async def set_standby_signal(self, standby: bool) -> None:
         await self._access.write_file()

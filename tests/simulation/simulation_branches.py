@@ -28,8 +28,6 @@ GUARDS: list[str] = []
 """Those of them that raise: a caller's mistake, which must not happen."""
 NOT_HERE = {
     "foreign": "nothing foreign is put into a data directory's place here",
-    'RejoinPlan(Rejoin.WAIT,f"the data directory has system identifier': "nor a directory of another cluster",
-    "another cluster: {request.cluster_uid}": "no other cluster's candidate asks here",
     "_turn": "asked only by who knows its own end",
     "the Lease contradicts itself": "a hand that edits here leaves the fields consistent",
     "holder_peer": "asked of records that have a holder",
@@ -52,6 +50,7 @@ NOT_HERE = {
 
 SECOND_LOOKS = {
     "the Lease has no release stamp": "decide has asked the same",
+    "another cluster: {request.cluster_uid}": "whose Lease a hand made another cluster's repairs it, and asks for no vote",
     "this log ends at {end}, the release at": "decide has compared what was estimated, and an estimate of that very end is right",
 }
 """Branches that ask once more what was asked a moment before: what changes between two callbacks would take them."""

@@ -35,6 +35,7 @@ from instance_manager.postgres.host_based_access import (
     check_line,
     render_hba,
     render_ident,
+    rendered_access,
 )
 from instance_manager.postgres.hot_standby import (
     RestartOrder,
@@ -119,6 +120,16 @@ def test_the_users_value_beats_the_default_and_ours_beats_both() -> None:
     assert rendered["include"] == REPLICATION_CONF
     assert "allow_alter_system" not in rendered
     assert parse_settings(render_postgresql_conf(static(major=17)))["allow_alter_system"] == "off"
+
+
+def test_wal_is_summarized_where_incremental_backups_are_wanted_and_the_server_can() -> None:
+    def rendered(major: int, **changes: object) -> str | None:
+        return parse_settings(render_postgresql_conf(static(major=major, **changes))).get("summarize_wal")
+
+    assert rendered(17, summarize_wal=True) == "on"
+    assert rendered(17) is None
+    assert rendered(16, summarize_wal=True) is None
+    assert rendered(18, summarize_wal=True, parameters={"summarize_wal": False}) == "off"
 
 
 NAMES = st.from_regex(r"[a-z_][a-z0-9_]{0,20}(\.[a-z_][a-z0-9_]{0,20})?", fullmatch=True).filter(
@@ -242,6 +253,34 @@ def test_a_closed_server_admits_the_agent_and_replication_only() -> None:
     opened = render_hba(settings, Access.OPEN).splitlines()
     assert "host all all samenet scram-sha-256" in opened
     assert opened.index('host all "postgres" all reject') < opened.index("host all all samenet scram-sha-256")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        AccessSettings(),
+        AccessSettings(superuser="admin", require_tls=True, replication_by_certificate=True),
+        AccessSettings(
+            application_networks=("0.0.0.0/0",),
+            superuser_networks=("10.0.0.0/8",),
+            lines=("local all all scram-sha-256", "host all all all reject"),
+        ),
+    ],
+)
+@pytest.mark.parametrize("access", Access)
+def test_p8_the_state_of_the_gate_is_told_by_the_file_whatever_the_settings_were(
+    settings: AccessSettings, access: Access
+) -> None:
+    """An agent whose configuration has changed finds the file of the one before."""
+    assert rendered_access(render_hba(settings, access)) is access
+
+
+def test_p8_what_was_edited_or_is_none_of_ours_is_no_gate() -> None:
+    closed = render_hba(AccessSettings(), Access.CLOSED)
+    assert rendered_access("") is None
+    assert rendered_access("local all all scram-sha-256\n") is None
+    assert rendered_access(closed + "host all app all scram-sha-256\n") is None
+    assert rendered_access("".join(closed.splitlines(keepends=True)[:-1])) is None
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from instance_manager.archive.backup.info import BackupInfo, InfoInvalid, is_backup_id, parse_info
+from instance_manager.archive.backup.info import BackupInfo, InfoInvalid, parse_info
 from instance_manager.archive.backup.manifest import Manifest, read_manifest
-from instance_manager.archive.backup.names import BackupNames, own_backups
+from instance_manager.archive.backup.names import (
+    BackupNames,
+    incremental_backups,
+    is_backup_id,
+    is_incremental_id,
+    own_backups,
+)
 from instance_manager.archive.backup.reach import Reach, reach
+from instance_manager.archive.backup.standing import read_mark
 from instance_manager.archive.backup.wal_range import segments_of
 from instance_manager.archive.content import read_object
 from instance_manager.archive.layout import Layout
@@ -18,7 +25,7 @@ from instance_manager.archive.tail import chain_of_archive
 from instance_manager.core.types import Timeline, TimelineChain, WalEnd
 from instance_manager.ports import ContentDamaged, ObjectStore
 
-State = Literal["done", "damaged", "failed", "started", "incomplete", "deleting", "unreadable"]
+State = Literal["done", "damaged", "failed", "started", "incomplete", "deleting", "unreadable", "orphaned"]
 """Only `done` and `damaged` (whole, but with pages whose checksum is wrong) can be restored."""
 
 INFO_LIMIT_BYTES = 1 << 20
@@ -41,6 +48,8 @@ class Listed:
     keep: str | None = None
     """barman's word: `full` (with the log from it on) or `standalone` (only what makes it consistent)."""
     problem: str = ""
+    parent_id: str | None = None
+    """The backup that an incremental one stands on, also where it is not finished; None: a full one."""
 
     @property
     def is_restorable(self) -> bool:
@@ -59,10 +68,11 @@ class Window:
 async def list_backups(store: ObjectStore, layout: Layout, *, deadline_s: float) -> tuple[Listed, ...]:
     """All of them, oldest first. ObjectStoreError."""
     ids = set()
-    for folder in (layout.base, own_backups(layout)):
+    for folder in (layout.base, incremental_backups(layout), own_backups(layout)):
         async for entry in store.entries(folder, shallow=True, deadline_s=deadline_s):
             backup_id = entry.name.removeprefix(folder).rstrip("/")
-            if entry.name.endswith("/") and is_backup_id(backup_id):
+            misplaced = folder == layout.base and is_incremental_id(backup_id)
+            if entry.name.endswith("/") and is_backup_id(backup_id) and not misplaced:
                 ids.add(backup_id)
     turns = asyncio.Semaphore(_AT_ONCE)
 
@@ -76,7 +86,7 @@ async def list_backups(store: ObjectStore, layout: Layout, *, deadline_s: float)
             return listed
 
     found = await asyncio.gather(*(one(backup_id) for backup_id in sorted(ids)))
-    return tuple(each for each in found if each is not None)
+    return with_chains(each for each in found if each is not None)
 
 
 async def holds_anything(store: ObjectStore, names: BackupNames, deadline_s: float) -> bool:
@@ -98,8 +108,13 @@ async def look_at(store: ObjectStore, names: BackupNames, *, deadline_s: float) 
         text = f"it is being deleted: `backup delete {backup_id}` finishes that"
         return Listed(backup_id=backup_id, state="deleting", keep=keep, problem=text)
     if content is None:
+        text = "it has no backup.info: never finished"
         return Listed(
-            backup_id=backup_id, state="incomplete", keep=keep, problem="it has no backup.info: never finished"
+            backup_id=backup_id,
+            state="incomplete",
+            keep=keep,
+            problem=text,
+            parent_id=await _parent_of_unfinished(store, names, deadline_s),
         )
     try:
         info = parse_info(backup_id, content)
@@ -115,7 +130,61 @@ async def look_at(store: ObjectStore, names: BackupNames, *, deadline_s: float) 
         problem = f"{manifest.damaged_count} pages had a wrong checksum when it was taken"
     elif state != "done":
         problem = info.error or f"barman says {info.status}"
-    return Listed(backup_id=backup_id, state=state, info=info, manifest=manifest, keep=keep, problem=problem)
+    return Listed(
+        backup_id=backup_id,
+        state=state,
+        info=info,
+        manifest=manifest,
+        keep=keep,
+        problem=problem,
+        parent_id=info.parent_id,
+    )
+
+
+async def _parent_of_unfinished(store: ObjectStore, names: BackupNames, deadline_s: float) -> str | None:
+    if not is_incremental_id(names.backup_id):
+        return None
+    try:
+        mark = await read_mark(store, names, deadline_s=deadline_s)
+    except ContentDamaged:
+        return None
+    return None if mark is None else mark.parent
+
+
+def with_chains(listed: Iterable[Listed]) -> tuple[Listed, ...]:
+    """Oldest first, as they are given. What stands on a backup that cannot be restored cannot either; and damage is inherited."""
+    seen: dict[str, Listed] = {}
+    backups = list(listed)
+    # By the log: a backup's parent ends before it begins, whatever the ids say.
+    for each in sorted(backups, key=lambda each: (each.info.begin_lsn if each.info else 0, each.backup_id)):
+        seen[each.backup_id] = _in_its_chain(each, seen)
+    return tuple(seen[each.backup_id] for each in backups)
+
+
+def _in_its_chain(listed: Listed, seen: Mapping[str, Listed]) -> Listed:
+    if not is_incremental_id(listed.backup_id) or not listed.is_restorable:
+        return listed
+    parent = seen.get(listed.parent_id or "")
+    if parent is None or not parent.is_restorable:
+        why = "is gone" if parent is None else f"is {parent.state}"
+        return replace(listed, state="orphaned", problem=f"it stands on backup {listed.parent_id}, which {why}")
+    if parent.state == "damaged" and listed.state == "done":
+        return replace(
+            listed, state="damaged", problem=f"it stands on backup {parent.backup_id}, which has damaged pages"
+        )
+    return listed
+
+
+def chain_of(listed: Iterable[Listed], backup: Listed) -> tuple[Listed, ...]:
+    """The full backup, what stands on it, and so on to `backup`. NoSuchBackup: one of them is not there."""
+    by_id = {each.backup_id: each for each in listed}
+    found = [backup]
+    while (parent_id := found[-1].parent_id) is not None:
+        parent = by_id.get(parent_id)
+        if parent is None or parent in found:
+            raise NoSuchBackup(f"backup {found[-1].backup_id} stands on {parent_id}, which is not there")
+        found.append(parent)
+    return tuple(reversed(found))
 
 
 def _state_of(info: BackupInfo, manifest: Manifest | None) -> State:

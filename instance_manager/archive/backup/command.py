@@ -10,14 +10,14 @@ import asyncio
 import sys
 from functools import partial
 
-from instance_manager.archive.backup.catalogue import Listed, NoSuchBackup, find_backup, list_backups
+from instance_manager.archive.backup.catalogue import Listed, NoSuchBackup, chain_of, find_backup, list_backups
 from instance_manager.archive.backup.configured import policy_of
 from instance_manager.archive.backup.expire import Doomed, expire, foresee
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import BackupKept, delete_backup, keep_backup
 from instance_manager.archive.backup.requests import ATTEMPTS_MAX, Ended, Request, Requests, manual_id
-from instance_manager.archive.backup.retention import Policy, RetentionRefused
-from instance_manager.archive.backup.verify import verify_backup
+from instance_manager.archive.backup.retention import Policy, RetentionRefused, stands_on
+from instance_manager.archive.backup.verify import verify_chain
 from instance_manager.archive.backup.view import size_text
 from instance_manager.archive.where import WRONG_USE, Where, add_where, carry_out
 from instance_manager.threads import monotonic_s
@@ -32,6 +32,13 @@ NAME_MAX = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wait", action="store_true", help="until it is complete, showing its progress")
     parser.add_argument("--name", help="a name besides its id")
+    parser.add_argument(
+        "--incremental",
+        nargs="?",
+        const="",
+        metavar="FROM",
+        help="only what has changed since the backup FROM, an id or a name, by default the newest good one (Postgres 17 and later)",
+    )
     parser.add_argument("--timeout", type=float, default=86400.0, metavar="SECONDS", help="how long --wait waits")
     add_where(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="backup_command")
@@ -86,7 +93,13 @@ async def _request(namespace: argparse.Namespace, where: Where) -> int:
         return complain(f"not a name for a backup: {name!r}", WRONG_USE)
     requests = Requests(where.store, where.layout)
     request_id = manual_id(now_utc())
-    await requests.ask(request_id, Request(name, "command", timestamp()))
+    incremental, on = namespace.incremental is not None, namespace.incremental or None
+    if on is not None:
+        try:
+            on = find_backup(await list_backups(where.store, where.layout, deadline_s=DEADLINE_S), on).backup_id
+        except NoSuchBackup as error:
+            return complain(str(error), WRONG_USE)
+    await requests.ask(request_id, Request(name, "command", timestamp(), incremental, on))
     if not namespace.wait:
         print(
             f"asked for a backup, as {request_id}: the best placed instance takes it; `instance-manager backups` shows it"
@@ -150,7 +163,9 @@ async def _verify(namespace: argparse.Namespace, where: Where) -> int:
     listed = await _found(namespace, where)
     if listed is None:
         return WRONG_USE
-    verdict = await verify_backup(where.store, where.layout, listed, tell=lambda text: print(text, flush=True))
+    all_listed = await list_backups(where.store, where.layout, deadline_s=DEADLINE_S)
+    chain = chain_of(all_listed, listed) if listed.is_restorable else (listed,)
+    verdict = await verify_chain(where.store, where.layout, chain, tell=lambda text: print(text, flush=True))
     print(f"{verdict.files} files, {size_text(verdict.file_bytes)}, and {verdict.segments} segments of WAL were read")
     if not verdict.has_hashes:
         print("barman took it: there are no hashes of its files, only that its tars are whole is known")
@@ -169,11 +184,12 @@ async def _delete(namespace: argparse.Namespace, where: Where) -> int:
     listed = await _found(namespace, where)
     if listed is None:
         return WRONG_USE
-    others = [
-        each.backup_id
-        for each in await list_backups(where.store, where.layout, deadline_s=DEADLINE_S)
-        if each.state == "done" and each.backup_id != listed.backup_id
-    ]
+    all_listed = await list_backups(where.store, where.layout, deadline_s=DEADLINE_S)
+    if above := [each for each in stands_on(all_listed, listed.backup_id) if listed.info is not None]:
+        return complain(
+            f"backup {listed.backup_id} is needed by {', '.join(above)}, which cannot be restored without it: delete those first"
+        )
+    others = [each.backup_id for each in all_listed if each.state == "done" and each.backup_id != listed.backup_id]
     print(
         f"backup {listed.backup_id} ({listed.state}) is deleted for ever; good ones left: {', '.join(others) or 'NONE'}"
     )
@@ -194,6 +210,10 @@ async def _keep(namespace: argparse.Namespace, where: Where) -> int:
     if not listed.is_restorable:
         return complain(f"backup {listed.backup_id} is no whole backup: {listed.problem}")
     target = "standalone" if namespace.standalone else "full"
+    if namespace.standalone and listed.parent_id is not None:
+        return complain(
+            f"backup {listed.backup_id} stands on {listed.parent_id}, which stays with it and with its log: keep it without --standalone"
+        )
     if listed.keep not in (None, target):
         return complain(f"it is kept as `{listed.keep}`: `backup unkeep {listed.backup_id}` first")
     try:

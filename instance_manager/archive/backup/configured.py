@@ -40,6 +40,7 @@ def tender_settings(section: BackupSection, instance: str, *, instances: int) ->
             verify_checksums=section.verify_checksums,
         ),
         schedule=schedule_of(section.schedule),
+        full_every=1 if section.schedule is None else section.schedule.full_every,
         policy=policy_of(section),
         primary_waits_s=PRIMARY_WAITS_S if instances > 1 else 0.0,
     )

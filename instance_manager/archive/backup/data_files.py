@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from instance_manager.archive.backup.increment import Delta
+
 FILES_PER_TAR_MAX = 20_000
 """Bounds the memory for the list of one tar."""
 
@@ -47,7 +49,10 @@ class DataFile:
     path: Path
     name: str
     size_bytes: int
+    """As it was listed; of one that goes in part, what is expected of it."""
     is_directory: bool = False
+    delta: Delta | None = None
+    """What of it has changed since the backup before; None: it goes whole."""
 
     @property
     def first_block(self) -> int | None:

@@ -7,12 +7,12 @@ import datetime
 import re
 from dataclasses import dataclass
 
+from instance_manager.archive.backup.names import is_incremental_id
 from instance_manager.archive.wal_names import Segment, SegmentSize
 from instance_manager.core.types import Lsn, Timeline, format_lsn, parse_lsn
 
 DONE = "DONE"
 DEFAULT_SEGMENT_BYTES = 16 << 20
-_BACKUP_ID = re.compile(r"\d{8}T\d{6}")
 _LINE = re.compile(r"([a-z_]+)=(.*)")
 
 
@@ -55,6 +55,8 @@ class BackupInfo:
     """Of the cluster's files."""
     stored_bytes: int | None = None
     backup_label: str | None = None
+    parent_id: str | None = None
+    """The backup before, without which this one is nothing; None: a full one."""
     error: str | None = None
 
     @property
@@ -92,11 +94,6 @@ def label_of(backup_id: str) -> str:
     return f"instance-manager {backup_id}"
 
 
-def is_backup_id(text: str) -> bool:
-    """The form that barman demands, `20251128T210500`."""
-    return _BACKUP_ID.fullmatch(text) is not None
-
-
 def render_info(info: BackupInfo) -> bytes:
     """All keys of barman 3, `None` where there is nothing to say. ValueError: a line end in a value."""
     size = info.segment_size
@@ -125,7 +122,7 @@ def render_info(info: BackupInfo) -> bytes:
         "ident_file": f"{info.data_directory}/pg_ident.conf",
         "included_files": None,
         "mode": "concurrent",
-        "parent_backup_id": None,
+        "parent_backup_id": info.parent_id,
         "pgdata": info.data_directory,
         "server_name": "cloud",
         "size": info.stored_bytes,
@@ -172,6 +169,7 @@ def parse_info(backup_id: str, content: bytes) -> BackupInfo:
             size_bytes=_number(values.get("cluster_size")),
             stored_bytes=_number(values.get("size")),
             backup_label=_text(values.get("backup_label")),
+            parent_id=values.get("parent_backup_id") if is_incremental_id(backup_id) else None,
             error=values.get("error"),
         )
     except KeyError as error:

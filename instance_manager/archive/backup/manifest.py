@@ -49,6 +49,12 @@ class Manifest:
     damaged: tuple[DamagedBlock, ...] = ()
     """The first thousand."""
     tablespace_map: str = ""
+    parent_id: str | None = None
+    """The backup that an incremental one stands on."""
+    has_checksums: bool | None = None
+    """Of its pages. None: an earlier version took it, and did not say."""
+    whole_bytes: int | None = None
+    """Of all files as they were in the data directory; of an incremental backup more than it holds. None: not counted yet then."""
     format: int = FORMAT
 
 

@@ -4,6 +4,7 @@
 <server>/base/<id>/data.tar.lz4, data_0001.tar.lz4 ...   the data directory; the last one has pg_control and backup_label
 <server>/base/<id>/<oid>.tar.lz4 ...                     a tablespace
 <server>/base/<id>/annotations/keep                      barman's "keep": `full` or `standalone`
+<server>/instance-manager/incremental/<id>i/...          the same of an incremental backup, which barman would restore wrongly
 <server>/instance-manager/backups/<id>/begun.json        the id is taken
 <server>/instance-manager/backups/<id>/<tar>.members.gz  what the tar holds, with hashes
 <server>/instance-manager/backups/<id>/manifest.json     the hashes of all of it
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from instance_manager.archive.codecs import SUFFIXES
 from instance_manager.archive.layout import Layout
 
+_BACKUP_ID = re.compile(r"\d{8}T\d{6}i?")
 _TAR = re.compile(r"(data|\d{1,10})(_\d{4,})?\.tar(\.[a-z0-9]+)?")
 
 
@@ -45,7 +47,9 @@ class BackupNames:
 
     @property
     def folder(self) -> str:
-        return f"{self.layout.base}{self.backup_id}/"
+        """barman's tools list what is below `base`, and would lay an incremental backup out as if it were whole."""
+        parent = incremental_backups(self.layout) if is_incremental_id(self.backup_id) else self.layout.base
+        return f"{parent}{self.backup_id}/"
 
     @property
     def info(self) -> str:
@@ -81,6 +85,20 @@ class BackupNames:
 def own_backups(layout: Layout) -> str:
     """The folder of ours with one folder for each backup."""
     return f"{layout.server}/instance-manager/backups/"
+
+
+def incremental_backups(layout: Layout) -> str:
+    """The folder beside barman's with one folder for each incremental backup."""
+    return f"{layout.server}/instance-manager/incremental/"
+
+
+def is_backup_id(text: str) -> bool:
+    """The form that barman demands, `20251128T210500`; with an `i` behind it the backup is an incremental one."""
+    return _BACKUP_ID.fullmatch(text) is not None
+
+
+def is_incremental_id(backup_id: str) -> bool:
+    return backup_id.endswith("i")
 
 
 def requests_folder(layout: Layout) -> str:

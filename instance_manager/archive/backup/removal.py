@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 
 from instance_manager.archive.backup.names import BackupNames
+from instance_manager.archive.backup.standing import holders_of
 from instance_manager.archive.content import MemoryContent
 from instance_manager.codec import to_json
 from instance_manager.ports import ObjectExists, ObjectStore
@@ -16,7 +17,7 @@ from instance_manager.wall_clock import timestamp
 
 
 class BackupKept(Exception):
-    """It carries a keep, and is not deleted."""
+    """It carries a keep, or others stand on it, and is not deleted."""
 
 
 async def delete_backup(store: ObjectStore, names: BackupNames, *, deadline_s: float) -> None:
@@ -25,14 +26,30 @@ async def delete_backup(store: ObjectStore, names: BackupNames, *, deadline_s: f
         if await store.info(names.deleting, deadline_s=deadline_s) is not None:
             await store.delete(names.deleting, deadline_s=deadline_s)
         raise _kept(names)
+    await _require_free(store, names, deadline_s)
     with contextlib.suppress(ObjectExists):
         await store.create(names.deleting, MemoryContent.of(to_json({"at": timestamp()})), deadline_s=deadline_s)
     # Whoever keeps a backup looks for the mark afterwards: one of both sees the other.
     if await store.info(names.keep, deadline_s=deadline_s) is not None:
         await store.delete(names.deleting, deadline_s=deadline_s)
         raise _kept(names)
+    try:
+        await _require_free(store, names, deadline_s)
+    except BackupKept:
+        await store.delete(names.deleting, deadline_s=deadline_s)
+        raise
     await store.delete(names.info, deadline_s=deadline_s)
     await remove_unlisted(store, names, deadline_s=deadline_s)
+
+
+async def _require_free(store: ObjectStore, names: BackupNames, deadline_s: float) -> None:
+    """BackupKept: others stand on it. Where its backup.info is gone, its deletion can only go on."""
+    if await store.info(names.info, deadline_s=deadline_s) is None:
+        return
+    if holders := await holders_of(store, names, deadline_s=deadline_s):
+        raise BackupKept(
+            f"backup {names.backup_id} is needed by {', '.join(holders)}, which cannot be restored without it: delete those first"
+        )
 
 
 def _kept(names: BackupNames) -> BackupKept:

@@ -46,6 +46,9 @@ class Request:
     by: str
     at: str
     """For people, and for the order."""
+    incremental: bool = False
+    on: str | None = None
+    """What an incremental one shall stand on; None: the newest good one."""
 
 
 @dataclass(frozen=True, slots=True)

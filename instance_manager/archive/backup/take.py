@@ -19,12 +19,22 @@ from pathlib import Path
 import asyncpg
 
 from instance_manager.archive.backup.control_file import ControlFileDamaged, read_control_file
-from instance_manager.archive.backup.data_files import PG_CONTROL, TarPlan, data_files, planned, tablespace_files
+from instance_manager.archive.backup.data_files import (
+    PG_CONTROL,
+    DataFile,
+    TarPlan,
+    data_files,
+    planned,
+    tablespace_files,
+)
 from instance_manager.archive.backup.floor import LogExpired, require_above_floor
+from instance_manager.archive.backup.increment_from import Increment, stand_on
 from instance_manager.archive.backup.info import DONE, BackupInfo, Tablespace, label_of, render_info
 from instance_manager.archive.backup.manifest import Manifest, TarEntry, tar_entry, write_members
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import remove_unlisted
+from instance_manager.archive.backup.standing import Mark
+from instance_manager.archive.backup.summaries import IncrementRefused
 from instance_manager.archive.backup.tar_stream import DamagedBlock, Flow, MemoryFile, TarContent
 from instance_manager.archive.backup.wal_range import missing_in, named, segments_of
 from instance_manager.archive.codecs import Codec
@@ -78,7 +88,17 @@ class TakeSettings:
     wal_deadline_s: float = 600.0
     """For the log up to its end to come into the archive."""
     wal_poll_s: float = 1.0
+    summaries_deadline_s: float = 300.0
+    """For the server's WAL summaries to come to where an incremental backup begins."""
     patience: Patience = Patience(total_s=7 * 86400.0, attempt_s=86400.0, attempts_max=4)
+
+
+@dataclass(frozen=True, slots=True)
+class OnBackup:
+    """An incremental backup is wanted."""
+
+    parent: str | None = None
+    """The id or name of the backup that it stands on; None: the newest good one of this server's history."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +128,7 @@ class _Copied:
     damaged: list[DamagedBlock] = field(default_factory=list)
     damaged_count: int = 0
     checked_pages: int = 0
+    whole_bytes: int = 0
 
 
 async def take_backup(
@@ -118,12 +139,14 @@ async def take_backup(
     *,
     instance: str,
     name: str | None = None,
+    on: OnBackup | None = None,
     on_begun: Callable[[str], Awaitable[None]] | None = None,
     want_wal: Callable[[Lsn], Awaitable[None]] | None = None,
     progress: BackupProgress | None = None,
 ) -> Taken:
     """BackupFailed: there is none. Cancelled, it cleans up first.
 
+    `on`: None takes a full one. An incremental one never becomes a full one by itself: BackupFailed tells why it cannot be had.
     `on_begun` is told the id when only the id's mark is in the store; what it raises ends the backup. `want_wal`: called on a standby with the
     position that the primary must archive.
     """
@@ -133,9 +156,11 @@ async def take_backup(
             # It idles while files are read, for hours perhaps.
             await sql.execute("SET idle_session_timeout = 0")
             facts = await _facts(sql)
-            names = await _begin(store, layout, facts.now)
+            wal = server.data_directory / "pg_wal"
+            increment = None if on is None else await stand_on(sql, wal, store, layout, on.parent)
+            names = await _begin(store, layout, facts.now, None if increment is None else increment.parent.backup_id)
             shown.backup_id, shown.estimated_bytes = names.backup_id, facts.estimated_bytes
-            backup = _Backup(server.data_directory, store, names, settings, instance, name, facts, shown)
+            backup = _Backup(server.data_directory, store, names, settings, instance, name, facts, shown, increment)
             try:
                 if on_begun is not None:
                     await on_begun(names.backup_id)
@@ -145,6 +170,8 @@ async def take_backup(
                 raise
     except (LocalPostgresError, asyncpg.PostgresError) as error:
         raise BackupFailed(f"Postgres: {error}") from error
+    except IncrementRefused as error:
+        raise BackupFailed(f"no incremental backup: {error}") from error
     except (ObjectStoreError, ControlFileDamaged, OSError) as error:
         raise BackupFailed(str(error)) from error
 
@@ -164,16 +191,21 @@ async def _facts(sql: Session) -> _Facts:
     )
 
 
-async def _begin(store: ObjectStore, layout: Layout, now: datetime.datetime) -> BackupNames:
-    """An id that nobody else has: barman's are of a second."""
+async def _begin(store: ObjectStore, layout: Layout, now: datetime.datetime, parent: str | None) -> BackupNames:
+    """An id that nobody else has: barman's are of a second. From its mark on `parent` is not deleted any more."""
     for later_s in range(60):
         time = now.astimezone(datetime.UTC) + datetime.timedelta(seconds=later_s)
-        names = BackupNames(layout, time.strftime("%Y%m%dT%H%M%S"))
+        full = BackupNames(layout, time.strftime("%Y%m%dT%H%M%S"))
+        incremental = BackupNames(layout, f"{full.backup_id}i")
+        names, other = (full, incremental) if parent is None else (incremental, full)
+        # One of each in a second would not be listed in the order in which they were taken.
+        if await store.info(other.begun, deadline_s=SMALL_DEADLINE_S) is not None:
+            continue
         async for _ in store.entries(names.folder, deadline_s=SMALL_DEADLINE_S):
             break
         else:
             try:
-                content = MemoryContent.of(to_json({"begun_at": now.isoformat()}))
+                content = MemoryContent.of(to_json(Mark(now.isoformat(), parent)))
                 await store.create(names.begun, content, deadline_s=SMALL_DEADLINE_S)
             except ObjectExists:
                 continue
@@ -201,6 +233,7 @@ class _Backup:
         name: str | None,
         facts: _Facts,
         progress: BackupProgress,
+        increment: Increment | None,
     ) -> None:
         self._data_directory = data_directory
         self._store = store
@@ -213,15 +246,24 @@ class _Backup:
         self._flow = Flow(settings.rate_limit_bytes_per_s)
         self._copied = _Copied()
         self._checksums_before: Lsn | None = None
+        self._increment = increment
 
     async def run(self, sql: Session, want_wal: Callable[[Lsn], Awaitable[None]] | None) -> Taken:
         facts = self._facts
+        increment = self._increment
+        if increment is not None:
+            await increment.require_parent(deadline_s=SMALL_DEADLINE_S)
         self._progress.phase = "checkpoint"
         begun_lsn = await self._start(sql)
         await self._require_log(begun_lsn)
         begun_at = await sql.fetchval("SELECT clock_timestamp()")
         if self._settings.verify_checksums and facts.has_checksums:
             self._checksums_before = begun_lsn
+        began_on = None
+        if increment is not None:
+            self._progress.phase = "waiting for WAL summaries"
+            deadline_s = self._settings.summaries_deadline_s
+            began_on = await increment.read_changes(sql, begun_lsn, deadline_s=deadline_s)
         tablespaces = tuple(Tablespace(*row) for row in await sql.fetch(_TABLESPACES))
         self._progress.phase = "copy"
         last = await self._copy(self._plans(tablespaces))
@@ -232,6 +274,12 @@ class _Backup:
         timeline, begin_lsn = _from_label(label)
         if facts.is_standby:
             await self._require_same_timeline(sql, timeline)
+        if increment is not None:
+            if began_on != timeline:
+                raise BackupFailed(
+                    f"it began on timeline {timeline}, and the changes were looked up for timeline {began_on}"
+                )
+            label += increment.label_lines
         await self._upload(
             f"data_{last + 1:04d}",
             TarContent(
@@ -254,9 +302,14 @@ class _Backup:
             damaged_count=copied.damaged_count,
             damaged=tuple(copied.damaged),
             tablespace_map=spaces,
+            parent_id=info.parent_id,
+            has_checksums=facts.has_checksums,
+            whole_bytes=copied.whole_bytes,
         )
         await self._create(self._names.manifest, MemoryContent.of(to_json(manifest)))
         await self._require_ours()
+        if increment is not None:
+            await increment.require_parent(deadline_s=SMALL_DEADLINE_S)
         await self._create(self._names.info, MemoryContent.of(render_info(info)))
         self._progress.phase = "done"
         return Taken(info, manifest)
@@ -292,8 +345,12 @@ class _Backup:
     def _plans(self, tablespaces: tuple[Tablespace, ...]) -> Iterator[TarPlan]:
         major, split = self._facts.version // 10000, self._settings.split_bytes
         for each in tablespaces:
-            yield from planned(str(each.oid), tablespace_files(Path(each.location), major), split)
-        yield from planned("data", data_files(self._data_directory), split)
+            files = tablespace_files(Path(each.location), major)
+            yield from planned(str(each.oid), self._only_changed(files, each.oid), split)
+        yield from planned("data", self._only_changed(data_files(self._data_directory), None), split)
+
+    def _only_changed(self, files: Iterator[DataFile], tablespace: int | None) -> Iterator[DataFile]:
+        return files if self._increment is None else self._increment.only_changed(files, tablespace)
 
     async def _copy(self, plans: Iterator[TarPlan]) -> int:
         """All of them, some at a time; the number of the last tar of the data directory."""
@@ -326,6 +383,7 @@ class _Backup:
         copied = self._copied
         copied.tars.append(tar_entry(tar_name, object_name.rpartition("/")[2], outcome))
         copied.checked_pages += outcome.checked_pages
+        copied.whole_bytes += outcome.whole_bytes
         copied.damaged_count += outcome.damaged_count
         copied.damaged += outcome.damaged[: 1000 - len(copied.damaged)]
 
@@ -446,6 +504,7 @@ class _Backup:
             size_bytes=sum(entry.content_bytes for entry in self._copied.tars),
             stored_bytes=sum(entry.object_bytes for entry in self._copied.tars),
             backup_label=label,
+            parent_id=None if self._increment is None else self._increment.parent.backup_id,
         )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from instance_manager.archive.backup.data_files import DataFile
+from instance_manager.archive.backup.increment import header, increment_bytes, incremental_name
 from instance_manager.archive.backup.page_checksums import PAGE_BYTES, wrong_pages
 from instance_manager.archive.codecs import Codec
 from instance_manager.core.types import Lsn
@@ -87,6 +88,8 @@ class TarOutcome:
     damaged_count: int = 0
     checked_pages: int = 0
     content_bytes: int = 0
+    whole_bytes: int = 0
+    """Of the files, also where only a part of one is in it."""
     object_bytes: int = 0
     object_sha256: str = ""
 
@@ -149,6 +152,7 @@ class TarContent:
         yield _header(info)
         yield file.content + _padding(info.size)
         outcome.content_bytes += info.size
+        outcome.whole_bytes += info.size
         outcome.members.append(Member(file.name, info.size, file.mode, hashlib.sha256(file.content).hexdigest()))
 
     def _file(self, file: DataFile, outcome: TarOutcome) -> Iterator[bytes]:
@@ -167,14 +171,21 @@ class TarContent:
             found = os.fstat(opened.fileno())
             info.size, info.mode, info.mtime = found.st_size, stat.S_IMODE(found.st_mode), int(found.st_mtime)
             info.uid, info.gid = found.st_uid, found.st_gid
+            blocks = None if file.delta is None else file.delta.to_send(found.st_size)
+            if blocks is None:
+                content = self._content(file, opened, info.size, outcome)
+            else:
+                info.name, info.size = incremental_name(file.name), increment_bytes(len(blocks))
+                content = self._blocks(file, opened, blocks, found.st_size // PAGE_BYTES, outcome)
             yield _header(info)
             digest = hashlib.sha256()
-            for chunk in self._content(file, opened, info.size, outcome):
+            for chunk in content:
                 digest.update(chunk)
                 yield chunk
             yield _padding(info.size)
         outcome.content_bytes += info.size
-        outcome.members.append(Member(file.name, info.size, info.mode, digest.hexdigest()))
+        outcome.whole_bytes += found.st_size
+        outcome.members.append(Member(info.name, info.size, info.mode, digest.hexdigest()))
 
     def _content(self, file: DataFile, opened: BinaryIO, size: int, outcome: TarOutcome) -> Iterator[bytes]:
         """Exactly `size` bytes: zeros where the file has become shorter, as a truncation in the log will make it."""
@@ -188,6 +199,21 @@ class TarContent:
                 chunk = self._checked(file, opened, chunk, position, first_block, outcome)
             yield chunk if is_whole else chunk + bytes(wanted - len(chunk))
             position += wanted
+
+    def _blocks(
+        self, file: DataFile, opened: BinaryIO, blocks: list[int], length: int, outcome: TarOutcome
+    ) -> Iterator[bytes]:
+        """An incremental file: zeros for blocks that are no longer there, as in `_content`."""
+        first_block = file.first_block if self._checksums_before is not None else None
+        yield header(blocks, length)
+        for first, count in _runs(blocks, CHUNK_BYTES // PAGE_BYTES):
+            opened.seek(first * PAGE_BYTES)
+            wanted = count * PAGE_BYTES
+            chunk = _read(opened, wanted)
+            is_whole = len(chunk) == wanted
+            if first_block is not None and is_whole:
+                chunk = self._checked(file, opened, chunk, first * PAGE_BYTES, first_block, outcome)
+            yield chunk if is_whole else chunk + bytes(wanted - len(chunk))
 
     def _checked(
         self, file: DataFile, opened: BinaryIO, chunk: bytes, position: int, first_block: int, outcome: TarOutcome
@@ -218,6 +244,15 @@ class TarContent:
             if not list(wrong_pages(page, block, self._checksums_before)):
                 return page
         return None
+
+
+def _runs(blocks: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of neighbours in an ascending list."""
+    begin = 0
+    for place in range(1, len(blocks) + 1):
+        if place == len(blocks) or blocks[place] != blocks[place - 1] + 1 or place - begin == most:
+            yield blocks[begin], place - begin
+            begin = place
 
 
 def _read(opened: BinaryIO, wanted: int) -> bytes:

@@ -13,8 +13,11 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from instance_manager.archive.backup.catalogue import holds_anything
+import asyncpg
+
+from instance_manager.archive.backup.catalogue import chain_of, holds_anything, list_backups
 from instance_manager.archive.backup.expire import expire
+from instance_manager.archive.backup.increment_from import could_tell_since
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import discard_backup
 from instance_manager.archive.backup.requests import (
@@ -33,7 +36,8 @@ from instance_manager.archive.backup.requests import (
     scheduled_id,
 )
 from instance_manager.archive.backup.retention import Policy, RetentionRefused
-from instance_manager.archive.backup.take import BackupFailed, TakeSettings, take_backup
+from instance_manager.archive.backup.summaries import IncrementRefused
+from instance_manager.archive.backup.take import BackupFailed, OnBackup, TakeSettings, take_backup
 from instance_manager.archive.counters import BackupProgress, BackupState
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.lineage import ForeignArchive, read_lineage
@@ -41,6 +45,7 @@ from instance_manager.archive.orders import OrderBook, Orders
 from instance_manager.core.types import Lsn
 from instance_manager.ports import ObjectStore, ObjectStoreError
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
+from instance_manager.postgres.sql import session
 from instance_manager.threads import monotonic_s
 from instance_manager.wall_clock import now_utc, timestamp
 
@@ -48,6 +53,8 @@ log = logging.getLogger("instance_manager.archive.backup")
 
 SMALL_DEADLINE_S = 20.0
 PRIMARY_WAITS_S = 20.0
+SCHEDULE = "schedule"
+"""Who asks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +64,8 @@ class TenderSettings:
     instance: str
     take: TakeSettings
     schedule: Schedule | None = None
+    full_every: int = 1
+    """Of the scheduled backups; those between are incremental."""
     policy: Policy = Policy()
     poll_s: float = 5.0
     beat_s: float = 10.0
@@ -171,7 +180,9 @@ class BackupTender:
         schedule = self._settings.schedule
         due = None if schedule is None else schedule.last_due(self._now())
         if due is not None:
-            await self._requests.ask(scheduled_id(due), Request(None, "schedule", due.isoformat()))
+            await self._requests.ask(
+                scheduled_id(due), Request(None, SCHEDULE, due.isoformat(), incremental=self._settings.full_every > 1)
+            )
 
     async def _attend(self, request: Open, orders: Orders) -> bool:
         """True: it is over. What is to be done for it here is done."""
@@ -209,10 +220,42 @@ class BackupTender:
         fit = self._orders.permitted() is not None if is_primary else orders.is_streaming
         if self._taken is not None or not fit or (is_primary and waited_s < self._settings.primary_waits_s):
             return
+        if not is_primary and not await self._can_tell_changes(request.request_id):
+            # The primary may have the summaries that this one has not, and takes it, or says why not.
+            return
         claim = Claim(self._settings.instance, timestamp())
         if await self._requests.claim(request.request_id, number, claim):
             self._taken = request.request_id
             self._taking = asyncio.create_task(self._take_beside(request.request_id, number), name="backup")
+
+    async def _can_tell_changes(self, request_id: str) -> bool:
+        """True too where the backup is to be a full one. ObjectStoreError."""
+        request = await self._requests.request(request_id)
+        on = None if request is None else await self._on(request_id, request, 1)
+        if on is None:
+            return True
+        try:
+            async with session(self._server, statement_timeout_s=SMALL_DEADLINE_S) as sql:
+                wal = self._server.data_directory / "pg_wal"
+                return await could_tell_since(sql, wal, self._store, self._layout, on.parent)
+        except (IncrementRefused, LocalPostgresError, asyncpg.PostgresError, OSError) as error:
+            log.debug("request %s is left to the primary: %s", request_id, error)
+            return False
+
+    async def _on(self, request_id: str, request: Request, number: int) -> OnBackup | None:
+        """None: a full one is taken. ObjectStoreError."""
+        if not request.incremental:
+            return None
+        if request.by != SCHEDULE:
+            return OnBackup(request.on)
+        if number > 1:
+            log.warning("request %s: an attempt has failed, and a full backup is taken instead", request_id)
+            return None
+        listed = await list_backups(self._store, self._layout, deadline_s=SMALL_DEADLINE_S)
+        good = [each for each in listed if each.state == "done" and each.info is not None]
+        newest = max(good, key=lambda each: each.info.begin_lsn if each.info else 0, default=None)
+        # The first one ever, and the first after so many, is a full one.
+        return None if newest is None or len(chain_of(listed, newest)) >= self._settings.full_every else OnBackup()
 
     async def _take_beside(self, request_id: str, number: int) -> None:
         try:
@@ -235,6 +278,7 @@ class BackupTender:
 
     async def _take(self, request_id: str, number: int) -> None:
         request = await self._requests.request(request_id)
+        on = None if request is None else await self._on(request_id, request, number)
         progress = self.status.running = BackupProgress()
         log.info("taking a backup for request %s", request_id)
 
@@ -252,6 +296,7 @@ class BackupTender:
                 self._settings.take,
                 instance=self._settings.instance,
                 name=None if request is None else request.name,
+                on=on,
                 on_begun=begun,
                 want_wal=want_wal,
                 progress=progress,

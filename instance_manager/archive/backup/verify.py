@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -49,6 +49,29 @@ class Verdict:
             self.problems.append(problem)
 
 
+async def verify_chain(
+    store: ObjectStore,
+    layout: Layout,
+    chain: Sequence[Listed],
+    *,
+    parallel: int = 2,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Verdict:
+    """The last of them, and of all that it stands on the objects; their WAL it does not need."""
+    *before, last = chain
+    verdict = await verify_backup(store, layout, last, parallel=parallel, tell=tell)
+    for each in reversed(before):
+        tell(f"it stands on backup {each.backup_id}")
+        found = await verify_backup(store, layout, each, parallel=parallel, tell=tell, with_wal=False)
+        verdict.files += found.files
+        verdict.file_bytes += found.file_bytes
+        verdict.has_hashes &= found.has_hashes
+        for problem in found.problems:
+            verdict.add(problem)
+        verdict.unread += found.unread
+    return verdict
+
+
 async def verify_backup(
     store: ObjectStore,
     layout: Layout,
@@ -56,6 +79,7 @@ async def verify_backup(
     *,
     parallel: int = 2,
     tell: Callable[[str], None] = lambda _: None,
+    with_wal: bool = True,
 ) -> Verdict:
     """All of its objects, and the WAL from its begin to its end. What is wrong is in the verdict."""
     verdict = Verdict(has_hashes=listed.manifest is not None)
@@ -92,9 +116,10 @@ async def verify_backup(
         verdict.add(str(error))
     except ObjectStoreError as error:
         verdict.unread.append(str(error))
-    await verify_segments(
-        store, layout, info, info.begin_segment, info.end_segment.number, verdict, parallel=parallel, tell=tell
-    )
+    if with_wal:
+        await verify_segments(
+            store, layout, info, info.begin_segment, info.end_segment.number, verdict, parallel=parallel, tell=tell
+        )
     return verdict
 
 

@@ -8,7 +8,20 @@ from instance_manager.archive.backup.catalogue import Listed, Window
 from instance_manager.archive.wal_names import SegmentSize
 from instance_manager.core.types import format_lsn
 
-_HEADS = ("ID", "NAME", "STATE", "COMPLETE AT (UTC)", "TIMELINE", "BEGIN", "END", "SIZE", "STORED", "KEEP", "LOG UNTIL")
+_HEADS = (
+    "ID",
+    "NAME",
+    "STATE",
+    "COMPLETE AT (UTC)",
+    "TIMELINE",
+    "BEGIN",
+    "END",
+    "SIZE",
+    "STORED",
+    "KEEP",
+    "LOG UNTIL",
+    "STANDS ON",
+)
 
 
 def size_text(size_bytes: int | None) -> str:
@@ -31,6 +44,7 @@ def plain_backup(listed: Listed, window: Window | None) -> dict[str, Any]:
         "state": listed.state,
         "keep": listed.keep,
         "problem": listed.problem,
+        "parent": listed.parent_id,
     }
     if info is None:
         return found
@@ -51,6 +65,7 @@ def plain_backup(listed: Listed, window: Window | None) -> dict[str, Any]:
         found |= {
             "taken_on": listed.manifest.instance,
             "from_standby": listed.manifest.was_standby,
+            "whole_bytes": listed.manifest.whole_bytes,
             "checked_pages": listed.manifest.checked_pages,
             "damaged_pages": listed.manifest.damaged_count,
             "damaged": [{"file": each.file, "block": each.block} for each in listed.manifest.damaged],
@@ -83,7 +98,7 @@ def table(rows: list[tuple[Listed, Window | None]]) -> str:
 def _row(listed: Listed, window: Window | None) -> tuple[str, ...]:
     info = listed.info
     if info is None:
-        return (listed.backup_id, "", listed.state, *[""] * 6, listed.keep or "", "")
+        return (listed.backup_id, "", listed.state, *[""] * 6, listed.keep or "", "", listed.parent_id or "")
     return (
         listed.backup_id,
         info.name or "",
@@ -96,6 +111,7 @@ def _row(listed: Listed, window: Window | None) -> tuple[str, ...]:
         size_text(info.stored_bytes),
         listed.keep or "",
         _until(window, info.segment_size),
+        listed.parent_id or "",
     )
 
 

@@ -24,12 +24,13 @@ from pathlib import Path
 
 import msgspec
 
-from instance_manager.archive.backup.catalogue import Listed, Window, find_backup, list_backups, window_of
+from instance_manager.archive.backup.catalogue import Listed, Window, chain_of, find_backup, list_backups, window_of
 from instance_manager.archive.backup.info import BackupInfo
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.commands import NoInterpreter
 from instance_manager.archive.fetch import FetchSettings
 from instance_manager.archive.layout import Layout
+from instance_manager.archive.recovery.combine import CannotCombine, extract_chain, require_means
 from instance_manager.archive.recovery.extract import (
     Destination,
     Extracted,
@@ -92,6 +93,8 @@ class Plan:
     info: BackupInfo
     chain: TimelineChain
     window: Window
+    stack: tuple[Listed, ...]
+    """The full backup and all incremental ones up to `backup`; of a full one itself alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ async def make_plan(store: ObjectStore, layout: Layout, target: Target, *, backu
         listed = await list_backups(store, layout, deadline_s=LIST_DEADLINE_S)
         chain = await _history_for(store, layout, target)
         chosen = choose_backup(listed, target, chain) if backup is None else find_backup(listed, backup)
+        stack = chain_of(listed, chosen)
     except (NoBackupForTarget, TargetInvalid, LookupError) as error:
         raise RestoreFailed(str(error)) from error
     info = chosen.info
@@ -119,7 +123,7 @@ async def make_plan(store: ObjectStore, layout: Layout, target: Target, *, backu
     window = await window_of(store, layout, info, chain=chain, deadline_s=LIST_DEADLINE_S)
     if target.kind == "immediate":
         chain = await chain_of_archive(store, layout, timeline=info.timeline, deadline_s=LIST_DEADLINE_S)
-    return Plan(chosen, info, chain, window)
+    return Plan(chosen, info, chain, window, stack)
 
 
 async def _history_for(store: ObjectStore, layout: Layout, target: Target) -> TimelineChain:
@@ -266,6 +270,12 @@ async def _restore_files(
                 f"the tablespace's place {place} is not empty: give another with --tablespace NAME=DIRECTORY"
             )
     destination = Destination(server.data_directory, places, server.run_as)
+    if len(plan.stack) > 1:
+        try:
+            room = await require_means(server, plan.stack, destination)
+        except CannotCombine as error:
+            raise RestoreFailed(f"backup {info.backup_id} is an incremental one: {error}") from error
+        on_progress(f"it stands on {', '.join(each.backup_id for each in plan.stack[:-1])}: that needs {room}")
     made = await asyncio.to_thread(_make_roots, destination)
 
     def tell(size_bytes: int) -> None:
@@ -273,17 +283,29 @@ async def _restore_files(
         on_progress(f"{size_bytes >> 20}{total} MiB restored")
 
     try:
-        names = BackupNames(layout, info.backup_id)
-        extracted = await extract_backup(
-            store,
-            names,
-            info,
-            plan.backup.manifest,
-            destination,
-            parallel=settings.parallel,
-            patience=settings.patience,
-            on_progress=tell,
-        )
+        if len(plan.stack) > 1:
+            extracted = await extract_chain(
+                server,
+                store,
+                layout,
+                plan.stack,
+                destination,
+                parallel=settings.parallel,
+                patience=settings.patience,
+                on_progress=on_progress,
+            )
+        else:
+            names = BackupNames(layout, info.backup_id)
+            extracted = await extract_backup(
+                store,
+                names,
+                info,
+                plan.backup.manifest,
+                destination,
+                parallel=settings.parallel,
+                patience=settings.patience,
+                on_progress=tell,
+            )
         await asyncio.to_thread(_finish_files, server, destination, extracted, info, target)
     except BaseException:
         # Nothing was there before: nothing is left now.
