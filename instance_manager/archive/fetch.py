@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 from collections.abc import Coroutine
@@ -22,7 +23,7 @@ from instance_manager.archive.counters import FetchCounters
 from instance_manager.archive.gate import ArchiveGate
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import OrderBook, Orders
-from instance_manager.archive.prefetch import Prefetch
+from instance_manager.archive.prefetch import Get, Place, Prefetch
 from instance_manager.archive.restore_file import Expected, restore_wal
 from instance_manager.archive.spool import Spool
 from instance_manager.archive.stores.patience import Patience
@@ -40,10 +41,12 @@ _ABSENCE_HOLDS_S = 1.0
 
 
 class Fetched(enum.Enum):
-    """The two answers that are not an error."""
+    """The answers that are not an error."""
 
     PRESENT = "present"
     ABSENT = "absent"
+    IN_PLACE = "in place"
+    """It lies in pg_wal under its own name: Postgres is told "not there", and reads it."""
 
 
 class NotFetched(Exception):
@@ -88,7 +91,10 @@ class Fetcher:
         settings: FetchSettings,
         *,
         gate: ArchiveGate,
+        place: Place | None = None,
+        niceness: int = 0,
     ) -> None:
+        """`place`: where segments wait that have come ahead of need; None: in the spool. `niceness`: of the threads that write them."""
         self._wal_directory = wal_directory
         self._store = store
         self._layout = layout
@@ -96,21 +102,25 @@ class Fetcher:
         self._counters = counters
         self._settings = settings
         self._gate = gate
-        self._spool = Spool(spool)
-        self._prefetch = Prefetch(self._spool, parallel=settings.parallel)
+        self._spool = Spool(spool, niceness=niceness)
+        self._prefetch = Prefetch(self._spool, parallel=settings.parallel, place=place)
+        self._followed: tuple[_Request, TimelineChain] | None = None
+        """The last question behind which segments were begun."""
+        self._looks_ahead = True
         self._absent_until_s: dict[str, float] = {}
         self._found_chain: TimelineChain | None = None
         self._under_way: asyncio.Task[Path | None] | None = None
 
     async def fetch(self, mode: Mode, name: str, destination: Path) -> Fetched:
-        """PRESENT: `destination` is the file, whole and verified. ABSENT: proven, or withheld. NotFetched.
+        """PRESENT: `destination` is the file, whole and verified. IN_PLACE. ABSENT: proven, or withheld. NotFetched.
 
         Cancelled, or followed by another request, it puts nothing at `destination` any more.
         """
         try:
             place = self._checked(destination)
             found = await self._superseding(self._fetch(mode, name))
-            if found is not None:
+            is_in_place = found == self._wal_directory / name
+            if found is not None and not is_in_place:
                 found.replace(place)
         except (ValueError, GapInArchive) as error:
             raise self._failed(str(error)) from error
@@ -122,13 +132,33 @@ class Fetcher:
         if found is None:
             self._counters.absent += 1
             return Fetched.ABSENT
-        self._counters.restored += 1
-        self._counters.last_restored = name
-        return Fetched.PRESENT
+        if wal_kind(name) == "segment":
+            self._prefetch.hand_over(name)
+        self._count_restored(name)
+        return Fetched.IN_PLACE if is_in_place else Fetched.PRESENT
+
+    def go_on(self) -> list[str]:
+        """The segments that Postgres has taken by itself from where they lay ahead; what is behind them is begun."""
+        names = self._prefetch.taken()
+        for name in names:
+            self._counters.from_prefetch += 1
+            self._count_restored(name)
+        if names and self._followed is not None:
+            request, chain = self._followed
+            segment = request.orders.size.parse(names[-1])
+            with contextlib.suppress(OSError):  # whoever asks next is told
+                self._prefetch.begin(self._behind(segment, request, chain), self._get(request))
+        return names
+
+    async def look_ahead(self, looks_ahead: bool) -> None:
+        """What is ahead is forgotten; whether more may come ahead from now on."""
+        self._looks_ahead = looks_ahead
+        self._followed = None
+        await self._prefetch.drop()
 
     async def close(self) -> None:
         await _end(self._under_way)
-        await self._prefetch.drop()
+        await self.look_ahead(self._looks_ahead)
 
     async def _superseding(self, request: Coroutine[None, None, Path | None]) -> Path | None:
         """A client that was killed leaves its request behind: its file must not take the place of a later one's.
@@ -212,12 +242,23 @@ class Fetcher:
         return found
 
     async def _through_prefetch(self, request: _Request, segment: Segment, chain: TimelineChain) -> Path | None:
-        size = request.orders.size
-        count = self._settings.prefetch_bytes // size.size_bytes
-        ahead = [Segment(segment.timeline, segment.number + step) for step in range(1, count + 1)]
-        names = [size.name(each) for each in ahead if served_part(each, size, chain) == request.whole]
         self._counters.from_prefetch += self._prefetch.has(request.name)
-        return await self._prefetch.take(request.name, names, lambda name: self._restore(request, name, request.whole))
+        self._followed = request, chain
+        return await self._prefetch.take(
+            request.name, lambda: self._behind(segment, request, chain), self._get(request)
+        )
+
+    def _behind(self, segment: Segment, request: _Request, chain: TimelineChain) -> list[str]:
+        """The segments behind it that may come ahead of need: of its timeline, and not of what a fork has left. OSError."""
+        if not self._looks_ahead:
+            return []
+        size = request.orders.size
+        count = self._prefetch.room_bytes(self._settings.prefetch_bytes) // size.size_bytes
+        ahead = [Segment(segment.timeline, segment.number + step) for step in range(1, count + 1)]
+        return [size.name(each) for each in ahead if served_part(each, size, chain) == request.whole]
+
+    def _get(self, request: _Request) -> Get:
+        return lambda name: self._restore(request, name, request.whole)
 
     async def _tail(self, request: _Request, segment: Segment, part: Served, chain: TimelineChain) -> Path | None:
         """Recovery ends with what this returns, so the whole archive is looked at once more."""
@@ -258,6 +299,10 @@ class Fetcher:
         self._counters.last_error = text
         log.warning("not restored: %s", text)
         return NotFetched(text)
+
+    def _count_restored(self, name: str) -> None:
+        self._counters.restored += 1
+        self._counters.last_restored = name
 
     def _count_retry(self) -> None:
         self._counters.retries += 1

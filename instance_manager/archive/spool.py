@@ -16,6 +16,7 @@ import ctypes
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def begin_writing(file_descriptor: int) -> bool:
 class Spool:
     """One directory; `prepare` empties it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, niceness: int = 0) -> None:
+        """`niceness`: above 0, each thread that writes here gives way to Postgres from then on, for good."""
         self._directory = directory
+        self._niceness = niceness
         self._is_prepared = False
 
     async def prepare(self) -> None:
@@ -49,6 +52,9 @@ class Spool:
 
     def write(self, name: str, chunks: Iterator[bytes]) -> Path:
         """A file of these chunks. Whatever the chunks raise leaves none. Blocks."""
+        thread = threading.get_native_id()
+        if os.getpriority(os.PRIO_PROCESS, thread) < self._niceness:
+            os.setpriority(os.PRIO_PROCESS, thread, self._niceness)
         path = self._directory / f"{name}.{secrets.token_hex(4)}"
         try:
             with path.open("xb", buffering=0) as file:

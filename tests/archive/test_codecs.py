@@ -87,6 +87,15 @@ def test_text_that_does_not_repeat_is_compressed_too() -> None:
     assert len(packed(Codec("zstd"), content)) < 0.6 * len(content)
 
 
+@pytest.mark.parametrize("name", ["zstd", "lz4", "gzip"])
+def test_what_comes_in_one_piece_is_unpacked_bit_by_bit(name: str) -> None:
+    """16 MiB in one would go through memory, instead of the processor's cache, and cost as much again as decompressing."""
+    content = random.Random(1).randbytes(1 << 20)
+    pieces = list(Codec(name).decompressed([packed(Codec(name), content)], limit_bytes=1 << 20))
+    assert b"".join(pieces) == content
+    assert max(map(len, pieces)) <= 256 << 10
+
+
 def test_the_level_is_the_callers() -> None:
     assert len(packed(Codec("gzip", 0), CONTENT)) > len(CONTENT) > len(packed(Codec("gzip"), CONTENT))
     assert gzip.decompress(packed(Codec("gzip"), CONTENT)) == CONTENT

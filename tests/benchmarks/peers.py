@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from archive_harness import until
-from archiving_server import ArchivingServer
+from archiving_server import REPOSITORY, ArchivingServer
 from barman_programs import barman_programs
-from harness import PostgresProcess, run_as
-from wal_source import SEGMENT_BYTES
+from harness import BIN_DIRECTORY, PostgresProcess, run_as
+from s3_server import CREDENTIALS
+from wal_source import REPLAY_SETTINGS, SEGMENT_BYTES
 
 BUCKET = "benchmark"
 REGION = "us-east-1"
@@ -77,11 +80,37 @@ class Ours:
 
     async def begin_restore(self, server: PostgresProcess, system_identifier: int) -> None:
         self.close()
-        await self._start(server)
-        assert self.made is not None
-        self.made.order("standby", system_identifier, epoch=2)
+
+    async def recover(self, server: PostgresProcess, system_identifier: int, target_lsn: str) -> str:
+        """Replay as `restore` does it, in a process of its own; Postgres's log."""
+        user = run_as()
+        job = {
+            "archive": self._section(),
+            "codec": self.codec,
+            "data_directory": str(server.data),
+            "bin_directory": str(BIN_DIRECTORY),
+            "user": None if user is None else user.user_name,
+            "system_identifier": str(system_identifier),
+            "segment_bytes": SEGMENT_BYTES,
+            "target_lsn": target_lsn,
+            "parameters": {**REPLAY_SETTINGS, "log_min_messages": "log"},
+        }
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, str(Path(__file__).with_name("recovery_process.py")), json.dumps(job)),
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, **CREDENTIALS, "PYTHONPATH": str(REPOSITORY)},
+            start_new_session=True,
+        )
+        output, _ = await process.communicate()
+        if process.returncode != 0:
+            raise RuntimeError(f"the recovery ended with {process.returncode}")
+        return output.decode()
 
     async def _start(self, server: PostgresProcess) -> None:
+        self.made = ArchivingServer(server, self._section(), segment_bytes=SEGMENT_BYTES)
+        await self.made.start_archiver()
+
+    def _section(self) -> dict[str, object]:
         section: dict[str, object] = {"parallel": self.parallel, "codec": self.codec, "prefetch_bytes": PREFETCH_BYTES}
         if self.store.directory is not None:
             section["directory"] = str(self.store.directory)
@@ -90,16 +119,14 @@ class Ours:
                 **{"bucket": BUCKET, "endpoint": self.store.endpoint, "region": REGION, "path_style": True},
                 "ca_file": str(self.store.certificate),
             }
-        self.made = ArchivingServer(server, section, segment_bytes=SEGMENT_BYTES)
-        await self.made.start_archiver()
+        return section
 
     def archive_command(self) -> str:
         assert self.made is not None
         return self.made.archive_settings()["archive_command"]
 
     def restore_command(self) -> str:
-        assert self.made is not None
-        return self.made.restore_settings("recovery")["restore_command"]
+        raise NotImplementedError("its recovery starts Postgres itself")
 
     @property
     def resident_pid(self) -> int | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness import BIN_DIRECTORY
 from measure import CpuMeter, peak_resident_mib
-from peers import Peer
+from peers import Ours, Peer
 from wal_source import SEGMENT_BYTES, WalSource, server_at
 
 ARCHIVING_DEADLINE_S = 280.0
@@ -95,17 +95,20 @@ async def replay(source: WalSource, count: int, peer: Peer, meter: CpuMeter, roo
     if from_pg_wal:
         copies = [str(source.server.data / "pg_wal" / name) for name in names]
         await asyncio.to_thread(subprocess.run, ["cp", "-a", *copies, str(wal)], check=True)
-    server.write("standby.signal" if from_pg_wal else "recovery.signal", "")
     number = int(names[-1][8:16], 16) << 32 | int(names[-1][16:], 16) * SEGMENT_BYTES
-    server.configure(
-        **{"archive_mode": "off", "archive_command": "", "hot_standby": "off"},
-        recovery_target_lsn=f"{number >> 32:X}/{number & 0xFFFFFFFF:X}",
-        recovery_target_action="shutdown",
-        fsync="on",
-    )
+    target_lsn = f"{number >> 32:X}/{number & 0xFFFFFFFF:X}"
     await peer.begin_restore(server, system_identifier(server.data))
-    server.configure(restore_command=peer.restore_command())
     try:
+        if isinstance(peer, Ours):
+            server.write("standby.signal", "")
+            return replay_seconds(await peer.recover(server, system_identifier(server.data), target_lsn))
+        server.write("standby.signal" if from_pg_wal else "recovery.signal", "")
+        server.configure(
+            **{"archive_mode": "off", "archive_command": "", "hot_standby": "on", "fsync": "on"},
+            recovery_target_lsn=target_lsn,
+            recovery_target_action="shutdown",
+            restore_command=peer.restore_command(),
+        )
         await server.start(wait=False)
         meter.owned.add(server.pid)
         await server.wait_ended(deadline_s=REPLAY_DEADLINE_S)

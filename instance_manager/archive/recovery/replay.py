@@ -32,6 +32,8 @@ from instance_manager.postgres.sql import session
 log = logging.getLogger("instance_manager.archive.recovery")
 
 POLL_S = 0.2
+MOVING_POLL_S = 1.0
+"""While replay goes on: each look is a connection, which costs as much as replay of a few MiB."""
 UNREACHABLE_POLL_S = 0.5
 RESTART_PAUSE_S = 2.0
 STOP_DEADLINE_S = 600.0
@@ -176,6 +178,7 @@ class Replay:
             "max_locks_per_transaction": control.hot_standby.max_locks_per_transaction,
             "wal_level": control.wal_level,
             "wal_retrieve_retry_interval": "200ms",
+            "wal_recycle": "off",
             "log_min_messages": "log" if log.isEnabledFor(logging.DEBUG) else "warning",
             "restore_command": self._archive.restore_command(),
             **(self._target if self._cut is None else Target()).settings(self._chain.current),
@@ -188,15 +191,14 @@ class Replay:
         write_atomically(self._work / "hba.conf", b"local all postgres trust\n", run_as=run_as)
 
     async def _start(self) -> None:
+        await self._archive.before_postgres_starts()
         run_as = self._server.run_as
         # What the source wrote with ALTER SYSTEM must not turn any of these: the command line is above it.
-        above = ("restore_command", "primary_conninfo", "synchronous_standby_names", "archive_mode", "listen_addresses")
-        values = {"restore_command": self._archive.restore_command()}
-        options = [
-            part
-            for name in above
-            for part in ("-c", f"{name}={values.get(name, 'off' if name == 'archive_mode' else '')}")
-        ]
+        above = {
+            **{"restore_command": self._archive.restore_command(), "archive_mode": "off", "wal_recycle": "off"},
+            **{"primary_conninfo": "", "synchronous_standby_names": "", "listen_addresses": ""},
+        }
+        options = [part for name, value in above.items() for part in ("-c", f"{name}={value}")]
         argv = [
             *(self._server.program("postgres"), "-D", str(self._server.data_directory)),
             *("-c", f"config_file={self._work / 'postgresql.conf'}"),
@@ -223,13 +225,20 @@ class Replay:
         loop = asyncio.get_running_loop()
         assert self._process is not None  # noqa: S101
         while self._process.returncode is None:
+            unreadable = self._archive.unreadable
+            if unreadable is not None:
+                raise TargetNotReached(
+                    f"replay stopped at {format_lsn(seen.lsn)}: a record in {unreadable}, or one that begins right before it, cannot be "
+                    f"read, although the segment is the one that was archived. Nothing was opened; see {self.log_file}"
+                )
             row = await self._look()
             if row is None:
                 # Each look is a line in its log.
                 await asyncio.sleep(UNREACHABLE_POLL_S)
                 continue
             lsn = parse_lsn(row["lsn"]) if row["lsn"] else Lsn(0)
-            if lsn != seen.lsn:
+            is_moving = lsn != seen.lsn
+            if is_moving:
                 seen.lsn, seen.ends_at = lsn, self._archive.ends_seen
                 if lsn > seen.highest:
                     seen.highest, seen.moved_s = lsn, loop.time()
@@ -249,7 +258,7 @@ class Replay:
                 raise RecoveryStopped(f"Postgres has paused for a reason of its own: see {self.log_file}")
             if self._archive.ends_seen - seen.ends_at >= ENDS_TO_BELIEVE and lsn:
                 return self._at_the_end(seen)
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(MOVING_POLL_S if is_moving else POLL_S)
         return None
 
     def _at_the_end(self, seen: _Seen) -> str:
@@ -300,6 +309,7 @@ class Replay:
     async def _open(self, seen: _Seen, by: str) -> Reached:
         """The only place where it becomes a primary."""
         self._say(f"{by}: opening")
+        await self._archive.before_it_opens()
         loop = asyncio.get_running_loop()
         end_s = loop.time() + STOP_DEADLINE_S
         while await self._is_in_recovery():
