@@ -54,7 +54,7 @@ class Desk:
         self.woken = 0
         self.restarts = 0
         database = made.database
-        database.directory.is_startable = True  # type: ignore[attr-defined]
+        database.directory.is_startable = True
         database.directory.wal_segment_bytes = self._segment_bytes  # type: ignore[attr-defined]
         database.wake_archiving = self._wake  # type: ignore[attr-defined]
         made.context.link.restart_companion = self._restart  # type: ignore[method-assign]
