@@ -216,7 +216,7 @@ ELECTIONS = (
             instances=2,
             faults=("standby cut from the primary", "writes land late", "slow store"),
         ),
-        seeds=60,
+        seeds=250,
     ),
     BrokenRule(
         name="writes are not conditional",

@@ -99,7 +99,7 @@ LOGS = (
         scenario=Scenario(
             durability="preferred", instances=3, faults=("primary crashed", "standby crashed", "all crashed")
         ),
-        seeds=150,
+        seeds=300,
     ),
     BrokenRule(
         name="every log counts as a part of the history",
