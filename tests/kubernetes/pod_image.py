@@ -47,9 +47,7 @@ def instance_manager_image() -> Image:
     package = ROOT / "instance_manager"
     compileall.compile_dir(package, quiet=2)
     python, python_mounts = interpreter()
-    configuration = (
-        f"home = {Path(python).parent}\ninclude-system-site-packages = false\nversion = {sys.version_info.major}.{sys.version_info.minor}\n"
-    )
+    configuration = f"home = {Path(python).parent}\ninclude-system-site-packages = false\nversion = {sys.version_info.major}.{sys.version_info.minor}\n"
     return Image(
         entrypoint=("instance-manager",),
         command=("run", "--config", "/etc/instance-manager/instance-manager.yaml"),
