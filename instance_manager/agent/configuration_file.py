@@ -15,7 +15,7 @@ from instance_manager.threads import Threads, TooManyCalls
 
 log = logging.getLogger("instance_manager.agent.configuration")
 
-LOOK_EVERY_S = 5.0
+LOOK_EVERY_S = 10.0
 """The kubelet itself looks once a minute or so."""
 LOOK_DEADLINE_S = 1.0
 

@@ -21,4 +21,5 @@ async def look_for_death(context: Context) -> None:
         if asynchronous:
             await c.clock.sleep(0.25)
         else:
-            await c.beat.sleep(1.0)
+            # Which it may become by a change of the configuration, and by nothing faster.
+            await c.beat.sleep(5.0)

@@ -24,7 +24,7 @@ from instance_manager.wall_clock import now_utc
 
 log = logging.getLogger("instance_manager.agent.secrets")
 
-LOOK_EVERY_S = 5.0
+LOOK_EVERY_S = 10.0
 LOOK_DEADLINE_S = 5.0
 FOR_POSTGRES = frozenset({"postgres", "replication"})
 

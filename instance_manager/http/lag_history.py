@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from instance_manager.status import ClusterStatus
 
-INTERVAL_S = 6.0
-SAMPLES_MAX = 100
+INTERVAL_S = 10.0
+SAMPLES_MAX = 60
 MEMBERS_MAX = 100
 MINUTES = round(INTERVAL_S * SAMPLES_MAX / 60)
 

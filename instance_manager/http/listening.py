@@ -12,12 +12,13 @@ import ssl
 import stat
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from aiohttp import web
 
-from instance_manager.http.limits import Rates
+from instance_manager.http.at_once import REQUEST_BYTES_MAX
+from instance_manager.http.limits import Limits, Rates
 
 BACKLOG = 128
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -60,6 +61,87 @@ def listen_on_tcp(host: str, port: int, *, where: str, key: str, host_key: str) 
     return listener
 
 
+class _Acceptor:
+    """Accepts one connection at each turn of the loop, so that a queue that is never empty is not all that the loop does."""
+
+    def __init__(self, listener: socket.socket, take: Callable[[socket.socket, str], None]) -> None:
+        """`take` is given each connection and its address."""
+        self._listener = listener
+        self._take = take
+        self._again: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def stop(self) -> None:
+        if self._again is not None:
+            self._again.cancel()
+        asyncio.get_running_loop().remove_reader(self._listener)
+
+    def _accept(self) -> None:
+        try:
+            connection, address = self._listener.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # No more file descriptors: the connection stays in the queue.
+            _log.warning("a connection could not be accepted: %s", error.strerror)
+            self.stop()
+            self._again = asyncio.get_running_loop().call_later(ACCEPT_AGAIN_AFTER_S, self.start)
+            return
+        connection.setblocking(False)
+        self._take(connection, str(address[0]))
+
+
+class PlainListener:
+    """Without TLS. A probe whose request has come whole with its connection is answered before asyncio has made anything for it;
+    every other connection is asyncio's and aiohttp's."""
+
+    def __init__(self, runner: web.AppRunner, listener: socket.socket, limits: Limits) -> None:
+        self._runner = runner
+        self._limits = limits
+        self._acceptor = _Acceptor(listener, self._take)
+        self._handing_over: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        self._acceptor.start()
+
+    async def close(self) -> None:
+        """Accept nobody any more."""
+        self._acceptor.stop()
+        await asyncio.gather(*self._handing_over)
+
+    def _take(self, connection: socket.socket, address: str) -> None:
+        if self._is_done(connection, address):
+            connection.close()
+            return
+        task = asyncio.create_task(self._hand_over(connection))
+        self._handing_over.add(task)
+        task.add_done_callback(self._handing_over.discard)
+
+    def _is_done(self, connection: socket.socket, address: str) -> bool:
+        """It was answered, and the client said that it asks nothing more."""
+        try:
+            # Only looked at: what is not for us is there for asyncio as it came.
+            data = connection.recv(REQUEST_BYTES_MAX + 1, socket.MSG_PEEK)
+        except OSError:
+            return False
+        answer = self._limits.answer_at_once(data, address)
+        if answer is None:
+            return False
+        with contextlib.suppress(OSError):
+            # Taken, so that the end of the connection is no reset, with which the answer could be lost.
+            connection.recv(len(data))
+            # Whole: nothing was sent on it before.
+            connection.send(answer.response)
+        return answer.closes
+
+    async def _hand_over(self, connection: socket.socket) -> None:
+        handler = self._runner.server
+        assert handler is not None  # noqa: S101 - the runner was set up
+        await asyncio.get_running_loop().connect_accepted_socket(handler, connection)
+
+
 class TlsListener:
     """One listening socket. After `renew` new connections get the new context; those that are there stay with theirs.
 
@@ -71,8 +153,8 @@ class TlsListener:
     def __init__(self, runner: web.AppRunner, listener: socket.socket, rates: Rates | None = None) -> None:
         self._runner = runner
         self._listener = listener
+        self._acceptor = _Acceptor(listener, self._take)
         self._context: ssl.SSLContext | None = None
-        self._accepting: asyncio.Task[None] | None = None
         self._handshakes: dict[asyncio.Task[None], str] = {}
         """The address of each, oldest first."""
         self._rates = rates or Rates(HANDSHAKES_PER_S, HANDSHAKES_BURST)
@@ -80,44 +162,32 @@ class TlsListener:
 
     async def renew(self, context: ssl.SSLContext) -> None:
         """Also the start."""
+        if self._context is None:
+            self._acceptor.start()
         self._context = context
-        if self._accepting is None:
-            self._accepting = asyncio.create_task(self._accept())
 
     async def close(self) -> None:
         """Accept nobody any more."""
-        tasks = [*self._handshakes, *((self._accepting,) if self._accepting is not None else ())]
+        self._acceptor.stop()
+        # Only a task that has begun closes its socket.
+        await asyncio.sleep(0)
+        tasks = [*self._handshakes]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._listener.close()
 
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                connection, address = await loop.sock_accept(self._listener)
-            except ConnectionAbortedError:
-                await asyncio.sleep(0)
-                continue
-            except OSError as error:
-                # No more file descriptors: the connection stays in the queue.
-                _log.warning("a connection could not be accepted: %s", error.strerror)
-                await asyncio.sleep(ACCEPT_AGAIN_AFTER_S)
-                continue
-            if not self._rates.takes(str(address[0])):
-                connection.close()
-                self._tell_of(str(address[0]))
-                await asyncio.sleep(0)
-                continue
-            task = asyncio.create_task(self._shake_hands(connection))
-            self._handshakes[task] = str(address[0])
-            task.add_done_callback(self._handshakes.pop)
-            if len(self._handshakes) > HANDSHAKES_MAX:
-                greediest = Counter(self._handshakes.values()).most_common(1)[0][0]
-                next(each for each, begun_by in self._handshakes.items() if begun_by == greediest).cancel()
-            # Else a queue that is never empty would be all that the loop does. And only a task that has begun closes its socket.
-            await asyncio.sleep(0)
+    def _take(self, connection: socket.socket, address: str) -> None:
+        if not self._rates.takes(address):
+            connection.close()
+            self._tell_of(address)
+            return
+        task = asyncio.create_task(self._shake_hands(connection))
+        self._handshakes[task] = address
+        task.add_done_callback(self._handshakes.pop)
+        if len(self._handshakes) > HANDSHAKES_MAX:
+            greediest = Counter(self._handshakes.values()).most_common(1)[0][0]
+            next(each for each, begun_by in self._handshakes.items() if begun_by == greediest).cancel()
 
     def _tell_of(self, address: str) -> None:
         """Once a minute: anybody who reaches the port can cause it."""

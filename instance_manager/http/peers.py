@@ -139,12 +139,13 @@ class PeerClient:
                     break
             if response is None:
                 response = await self._open(connection, way, call, body, silence_s)
-            while True:
-                async with _told_apart(way, silence_s), asyncio.timeout(silence_s):
-                    line = await response.content.readuntil(b"\n", max_size=ANSWER_BYTES_MAX)
-                if not line:
-                    return
-                yield line
+            loop = asyncio.get_running_loop()
+            async with _told_apart(way, silence_s, held=True), asyncio.timeout(silence_s) as silence:
+                while line := await response.content.readuntil(b"\n", max_size=ANSWER_BYTES_MAX):
+                    # What whoever listens does with it is not the peer's silence.
+                    silence.reschedule(None)
+                    yield line
+                    silence.reschedule(loop.time() + silence_s)
 
     async def _open(
         self, connection: contextlib.AsyncExitStack, way: _Way, call: str, body: bytes, silence_s: float
@@ -190,10 +191,11 @@ class PeerClient:
 
 
 @contextlib.asynccontextmanager
-async def _told_apart(way: _Way, deadline_s: float) -> AsyncIterator[None]:
-    """Whatever goes wrong within, as PeerRefused or PeerSilent; nothing takes longer than the deadline."""
+async def _told_apart(way: _Way, deadline_s: float, *, held: bool = False) -> AsyncIterator[None]:
+    """Whatever goes wrong within, as PeerRefused or PeerSilent; nothing takes longer than the deadline, which is one of each line
+    where the connection is `held`."""
     name = way.name
-    ends_s = time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
+    ends_s = float("inf") if held else time.clock_gettime(time.CLOCK_BOOTTIME) + deadline_s
     try:
         yield
     except aiohttp.ClientConnectorCertificateError as error:

@@ -23,7 +23,7 @@ from instance_manager.http.callers import NetworkCallers, certificate_of, is_mem
 from instance_manager.http.control import control_application
 from instance_manager.http.lag_history import LagHistory
 from instance_manager.http.limits import BODY_BYTES_MAX, LimitedRunner, Limits, limited_application
-from instance_manager.http.listening import BACKLOG, ListenError, TlsListener, listen_on_tcp, unix_socket
+from instance_manager.http.listening import BACKLOG, ListenError, PlainListener, TlsListener, listen_on_tcp, unix_socket
 from instance_manager.http.ports import (
     DEADLINE_HEADER,
     LINES_CONTENT_TYPE,
@@ -98,7 +98,9 @@ async def serve(
         control_socket = stack.enter_context(unix_socket(configuration.control_socket))
 
         async def plainly(runner: web.AppRunner) -> None:
-            await web.SockSite(runner, tcp_socket, backlog=BACKLOG).start()
+            listener = PlainListener(runner, tcp_socket, public_limits)
+            listener.start()
+            stack.push_async_callback(listener.close)
 
         async def locally(runner: web.AppRunner) -> None:
             await web.SockSite(runner, control_socket, backlog=BACKLOG).start()

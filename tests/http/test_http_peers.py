@@ -253,8 +253,9 @@ async def test_who_is_told_nothing_calls_it_silence_after_its_own_time(service: 
     assert 0.3 <= time.monotonic() - before < 1.5
 
 
+@pytest.mark.parametrize("held_s", [0.0, 0.5], ids=["soon", "after more than its silence"])
 async def test_section_4_who_listens_to_a_peer_that_dies_hears_at_once_that_nobody_is_there(
-    configuration: Configuration, peers: PeerClient
+    configuration: Configuration, peers: PeerClient, held_s: float
 ) -> None:
     async def begin_and_wait(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\none\n\r\n")
@@ -263,8 +264,10 @@ async def test_section_4_who_listens_to_a_peer_that_dies_hears_at_once_that_nobo
 
     async with contextlib.AsyncExitStack() as dying:
         await dying.enter_async_context(peer_that(begin_and_wait, configuration.members[1].http_port))
-        async with contextlib.aclosing(peers.listen("demo-2", "watch", b"", silence_s=5)) as pieces:
+        async with contextlib.aclosing(peers.listen("demo-2", "watch", b"", silence_s=0.3)) as pieces:
             assert await anext(pieces) == b"one\n"
+            # What the listener does meanwhile is not the peer's silence.
+            await asyncio.sleep(held_s)
             await dying.aclose()
             before = time.monotonic()
             with pytest.raises(PeerRefused):

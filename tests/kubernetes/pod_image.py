@@ -47,9 +47,7 @@ def instance_manager_image() -> Image:
     package = ROOT / "instance_manager"
     compileall.compile_dir(package, quiet=2)
     python, python_mounts = interpreter()
-    configuration = (
-        f"home = {Path(python).parent}\ninclude-system-site-packages = false\nversion = {sys.version.split()[0]}\n"
-    )
+    configuration = f"home = {Path(python).parent}\ninclude-system-site-packages = false\nversion = {sys.version_info.major}.{sys.version_info.minor}\n"
     return Image(
         entrypoint=("instance-manager",),
         command=("run", "--config", "/etc/instance-manager/instance-manager.yaml"),
@@ -77,10 +75,13 @@ def instance_manager_image() -> Image:
 
 
 def interpreter() -> tuple[str, tuple[Object, ...]]:
-    """The Python of these tests, and what a container must mount for it: it may lie in a home that is closed to others.
+    """Debian's, which the image has too (it is built for speed, and others' often are not); where there is none of the version of these
+    tests, whose packages it must read, theirs. And what a container must mount for it: it may lie in a home that is closed to others.
 
     At its own path, because its libraries are found by it.
     """
+    of_debian = Path(f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}")
+    if of_debian.exists():
+        return str(of_debian), ()
     executable, prefix = Path(sys.executable).resolve(), str(Path(sys.base_prefix).resolve())
-    mount = {"source": prefix, "target": prefix, "read_only": True}
-    return str(executable), () if prefix == "/usr" else (mount,)
+    return str(executable), ({"source": prefix, "target": prefix, "read_only": True},)
