@@ -46,7 +46,7 @@ lint: $(VENV)/.made-for-tests
 
 unit: system monitoring-tools $(VENV)/.made-for-tests
 	@tests/install-system.sh "$(PYTHON)" test
-	$(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation tests/benchmarks
+	$(RUN) pytest -n 2 --dist loadgroup $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation tests/benchmarks
 	# By files, each with a cluster of its own: they wait more than they work.
 	$(RUN) pytest -n 2 --dist loadfile $(PYTEST_OPTIONS) --ignore=tests/cluster/test_cluster_recovery.py tests/supervisor tests/cluster
 

@@ -38,7 +38,7 @@ QUICK = [variant["name"] for variant in VARIANTS if not variant["slow"]]
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
-    """All of them at once, on two cores, by whichever test comes first."""
+    """All of them at once, on two cores, by whichever test comes first; the tests are a group, so that one process runs them all."""
     return {result["name"]: result for result in _ask("--json", "--quick", "--jobs", str(JOBS))}
 
 
@@ -57,6 +57,7 @@ def test_the_documentation_lists_exactly_the_registered_variants() -> None:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.xdist_group("broken rules")
 @pytest.mark.parametrize("name", QUICK)
 def test_a_broken_rule_is_caught(name: str, results: dict[str, dict[str, Any]]) -> None:
     result = results[name]
