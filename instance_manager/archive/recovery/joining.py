@@ -1,0 +1,103 @@
+"""From the end of the source's history onto the cluster's own: the first of its log, streamed from the primary or from its own archive.
+
+The cluster's record tells its history from its first timeline on. A directory whose log ends before that would be one of another
+cluster; so this one goes on, without opening, until it has a restart point behind the fork.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from instance_manager.archive.recovery.hidden_server import HiddenServer
+from instance_manager.archive.recovery.replay import POLL_S, UNREACHABLE_POLL_S, RecoveryStopped
+from instance_manager.archive.recovery.replica_choice import Fork
+from instance_manager.archive.recovery.serving import RecoveryArchive
+from instance_manager.core.types import Lsn, TimelineChain, format_lsn, parse_lsn
+from instance_manager.postgres.control_data import ClusterState
+from instance_manager.postgres.server import LocalServer
+
+log = logging.getLogger("instance_manager.archive.recovery")
+
+PATIENCE_S = 60.0
+"""Without progress: a primary that fails over meanwhile is not waited for longer."""
+_TROUBLE = re.compile(r"(?:FATAL|ERROR|PANIC):\s+(.*)")
+
+
+class Joining:
+    """One directory, which was shut down where the source's history was left."""
+
+    def __init__(
+        self,
+        server: LocalServer,
+        fork: Fork,
+        chain: TimelineChain,
+        *,
+        primary_conninfo: str,
+        own: RecoveryArchive | None,
+        work_directory: Path,
+        on_progress: Callable[[str], None],
+    ) -> None:
+        """`chain`: the cluster's; `own`: its archive, where it has one."""
+        command = own.restore_command if own is not None else lambda: ""
+        self._server = HiddenServer(server, work_directory, command, primary_conninfo=primary_conninfo)
+        self._fork = fork
+        self._chain = chain
+        self._own = own
+        self._say = on_progress
+        self.log_file = self._server.log_file
+
+    async def run(self) -> None:
+        """RecoveryStopped: nothing of the cluster's own log came. LocalPostgresError; OSError."""
+        self._say(f"at {format_lsn(self._fork.lsn)} this cluster left its source: going on with its own log")
+        try:
+            while True:
+                await self._server.write_configuration({"recovery_target_timeline": "latest"})
+                if self._own is not None:
+                    await self._own.before_postgres_starts()
+                await self._server.start()
+                if await self._is_joined():
+                    break
+                await self._server.stop()
+                self._say("settings have risen since the fork: starting with them")
+        finally:
+            await asyncio.shield(self._server.stop())
+        control = await self._server.control()
+        is_ours = self._chain.knows(control.timeline) and control.redo_lsn >= self._fork.lsn
+        if control.state is not ClusterState.SHUT_DOWN_IN_RECOVERY or not is_ours:
+            raise RecoveryStopped(
+                f"after its shutdown it is {control.state.value}, its checkpoint on timeline {control.timeline} at "
+                f"{format_lsn(control.redo_lsn)}"
+            )
+
+    async def _is_joined(self) -> bool:
+        """False: the log wants higher settings first. RecoveryStopped."""
+        loop = asyncio.get_running_loop()
+        furthest, moved_s = self._fork.lsn, loop.time()
+        while not self._server.has_ended:
+            row = await self._server.look()
+            lsn = parse_lsn(row["lsn"]) if row is not None and row["lsn"] else Lsn(0)
+            if row is not None and not row["in_recovery"]:
+                raise RecoveryStopped("Postgres has opened although nobody asked it to: do not use this directory")
+            if lsn > furthest:
+                furthest, moved_s = lsn, loop.time()
+                self._say(f"replayed to {format_lsn(lsn)}")
+                await self._server.restart_point()
+                control = await self._server.control()
+                if self._chain.knows(control.timeline) and control.redo_lsn >= self._fork.lsn:
+                    return True
+            if row is not None and row["pause"] == "paused" and self._server.raise_settings():
+                return False
+            if loop.time() - moved_s > PATIENCE_S:
+                raise RecoveryStopped(
+                    f"nothing came of this cluster's log behind {format_lsn(furthest)} for {PATIENCE_S:g} s: {self._trouble()}"
+                )
+            await asyncio.sleep(POLL_S if row is not None else UNREACHABLE_POLL_S)
+        raise RecoveryStopped(f"Postgres ended: {self._trouble()}")
+
+    def _trouble(self) -> str:
+        found = _TROUBLE.findall(self._server.log_text())
+        return found[-1] if found else "Postgres says nothing of it"
