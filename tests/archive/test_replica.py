@@ -108,7 +108,7 @@ async def test_which_archive_will_do_and_why_another_will_not(
     with pytest.raises(NotFromArchive, match="nothing was archived yet"):
         await nothing.choose()
     away = Making(cluster, "w", primary, {"archive": {"directory": "/nowhere/archive"}})
-    with pytest.raises(RestoreFailed, match="this cluster's archive: .*/nowhere/archive"):
+    with pytest.raises(RestoreFailed, match=r"this cluster's archive: .*/nowhere/archive"):
         await away.choose()
     name = str(choice.plan.info.segment_size.name(choice.plan.info.begin_segment))
     await store_of(directory_section).delete(choice.archive.layout.wal(name), deadline_s=5)
