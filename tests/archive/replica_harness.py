@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,6 +24,7 @@ from instance_manager.postgres.histories import history_of_chain, parse_history
 from instance_manager.postgres.server import LocalServer
 from instance_manager.postgres.wal_dump import end_of_stopped_directory
 
+CONFIGURATION = "configuration.yaml"
 UID = "0123456789abcdef"
 SOURCE = Origin("orders", UID)
 TWO = Timeline(2)
@@ -126,7 +126,7 @@ def configuration_of(server: PostgresProcess, archives: dict[str, Any]) -> Confi
     content = ArchivingServer(server, archives.get("archive", {}))._configuration()
     content["instance"]["run_as"] = "root" if run_as() is None else "postgres"
     content["postgres"] = {"bin_directory": str(BIN_DIRECTORY)}
-    file: Path = server.root / "configuration.yaml"
+    file = server.root / CONFIGURATION
     file.write_text(
         yaml.safe_dump({**content, **archives} if "archive" in archives else without_archive(content, archives))
     )

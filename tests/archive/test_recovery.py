@@ -21,6 +21,7 @@ from instance_manager.agent.recovering import RecoveryFailed, recover
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.content import MemoryContent
 from instance_manager.archive.recovery import restore as restoring
+from instance_manager.archive.recovery.origin import ORIGIN_FILE, Origin, parse_origin
 from instance_manager.archive.recovery.replay import ReplaySettings
 from instance_manager.archive.recovery.restore import RestoreFailed
 from instance_manager.core.archive_state import GAP
@@ -264,3 +265,4 @@ async def test_an_agent_has_the_first_directory_of_a_new_cluster_made_by_a_proce
     assert any("MiB restored" in line for line in said)
     system = await new.fetchval("SELECT system_identifier::text FROM pg_control_system()")
     assert system == taken.info.system_identifier
+    assert parse_origin((new.data / ORIGIN_FILE).read_bytes()) == Origin("orders", "0123456789abcdef")

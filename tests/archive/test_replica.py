@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,29 @@ from typing import Any
 import pytest
 from archiving_server import all_archived, archiving, insert, prepared, system_identifier
 from backup_harness import LAYOUT, store_of, take
-from harness import Cluster, PostgresProcess, wait_until
-from replica_harness import KEPT, TWO, Making, fork_of, numbers, recovered_primary, two_histories
+from harness import Cluster, PostgresProcess, processes_of, wait_until
+from replica_harness import (
+    CONFIGURATION,
+    KEPT,
+    TWO,
+    Making,
+    configuration_of,
+    fork_of,
+    numbers,
+    recovered_primary,
+    two_histories,
+)
 from test_recovery import fork as fork_to
 
+from instance_manager.agent.recovering import NotMade
+from instance_manager.agent.recovering import make_replica as by_a_process
 from instance_manager.archive.backup.catalogue import list_backups
 from instance_manager.archive.recovery.origin import Origin
 from instance_manager.archive.recovery.replica_choice import NotFromArchive, require_cheaper
 from instance_manager.archive.recovery.restore import RestoreFailed
-from instance_manager.core.types import Epoch, Lsn, Timeline, TimelineChain, TimelineSwitch
+from instance_manager.core.types import Epoch, Lsn, Timeline, TimelineChain, TimelineSwitch, format_lsn
 from instance_manager.postgres.control_data import ClusterState, read_control_data
+from instance_manager.postgres.directory import DirectoryState, inspect_directory
 
 pytestmark = pytest.mark.timeout(240)
 CHAIN = TimelineChain(TWO)
@@ -223,3 +237,52 @@ async def test_a_failure_on_the_way_is_told_and_the_primary_that_is_gone_is_not_
     with pytest.raises(RestoreFailed, match="not lz4"):
         await making.run()
     assert list(making.server.data_directory.iterdir()) == []
+
+
+async def test_an_agent_has_it_made_by_a_process_of_its_own_and_nothing_is_left_of_one_that_was_interrupted(
+    cluster: Cluster, directory_section: dict[str, Any]
+) -> None:
+    source = cluster.add("p")
+    with archiving(source, directory_section) as made:
+        await prepared(cluster, made)
+        moment = await two_histories(made, directory_section)
+        source.kill()
+    primary = await recovered_primary(cluster, directory_section, time=moment)
+    sections = of_source(directory_section)
+    cheaper = Making(cluster, "a", primary, sections)
+    # Postgres's own, not the copy of the template.
+    server = replace(cheaper.process.server, data_directory=cheaper.process.root / "new")
+    request, file = await cheaper.request(), cheaper.process.root / CONFIGURATION
+    with pytest.raises(NotMade, match="a copy of the primary is cheaper") as refused:
+        await by_a_process(server, file, request, lambda _: None)
+    assert refused.value.is_choice
+
+    sections["bootstrap"]["replicas_from"] = "archive"
+    configuration_of(cheaper.process, sections)
+    replays = asyncio.Event()
+    making = asyncio.create_task(
+        by_a_process(server, file, request, lambda text: replays.set() if text.startswith("replayed") else None)
+    )
+    waiting = asyncio.create_task(replays.wait())
+    await asyncio.wait({making, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    assert not making.done(), await making
+    (staging,) = cheaper.process.root.glob("new.clone-*")
+    making.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await making
+    assert processes_of(staging) == []
+    assert list(cheaper.process.root.glob("new*")) == []
+
+    fork = fork_of(primary)
+    elsewhere = replace(request, history=request.history.replace(format_lsn(fork), format_lsn(fork + 8)))
+    with pytest.raises(
+        NotMade, match=f"replay ended at {format_lsn(fork)}, and not at {format_lsn(fork + 8)}"
+    ) as failed:
+        await by_a_process(server, file, elsewhere, lambda _: None)
+    assert not failed.value.is_choice
+    assert list(cheaper.process.root.glob("new*")) == []
+
+    told = await by_a_process(server, file, request, lambda _: None)
+    assert "of the source's archive" in told
+    report = inspect_directory(server)
+    assert (report.state, report.has_standby_signal, report.leftovers) == (DirectoryState.INITIALISED, True, ())
