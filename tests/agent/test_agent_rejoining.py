@@ -171,7 +171,7 @@ async def test_r6_r16_a_directory_is_not_cloned_anew_when(tmp_path: Path, found:
 
 async def test_r6_the_directory_of_a_standby_is_given_up_in_the_record_to_be_cloned_anew(tmp_path: Path) -> None:
     async with Reinitialised(tmp_path, record()) as a:
-        assert await reinitialise(a.context) == "a will be set aside and cloned from p"
+        assert await reinitialise(a.context) == "a will be set aside and made anew"
         assert a.record.excluded == {A}
         # It is a voter until the primary has dropped it by the table.
         assert a.record.voters == {A, B}

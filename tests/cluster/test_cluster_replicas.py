@@ -106,9 +106,13 @@ def test_a_lost_volume_comes_back_from_the_clusters_own_archive(cluster: LocalCl
     primary = cluster.wait_primary()
     (standby,) = cluster.standbys()
     was, offset = volume(cluster, standby).member_id, log_end(cluster, primary)
-    since = lose_volume(cluster, standby)
-    sql(cluster, "INSERT INTO accounts VALUES (2000)")
-    cluster.wait_redundant(120)
+    # While the archive grows all the time.
+    with Writer(cluster, "busy") as writer:
+        since = lose_volume(cluster, standby)
+        sql(cluster, "INSERT INTO accounts VALUES (2000)")
+        cluster.wait_redundant(120)
+        writer.wait_for_more(5)
+    assert writer.missing() == set()
     (came,) = origins(cluster, standby, offset=since)
     assert came.startswith("clone: from backup "), came
     assert "of this cluster's archive" in came

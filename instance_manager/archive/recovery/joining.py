@@ -13,7 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from instance_manager.archive.recovery.hidden_server import HiddenServer
-from instance_manager.archive.recovery.replay import POLL_S, UNREACHABLE_POLL_S, RecoveryStopped
+from instance_manager.archive.recovery.replay import (
+    FROM_THE_STORE,
+    POLL_S,
+    RESTART_PAUSE_S,
+    UNREACHABLE_POLL_S,
+    RecoveryStopped,
+)
 from instance_manager.archive.recovery.replica_choice import Fork
 from instance_manager.archive.recovery.serving import RecoveryArchive
 from instance_manager.core.types import Lsn, TimelineChain, format_lsn, parse_lsn
@@ -48,11 +54,13 @@ class Joining:
         self._chain = chain
         self._own = own
         self._say = on_progress
+        self._furthest, self._moved_s = fork.lsn, 0.0
         self.log_file = self._server.log_file
 
     async def run(self) -> None:
         """RecoveryStopped: nothing of the cluster's own log came. LocalPostgresError; OSError."""
         self._say(f"at {format_lsn(self._fork.lsn)} this cluster left its source: going on with its own log")
+        self._moved_s = asyncio.get_running_loop().time()
         try:
             while True:
                 await self._server.write_configuration({"recovery_target_timeline": "latest"})
@@ -62,41 +70,43 @@ class Joining:
                 if await self._is_joined():
                     break
                 await self._server.stop()
-                self._say("settings have risen since the fork: starting with them")
         finally:
             await asyncio.shield(self._server.stop())
-        control = await self._server.control()
-        is_ours = self._chain.knows(control.timeline) and control.redo_lsn >= self._fork.lsn
-        if control.state is not ClusterState.SHUT_DOWN_IN_RECOVERY or not is_ours:
-            raise RecoveryStopped(
-                f"after its shutdown it is {control.state.value}, its checkpoint on timeline {control.timeline} at "
-                f"{format_lsn(control.redo_lsn)}"
-            )
+        if (control := await self._server.control()).state is not ClusterState.SHUT_DOWN_IN_RECOVERY:
+            raise RecoveryStopped(f"after its shutdown it is {control.state.value}")
 
     async def _is_joined(self) -> bool:
-        """False: the log wants higher settings first. RecoveryStopped."""
+        """False: it is to be started again. RecoveryStopped."""
         loop = asyncio.get_running_loop()
-        furthest, moved_s = self._fork.lsn, loop.time()
         while not self._server.has_ended:
             row = await self._server.look()
             lsn = parse_lsn(row["lsn"]) if row is not None and row["lsn"] else Lsn(0)
             if row is not None and not row["in_recovery"]:
                 raise RecoveryStopped("Postgres has opened although nobody asked it to: do not use this directory")
-            if lsn > furthest:
-                furthest, moved_s = lsn, loop.time()
+            if lsn > self._furthest:
+                self._furthest, self._moved_s = lsn, loop.time()
                 self._say(f"replayed to {format_lsn(lsn)}")
                 await self._server.restart_point()
                 control = await self._server.control()
                 if self._chain.knows(control.timeline) and control.redo_lsn >= self._fork.lsn:
                     return True
             if row is not None and row["pause"] == "paused" and self._server.raise_settings():
+                self._say("settings have risen since the fork: starting with them")
                 return False
-            if loop.time() - moved_s > PATIENCE_S:
-                raise RecoveryStopped(
-                    f"nothing came of this cluster's log behind {format_lsn(furthest)} for {PATIENCE_S:g} s: {self._trouble()}"
-                )
+            self._require_patience()
             await asyncio.sleep(POLL_S if row is not None else UNREACHABLE_POLL_S)
-        raise RecoveryStopped(f"Postgres ended: {self._trouble()}")
+        if FROM_THE_STORE.search(self._server.log_text()) is None:
+            raise RecoveryStopped(f"Postgres ended: {self._trouble()}")
+        self._require_patience()
+        self._say(f"waiting for the archive: {self._trouble()}")
+        await asyncio.sleep(RESTART_PAUSE_S)
+        return False
+
+    def _require_patience(self) -> None:
+        if asyncio.get_running_loop().time() - self._moved_s > PATIENCE_S:
+            raise RecoveryStopped(
+                f"nothing came of this cluster's log behind {format_lsn(self._furthest)} for {PATIENCE_S:g} s: {self._trouble()}"
+            )
 
     def _trouble(self) -> str:
         found = _TROUBLE.findall(self._server.log_text())

@@ -32,7 +32,7 @@ ENDS_TO_BELIEVE = 2
 """So often Postgres must have come to the end of the archive without replaying anything in between."""
 
 _STOPPING = re.compile(r"LOG:\s+recovery stopping (before|after|at) ")
-_FROM_THE_STORE = re.compile(r"FATAL:\s+could not restore file .* from archive")
+FROM_THE_STORE = re.compile(r"FATAL:\s+could not restore file .* from archive")
 
 
 class RecoveryStopped(Exception):
@@ -93,14 +93,17 @@ class Replay:
         *,
         work_directory: Path,
         last_known: Lsn | None,
+        enough: Lsn | None = None,
         on_progress: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """`enough`: from there on it has not to come to the archive's end, which may grow as fast as it is replayed."""
         self._server = HiddenServer(server, work_directory, archive.restore_command)
         self._archive = archive
         self._target = target
         self._chain = chain
         self._settings = settings
         self._last_known = last_known
+        self._enough = enough
         self._say = on_progress
         self._is_paused = False
         self._cut: Lsn | None = None
@@ -194,6 +197,8 @@ class Replay:
                     self._say("settings of the source have risen since the backup: starting with them")
                     return None
                 raise RecoveryStopped(f"Postgres has paused for a reason of its own: see {self.log_file}")
+            if self._enough is not None and lsn >= self._enough:
+                return f"replayed to {format_lsn(lsn)}, which is enough"
             if self._archive.ends_seen - seen.ends_at >= ENDS_TO_BELIEVE and lsn:
                 return self._at_the_end(seen)
             await asyncio.sleep(MOVING_POLL_S if is_moving else POLL_S)
@@ -233,7 +238,7 @@ class Replay:
                 f"the target, {self._target}, is before the backup is consistent: choose an earlier one with --backup"
             )
         failed = self._archive.status.fetch.last_error
-        if not _FROM_THE_STORE.search(text):
+        if not FROM_THE_STORE.search(text):
             raise RecoveryStopped(f"Postgres ended: {said or 'without a word'}; see {self.log_file}")
         loop = asyncio.get_running_loop()
         if loop.time() - seen.moved_s > self._settings.outage_patience_s:

@@ -63,7 +63,7 @@ async def make_replica(
     try:
         plan, archive = choice.plan, choice.archive
         await restore_files(server, archive.store, archive.layout, Target(), how, plan, on_progress)
-        reached = await _replay(server, choice, how, on_progress, on_failure)
+        reached = await _replay(server, choice, request, how, on_progress, on_failure)
         if choice.fork is not None:
             if reached != choice.fork.lsn:
                 raise RestoreFailed(
@@ -79,6 +79,7 @@ async def make_replica(
 async def _replay(
     server: LocalServer,
     choice: Choice,
+    request: ReplicaRequest,
     how: RestoreSettings,
     on_progress: Callable[[str], None],
     on_failure: Callable[[str], None],
@@ -98,6 +99,8 @@ async def _replay(
             how.replay,
             work_directory=work,
             last_known=last_known(plan) if choice.fork is None else None,
+            # What the primary writes meanwhile it streams.
+            enough=request.position if choice.fork is None else None,
             on_progress=on_progress,
         )
         try:

@@ -23,7 +23,7 @@ from instance_manager.archive.lineage import ForeignArchive, Lineage, read_linea
 from instance_manager.archive.recovery.origin import Origin
 from instance_manager.archive.recovery.replica_request import ReplicaRequest
 from instance_manager.archive.recovery.restore import LIST_DEADLINE_S, Plan, RestoreFailed
-from instance_manager.archive.tail import chain_from_history, chain_of_archive
+from instance_manager.archive.tail import chain_from_history, chain_of_archive, histories_in
 from instance_manager.archive.where import make_store
 from instance_manager.config import Configuration
 from instance_manager.config_sections import ArchiveSection
@@ -139,6 +139,11 @@ async def _own(section: ArchiveSection, cluster: str, request: ReplicaRequest, s
 
 
 async def _from_own(own: Archive, parallel: int, request: ReplicaRequest) -> Choice:
+    current = request.chain.current
+    if current != request.chain.first and current not in await histories_in(
+        own.store, own.layout, deadline_s=LIST_DEADLINE_S
+    ):
+        raise NotFromArchive(f"the history of timeline {current} is not archived yet")
     plan = await _plan(own, request, request.chain, lambda _: True)
     return Choice(
         archive=own,
