@@ -124,9 +124,14 @@ async def test_which_archive_will_do_and_why_another_will_not(
     away = Making(cluster, "w", primary, {"archive": {"directory": "/nowhere/archive"}})
     with pytest.raises(RestoreFailed, match=r"this cluster's archive: .*/nowhere/archive"):
         await away.choose()
-    name = str(choice.plan.info.segment_size.name(choice.plan.info.begin_segment))
-    await store_of(directory_section).delete(choice.archive.layout.wal(name), deadline_s=5)
-    with pytest.raises(NotFromArchive, match=f"has a gap at {name}"):
+    info, store = choice.plan.info, store_of(directory_section)
+    next_one = info.segment_size.next_name(info.segment_size.name(info.end_segment))
+    assert info.segment_size.end_lsn(info.segment_size.parse(next_one)) <= fork_of(primary)
+    await store.delete(LAYOUT.wal(next_one), deadline_s=5)
+    with pytest.raises(NotFromArchive, match=f"has a gap at {next_one}"):
+        await making.choose()
+    await store.delete(LAYOUT.wal(info.segment_size.name(info.end_segment)), deadline_s=5)
+    with pytest.raises(NotFromArchive, match="consistent some is gone"):
         await making.choose()
 
 

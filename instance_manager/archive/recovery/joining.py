@@ -30,6 +30,8 @@ log = logging.getLogger("instance_manager.archive.recovery")
 
 PATIENCE_S = 60.0
 """Without progress: a primary that fails over meanwhile is not waited for longer."""
+AGAIN_PATIENCE_S = 3600.0
+"""Until it takes connections at all: it replays again what it had since its last restart point."""
 _TROUBLE = re.compile(r"(?:FATAL|ERROR|PANIC):\s+(.*)")
 
 
@@ -55,6 +57,7 @@ class Joining:
         self._own = own
         self._say = on_progress
         self._furthest, self._moved_s = fork.lsn, 0.0
+        self._has_answered = False
         self.log_file = self._server.log_file
 
     async def run(self) -> None:
@@ -80,6 +83,8 @@ class Joining:
         loop = asyncio.get_running_loop()
         while not self._server.has_ended:
             row = await self._server.look()
+            if row is not None and not self._has_answered:
+                self._has_answered, self._moved_s = True, loop.time()
             lsn = parse_lsn(row["lsn"]) if row is not None and row["lsn"] else Lsn(0)
             if row is not None and not row["in_recovery"]:
                 raise RecoveryStopped("Postgres has opened although nobody asked it to: do not use this directory")
@@ -90,9 +95,6 @@ class Joining:
                 control = await self._server.control()
                 if self._chain.knows(control.timeline) and control.redo_lsn >= self._fork.lsn:
                     return True
-            if row is not None and row["pause"] == "paused" and self._server.raise_settings():
-                self._say("settings have risen since the fork: starting with them")
-                return False
             self._require_patience()
             await asyncio.sleep(POLL_S if row is not None else UNREACHABLE_POLL_S)
         if FROM_THE_STORE.search(self._server.log_text()) is None:
@@ -103,9 +105,10 @@ class Joining:
         return False
 
     def _require_patience(self) -> None:
-        if asyncio.get_running_loop().time() - self._moved_s > PATIENCE_S:
+        patience_s = PATIENCE_S if self._has_answered else AGAIN_PATIENCE_S
+        if asyncio.get_running_loop().time() - self._moved_s > patience_s:
             raise RecoveryStopped(
-                f"nothing came of this cluster's log behind {format_lsn(self._furthest)} for {PATIENCE_S:g} s: {self._trouble()}"
+                f"nothing came of this cluster's log behind {format_lsn(self._furthest)} for {patience_s:g} s: {self._trouble()}"
             )
 
     def _trouble(self) -> str:

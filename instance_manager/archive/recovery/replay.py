@@ -32,6 +32,9 @@ ENDS_TO_BELIEVE = 2
 """So often Postgres must have come to the end of the archive without replaying anything in between."""
 
 _STOPPING = re.compile(r"LOG:\s+recovery stopping (before|after|at) ")
+ENDS_WITHOUT_AN_ANSWER = 100
+"""So often it may come to the end of the archive and take no connection, some 20 s: before it is consistent it never does."""
+
 FROM_THE_STORE = re.compile(r"FATAL:\s+could not restore file .* from archive")
 
 
@@ -75,6 +78,7 @@ class _Seen:
     lsn: Lsn = Lsn(0)
     time: str = ""
     ends_at: int = 0
+    ends_when_answered: int = 0
     highest: Lsn = Lsn(0)
     moved_s: float = 0.0
     """When the highest position rose last."""
@@ -175,8 +179,13 @@ class Replay:
                 )
             row = await self._server.look()
             if row is None:
+                if self._archive.ends_seen - seen.ends_when_answered >= ENDS_WITHOUT_AN_ANSWER:
+                    raise TargetNotReached(
+                        f"the archive ends before the backup is consistent: some of the log behind it is gone; see {self.log_file}"
+                    )
                 await asyncio.sleep(UNREACHABLE_POLL_S)
                 continue
+            seen.ends_when_answered = self._archive.ends_seen
             lsn = parse_lsn(row["lsn"]) if row["lsn"] else Lsn(0)
             is_moving = lsn != seen.lsn
             if is_moving:

@@ -135,15 +135,15 @@ async def _own(section: ArchiveSection, cluster: str, request: ReplicaRequest, s
     if (lineage.system_identifier, lineage.cluster_uid) != (request.system_identifier, request.cluster_uid):
         # A source and its copy go on with the same timeline numbers and positions: no check of a segment would tell.
         raise NotFromArchive(f"{archive.layout.server} is of the cluster with uid {lineage.cluster_uid}")
+    chain = request.chain
+    if chain.switches and chain.current not in await histories_in(
+        archive.store, archive.layout, deadline_s=LIST_DEADLINE_S
+    ):
+        raise NotFromArchive(f"the history of timeline {chain.current} is not archived yet")
     return archive
 
 
 async def _from_own(own: Archive, parallel: int, request: ReplicaRequest) -> Choice:
-    current = request.chain.current
-    if current != request.chain.first and current not in await histories_in(
-        own.store, own.layout, deadline_s=LIST_DEADLINE_S
-    ):
-        raise NotFromArchive(f"the history of timeline {current} is not archived yet")
     plan = await _plan(own, request, request.chain, lambda _: True)
     return Choice(
         archive=own,
@@ -216,6 +216,9 @@ async def _plan(
     info = chosen.info
     assert info is not None  # noqa: S101 - _is_fit has looked
     window = await window_of(archive.store, archive.layout, info, chain=chain, deadline_s=LIST_DEADLINE_S)
+    last = window.reach.last
+    if last is None or last.number < info.end_segment.number:
+        raise NotFromArchive(f"of the log that makes backup {info.backup_id} consistent some is gone")
     if window.reach.missing is not None:
         before = window.reach.missing
         await asyncio.sleep(GAP_PAUSE_S)
