@@ -7,7 +7,6 @@ cluster; so this one goes on, without opening, until it has a restart point behi
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +21,9 @@ from instance_manager.archive.recovery.replay import (
 )
 from instance_manager.archive.recovery.replica_choice import Fork
 from instance_manager.archive.recovery.serving import RecoveryArchive
-from instance_manager.core.types import Lsn, TimelineChain, format_lsn, parse_lsn
+from instance_manager.core.types import Lsn, format_lsn, parse_lsn
 from instance_manager.postgres.control_data import ClusterState
 from instance_manager.postgres.server import LocalServer
-
-log = logging.getLogger("instance_manager.archive.recovery")
 
 PATIENCE_S = 60.0
 """Without progress: a primary that fails over meanwhile is not waited for longer."""
@@ -42,18 +39,16 @@ class Joining:
         self,
         server: LocalServer,
         fork: Fork,
-        chain: TimelineChain,
         *,
         primary_conninfo: str,
         own: RecoveryArchive | None,
         work_directory: Path,
         on_progress: Callable[[str], None],
     ) -> None:
-        """`chain`: the cluster's; `own`: its archive, where it has one."""
+        """`own`: the cluster's archive, where it has one."""
         command = own.restore_command if own is not None else lambda: ""
         self._server = HiddenServer(server, work_directory, command, primary_conninfo=primary_conninfo)
         self._fork = fork
-        self._chain = chain
         self._own = own
         self._say = on_progress
         self._furthest, self._moved_s = fork.lsn, 0.0
@@ -93,7 +88,7 @@ class Joining:
                 self._say(f"replayed to {format_lsn(lsn)}")
                 await self._server.restart_point()
                 control = await self._server.control()
-                if self._chain.knows(control.timeline) and control.redo_lsn >= self._fork.lsn:
+                if control.timeline >= self._fork.timeline:
                     return True
             self._require_patience()
             await asyncio.sleep(POLL_S if row is not None else UNREACHABLE_POLL_S)

@@ -127,7 +127,6 @@ async def _join(
         joining = Joining(
             server,
             fork,
-            request.chain,
             primary_conninfo=request.primary_conninfo,
             own=own,
             work_directory=work,
