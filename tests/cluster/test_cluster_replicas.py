@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from cluster_harness import eventually, logs, running_cluster, sql
 from cluster_tools import Writer, log_end, messages, record, volume, wait_other_primary
+from test_cluster_archive import archive_state
 from test_cluster_recovery import backups
 
 from instance_manager.demo.cluster import LocalCluster
@@ -27,6 +28,11 @@ def base_backups(cluster: LocalCluster, name: str, *, offset: int = 0) -> int:
         entry = json.loads(line) if line.startswith("{") else {}
         found += entry.get("process") == "postgres" and "BASE_BACKUP" in str(entry.get("message"))
     return found
+
+
+def archived_to(cluster: LocalCluster) -> int:
+    state = archive_state(cluster)
+    return 0 if state is None or state.position is None else state.position
 
 
 def origins(cluster: LocalCluster, name: str, *, offset: int = 0) -> list[str]:
@@ -82,6 +88,32 @@ def test_standbys_of_a_recovered_cluster_come_from_its_sources_archive_and_a_fai
                     within_s=30,
                     what=f"{name} has what was before the moment, and nothing of the source behind it",
                 )
+
+
+def test_where_the_source_is_gone_the_standby_too_comes_to_the_last_piece_of_its_log() -> None:
+    """Of the last segment the archive has what was streamed of it. The new cluster archives for itself meanwhile."""
+    with running_cluster(instances=1, archive=ArchivePlan()) as source:
+        eventually(source, lambda: backups(source), within_s=90, what="the first backup")
+        sql(source, "CREATE TABLE accounts AS SELECT n FROM generate_series(1, 1000) n")
+        end = sql(source, "SELECT pg_current_wal_flush_lsn() - '0/0'")
+        eventually(source, lambda: archived_to(source) >= int(end), within_s=30, what="the last row is in the archive")
+        source.kill(source.names[0])
+        plan = RecoveryPlan(directory=str(source.layout.archive), server_name=archive_server_name(source.plan))
+        with running_cluster(
+            instances=2, recovery=plan, archive=ArchivePlan(), replicas_from="archive", parameters=TOLD
+        ) as cluster:
+            primary = cluster.wait_primary()
+            (standby,) = cluster.standbys()
+            *_, came = origins(cluster, standby)
+            assert came.startswith("clone: from backup "), came
+            assert base_backups(cluster, primary) == 0
+            sql(cluster, "INSERT INTO accounts VALUES (2000)")
+            eventually(
+                cluster,
+                lambda: sql(cluster, "SELECT count(*), max(n) FROM accounts", on=standby) == "1001|2000",
+                within_s=30,
+                what="the standby has every row",
+            )
 
 
 @pytest.fixture(scope="module")
