@@ -203,6 +203,8 @@ class FakeDatabase:
     async def make_from_archive(
         self, host: str, port: int, record: ClusterRecord, on_progress: Callable[[str], None]
     ) -> str:
+        for line in self.recovery_says:
+            on_progress(line)
         await self._do("from archive")
         return "backup 1"
 

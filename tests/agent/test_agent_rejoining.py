@@ -288,11 +288,13 @@ class WithArchive(Standby):
         self.knows("p")
         self.database.running = self.database.exists = False
         self.tried = 0
+        self.shown: str | None = None
         self.fails: LocalPostgresError | None = None
         self.database.on["from archive"] = self._try
 
     async def _try(self) -> None:
         self.tried += 1
+        self.shown = self.context.operation
         if self.fails is not None:
             raise self.fails
 
@@ -308,7 +310,10 @@ class WithArchive(Standby):
 
 async def test_p7_a_directory_from_an_archive_is_a_new_member_and_the_primary_is_not_copied(tmp_path: Path) -> None:
     async with WithArchive(tmp_path) as a:
+        a.database.recovery_says = ["3 of 7 MiB restored"]
         assert await a.rejoins() == ["from archive"]
+        assert a.shown == "a standby's directory from an archive: 3 of 7 MiB restored"
+        assert a.context.operation is None
         # R6: its old id speaks for no log from before the first byte on.
         assert a.volume_states[0].member_id is None
         assert a.volume.state.member_id not in (None, A)

@@ -130,8 +130,6 @@ class Replay:
             seen, by = await self._until_there()
             self._say(f"{by}: shutting down")
             await self._archive.before_it_opens()
-            await self._server.restart_point()
-            await self._server.stop()
         finally:
             await asyncio.shield(self._server.stop())
         control = await self._server.control()
