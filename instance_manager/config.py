@@ -314,8 +314,11 @@ def check(configuration: Configuration) -> tuple[str, ...]:
         found.append("instance.log_directory: must not be in the data directory, which a rewind or a clone replaces")
     if configuration.archive is not None:
         found += _check_archive(configuration.archive)
-    if configuration.bootstrap.recovery is not None:
-        found += _check_recovery(configuration, configuration.bootstrap.recovery)
+    bootstrap = configuration.bootstrap
+    if bootstrap.replicas_from == "archive" and configuration.archive is None and bootstrap.recovery is None:
+        found.append("bootstrap.replicas_from: there is no archive; give the section archive, or leave it at auto")
+    if bootstrap.recovery is not None:
+        found += _check_recovery(configuration, bootstrap.recovery)
     found += check_security(configuration.tls, configuration.control, configuration.members)
     if configuration.secrets.superuser_password is not None and not _postgres_has_tls(configuration):
         found.append("secrets.superuser_password: the superuser logs in over TLS only; set tls.postgres")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 Durability = Literal["preferred", "required", "asynchronous"]
+ReplicasFrom = Literal["auto", "archive", "primary"]
 ARCHIVE_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 TIME_OF_DAY_PATTERN = re.compile(r"([01]\d|2[0-3]):[0-5]\d")
 TAG_NAME_PATTERN = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
@@ -240,6 +241,10 @@ class RecoverySection(Section, frozen=True, kw_only=True):
 
 
 class BootstrapSection(Section, frozen=True):
-    """How a cluster begins that has no data yet; of no meaning for one that has."""
+    """How data directories are made."""
 
     recovery: RecoverySection | None = None
+    """The first one of a cluster that has no data yet. Of a cluster that began so, also where its standbys may come from."""
+    replicas_from: ReplicasFrom = "auto"
+    """A standby's that has none: from a backup in an archive where that is cheaper than a copy of the primary, or wherever it can be,
+    or never. What fails there is a copy of the primary."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from instance_manager.agent.postgres_port import LocalPostgres
+from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import Timeline, TimelineChain, WalEnd
 from instance_manager.postgres.control_data import ControlData
 from instance_manager.postgres.directory import DirectoryState
@@ -118,6 +119,14 @@ class DataDirectory:
     async def clone(self, host: str, port: int, system_identifier: str, on_progress: Callable[[str], None]) -> None:
         await self._postgres.clone(host, port, int(system_identifier), on_progress)
         await self._refresh_report()
+
+    async def make_from_archive(
+        self, host: str, port: int, record: ClusterRecord, on_progress: Callable[[str], None]
+    ) -> str:
+        """What it was made from; see `LocalPostgres`."""
+        told = await self._postgres.make_from_archive(host, port, record, on_progress)
+        await self._refresh_report()
+        return told
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> None:
         try:

@@ -11,10 +11,13 @@ from pathlib import Path
 import asyncpg
 
 from instance_manager.agent.postgres_port import StartCommand, Upstream
-from instance_manager.agent.recovering import recover
+from instance_manager.agent.recovering import NotMade, make_replica, recover
 from instance_manager.agent.server_files import ServerFiles
+from instance_manager.archive.recovery.origin import ORIGIN_FILE, parse_origin
+from instance_manager.archive.recovery.replica_request import ReplicaRequest
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import SynchronousSet
+from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import Lsn, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.postgres import (
     archive_commands,
@@ -39,6 +42,7 @@ from instance_manager.postgres.histories import history_of_chain, timelines_with
 from instance_manager.postgres.host_based_access import Access
 from instance_manager.postgres.running import SqlServer
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, RunAs
+from instance_manager.postgres.source_questions import ancestry
 from instance_manager.postgres.wal_dump import end_of_stopped_directory
 from instance_manager.postgres_log.files import start_file
 from instance_manager.threads import InOrder, Threads
@@ -68,7 +72,8 @@ class InstalledPostgres:
         configuration_file: Path | None = None,
     ) -> None:
         self._server = server
-        self._recovers_by = configuration_file if configuration.bootstrap.recovery is not None else None
+        self._configuration_file = configuration_file
+        self._was_recovered = configuration.bootstrap.recovery is not None
         self._files = ServerFiles(configuration, server, version)
         self._sql = sql.LocalSql(server, statements_kept=STATEMENTS_KEPT)
         self._archives = configuration.archive is not None
@@ -210,8 +215,8 @@ class InstalledPostgres:
     # Stopped directories.
 
     async def initialise(self, on_progress: Callable[[str], None]) -> None:
-        if self._recovers_by is not None:
-            await recover(self._server, self._recovers_by, on_progress)
+        if self._was_recovered and self._configuration_file is not None:
+            await recover(self._server, self._configuration_file, on_progress)
         else:
             await bootstrap.initialise(self._server, major=self.major)
 
@@ -241,6 +246,28 @@ class InstalledPostgres:
         await clone_directory(
             self._server, self._files.source(host, port), system_identifier=system_identifier, on_progress=progress
         )
+
+    async def make_from_archive(
+        self, host: str, port: int, record: ClusterRecord, on_progress: Callable[[str], None]
+    ) -> str:
+        chain, file = record.chain, self._configuration_file
+        if chain is None or file is None:
+            raise NotMade("the cluster's history or the configuration's file is not known", is_choice=True)
+        await asyncio.to_thread(directory.remove_leftovers, self._server)
+        source = self._files.source(host, port)
+        before = await ancestry(source, chain.first, ORIGIN_FILE)
+        request = ReplicaRequest(
+            system_identifier=record.system_identifier or "",
+            cluster_uid=record.cluster_uid,
+            major=self.major,
+            chain=chain,
+            position=None if record.position is None else record.position.lsn,
+            primary_conninfo=source.conninfo(application_name="instance-manager replica"),
+            history=before.history,
+            origin=parse_origin(before.note),
+            keeps_fork=before.keeps_fork,
+        )
+        return await make_replica(self._server, file, request, on_progress)
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> str:
         outcome = await rewind.rewind(

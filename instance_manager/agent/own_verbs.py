@@ -36,4 +36,4 @@ async def reinitialise(context: Context) -> str:
         raise OperationFailed("only a standby with a serving primary can be cloned anew; switch over first")
     await c.keeper.write(lambda current: replace(current, excluded=current.excluded | {member_id}))
     await c.peers.nudge(c.peers.names)
-    return f"{c.configuration.name} will be set aside and cloned from {record.holder.name}"
+    return f"{c.configuration.name} will be set aside and made anew"

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import SynchronousSet
+from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import Epoch, Lsn, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.postgres.archive_commands import Allowed
 from instance_manager.postgres.control_data import ControlData, HotStandbySettings
@@ -165,6 +166,12 @@ class LocalPostgres(Protocol):
         ...
 
     async def clone(self, host: str, port: int, system_identifier: int, on_progress: Callable[[str], None]) -> None: ...
+
+    async def make_from_archive(
+        self, host: str, port: int, record: ClusterRecord, on_progress: Callable[[str], None]
+    ) -> str:
+        """In place of a clone of the primary there; what it was made from. NotMade (`recovering`): nothing was."""
+        ...
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> str:
         """What came of it, for people."""

@@ -51,6 +51,7 @@ WARNINGS = {
     "configuration refused": "ConfigurationRefused",
     "archive trouble": "ArchiveTrouble",
     "archive gap": "ArchiveGap",
+    "archive copy failed": "ArchiveCopyFailed",
 }
 
 

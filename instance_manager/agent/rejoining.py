@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from instance_manager.agent.context import Context, OperationFailed
 from instance_manager.agent.postgres_port import Upstream
+from instance_manager.agent.recovering import NotMade
 from instance_manager.config_sections import MemberSection
 from instance_manager.core.archive_state import GAP
 from instance_manager.core.lease import initial_first_write
@@ -25,6 +26,8 @@ class Rejoining:
         self._c = context
         self.failed_rewinds = 0
         self._has_told_gap = False
+        self._archive_failed = False
+        """Since a directory was made here last: the next try does not spend that time again."""
 
     # A new cluster.
 
@@ -271,6 +274,7 @@ class Rejoining:
             raise OperationFailed("it has become a voter meanwhile: the primary drops it first (R6)")
         # From here on this directory is nobody's (R6, P7): whatever interrupts this, its id speaks for no log any more.
         await c.volume.save(lambda state: replace(state, member_id=None))
+        made_from: str = source
         try:
             if rejoin is Rejoin.REWIND:
                 c.take_role(Role.REWINDING, f"from {source}")
@@ -283,18 +287,53 @@ class Rejoining:
             else:
                 if rejoin is Rejoin.SET_ASIDE_AND_CLONE:
                     await c.database.directory.set_aside()
-                c.take_role(Role.CLONING, f"from {source}")
-                c.operation = f"cloning from {source}"
-                await c.database.directory.clone(
-                    member.host, member.postgres_port, record.system_identifier or "", self._progress
-                )
-                self.failed_rewinds = 0
+                c.take_role(Role.CLONING, f"from {source}, or an archive")
+                made_from = await self._from_archive(record, source, member) or await self._clone(record)
+                self.failed_rewinds, self._archive_failed = 0, False
             # R6, P7: what was copied or rewound is another log than before: another member, without a vote.
             member_id = await c.volume.new_member(c.configuration.name)
-            c.journal.note(rejoin.value, f"from {source}: now member {member_id}")
+            c.journal.note(rejoin.value, f"from {made_from}: now member {member_id}")
         finally:
             c.operation = None
             c.take_role(Role.STOPPED, f"{rejoin.value} ended")
+
+    async def _from_archive(self, record: ClusterRecord, source: str, member: MemberSection) -> str | None:
+        """What the directory was made from; None: from nothing yet, and why is told."""
+        c = self._c
+        bootstrap = c.configuration.bootstrap
+        is_any = c.configuration.archive is not None or bootstrap.recovery is not None
+        if bootstrap.replicas_from == "primary" or not is_any or self._archive_failed:
+            return None
+        c.operation = "looking for a backup to begin with"
+        began_s = c.clock.now_s()
+        try:
+            return await c.database.directory.make_from_archive(member.host, member.postgres_port, record, self._making)
+        except NotMade as error:
+            if error.is_choice:
+                c.journal.note("from the primary", str(error))
+                return None
+            reason = str(error)
+        except (LocalPostgresError, OSError) as error:
+            reason = str(error)
+        self._archive_failed = True
+        c.journal.note(
+            "archive copy failed", f"{reason}; after {c.clock.now_s() - began_s:.0f} s {source} is copied instead"
+        )
+        return None
+
+    async def _clone(self, record: ClusterRecord) -> str:
+        """Whose copy it is. The primary of this moment: an archive may have taken hours before."""
+        c = self._c
+        source = self._serving_primary(c.record)
+        member = self._member(source)
+        c.operation = f"cloning from {source}"
+        await c.database.directory.clone(
+            member.host, member.postgres_port, record.system_identifier or "", self._progress
+        )
+        return source
+
+    def _making(self, text: str) -> None:
+        self._c.operation = f"a standby's directory from an archive: {text}"
 
     def _progress(self, text: str) -> None:
         self._c.operation = text

@@ -141,9 +141,11 @@ async def chain_of_archive(
 
 def chain_from_history(timeline: Timeline, parents: History) -> TimelineChain:
     """The chain that a history file tells; its epochs are not known (0)."""
+    if not parents:
+        return TimelineChain(timeline)
     following = [parent for parent, _ in parents[1:]] + [timeline]
     switches = tuple(
         TimelineSwitch(each, parent, left_at, Epoch(0))
         for each, (parent, left_at) in zip(following, parents, strict=True)
     )
-    return TimelineChain(parents[0][0] if parents else timeline, switches)
+    return TimelineChain(parents[0][0], switches)

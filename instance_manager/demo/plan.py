@@ -12,7 +12,7 @@ import msgspec
 import yaml
 
 from instance_manager.codec import from_json, to_json
-from instance_manager.config_sections import Durability
+from instance_manager.config_sections import Durability, ReplicasFrom
 
 MARKER = "instance-manager-cluster.json"
 APPLICATION = "app"
@@ -79,6 +79,7 @@ class ClusterPlan:
     """The section `managed` of every instance, as YAML; for tests."""
     archive: ArchivePlan | None = None
     recovery: RecoveryPlan | None = None
+    replicas_from: ReplicasFrom = "auto"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -99,6 +100,7 @@ def loopback_plan(
     managed: str = "",
     archive: ArchivePlan | None = None,
     recovery: RecoveryPlan | None = None,
+    replicas_from: ReplicasFrom = "auto",
 ) -> ClusterPlan:
     """Members demo-1, demo-2, ... on 127.0.0.1: Postgres from `base_port` on, HTTP on the ports after those; see `ports_needed`."""
     members = tuple(
@@ -124,6 +126,7 @@ def loopback_plan(
         managed=managed,
         archive=archive,
         recovery=recovery,
+        replicas_from=replicas_from,
     )
 
 
@@ -294,8 +297,10 @@ def configuration_text(layout: Layout, plan: ClusterPlan, me: MemberPlan) -> str
         # A moment of every day lies behind: the first backup is taken at once.
         backup = {"schedule": {"at": ["03:00"]}, "retention": {"count": 7}}
         content["archive"] = {**_archive_section(layout, plan, plan.archive), "backup": backup}
+    bootstrap: dict[str, object] = {"replicas_from": plan.replicas_from}
     if plan.recovery is not None:
-        content["bootstrap"] = {"recovery": _recovery_section(plan.recovery)}
+        bootstrap["recovery"] = _recovery_section(plan.recovery)
+    content["bootstrap"] = bootstrap
     return yaml.safe_dump(content, sort_keys=False)
 
 

@@ -130,12 +130,13 @@ async def clone(
             raise CloneRefused(
                 f"{source.host}:{source.port} is of system {control.system_identifier}, not {system_identifier}"
             )
-        await asyncio.to_thread(_finish, server, staging)
+        await asyncio.to_thread(install_standby, server, staging)
     finally:
         await asyncio.shield(asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True))
 
 
-def _finish(server: LocalServer, staging: Path) -> None:
+def install_standby(server: LocalServer, staging: Path) -> None:
+    """A whole copy of another directory becomes the data directory, a standby's. DirectoryRefused: the place is taken."""
     remove_files_of_source(staging)
     create_standby_signal(server, staging)
     install_staging(server, staging)

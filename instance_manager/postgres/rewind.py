@@ -10,10 +10,7 @@ import asyncio
 import enum
 from collections.abc import Callable
 
-import asyncpg
-
 from instance_manager.core.types import Timeline
-from instance_manager.postgres.bootstrap import read_passfile
 from instance_manager.postgres.clone import SourceServer
 from instance_manager.postgres.control_data import read_control_data
 from instance_manager.postgres.directory import (
@@ -28,6 +25,7 @@ from instance_manager.postgres.directory import (
     write_rewind_marker,
 )
 from instance_manager.postgres.server import LocalPostgresError, LocalServer, ProgramFailed, run_program
+from instance_manager.postgres.source_questions import SourceNotReady, ask
 
 __all__ = ["RewindFailed", "RewindMarker", "RewindOutcome", "SourceNotReady", "rewind", "rewind_marker"]
 
@@ -41,10 +39,6 @@ class RewindOutcome(enum.Enum):
     """The directory's log is a prefix of the source's. Nothing was changed."""
     REWOUND = "rewound"
     """The directory is a copy of the source as of the fork, and must replay to come up: as a standby."""
-
-
-class SourceNotReady(LocalPostgresError):
-    """The source cannot be reached, or has not checkpointed on the timeline yet. The directory was not touched."""
 
 
 class RewindFailed(LocalPostgresError):
@@ -129,33 +123,13 @@ async def require_ready(source: SourceServer, system_identifier: int, timeline: 
 
     SourceNotReady; DirectoryRefused: it is of another system.
     """
-    deadline_s = 10.0
-    try:
-        password = await asyncio.to_thread(read_passfile, source.passfile, user=source.user)
-        async with asyncio.timeout(deadline_s):
-            connection = await asyncpg.connect(
-                host=source.host,
-                port=source.port,
-                user=source.user,
-                password=password,
-                database="postgres",
-                ssl=source.tls.for_asyncpg(),
-                timeout=deadline_s,
-                statement_cache_size=0,
-                server_settings={"search_path": "pg_catalog,pg_temp", "application_name": "instance-manager rewind"},
-            )
-            try:
-                row = await connection.fetchrow(
-                    "select timeline_id, system_identifier, pg_is_in_recovery() as in_recovery "
-                    "from pg_control_checkpoint(), pg_control_system()"
-                )
-            finally:
-                connection.terminate()
-    except TimeoutError:
-        raise SourceNotReady(f"{source.host}:{source.port}: no answer within {deadline_s:g} s") from None
-    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as error:
-        raise SourceNotReady(f"{source.host}:{source.port}: {str(error) or type(error).__name__}") from error
-    if row is None or row["system_identifier"] != system_identifier:
+    row = await ask(
+        source,
+        "select timeline_id, system_identifier, pg_is_in_recovery() as in_recovery "
+        "from pg_control_checkpoint(), pg_control_system()",
+        application_name="instance-manager rewind",
+    )
+    if row["system_identifier"] != system_identifier:
         raise DirectoryRefused(f"{source.host}:{source.port} is of another system")
     if row["in_recovery"] or row["timeline_id"] != timeline:
         raise SourceNotReady(

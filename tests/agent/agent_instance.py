@@ -200,6 +200,14 @@ class FakeDatabase:
     async def clone(self, host: str, port: int, system_identifier: str, on_progress: Callable[[str], None]) -> None:
         await self._do("clone")
 
+    async def make_from_archive(
+        self, host: str, port: int, record: ClusterRecord, on_progress: Callable[[str], None]
+    ) -> str:
+        for line in self.recovery_says:
+            on_progress(line)
+        await self._do("from archive")
+        return "backup 1"
+
     async def stop_following(self, chain: TimelineChain, *, deadline_s: float) -> WalEnd:
         await self._do("stop following")
         assert self.at is not None

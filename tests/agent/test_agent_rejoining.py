@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 from agent_builders import CHAIN, A, B, P, end, held_by_a, holder, record, taken_by_a
 from agent_instance import Instance
@@ -17,13 +18,16 @@ from instance_manager.agent.agent import Agent
 from instance_manager.agent.context import OperationFailed
 from instance_manager.agent.health import Health
 from instance_manager.agent.own_verbs import reinitialise
+from instance_manager.agent.recovering import NotMade
 from instance_manager.agent.rejoining import Rejoining
+from instance_manager.config_sections import ArchiveSection, BootstrapSection, ReplicasFrom
 from instance_manager.core.decide import Decision
 from instance_manager.core.record import ClusterRecord, Holder
 from instance_manager.core.roles import Role
 from instance_manager.core.types import Epoch, Timeline
 from instance_manager.core.voting import VolumeState
-from instance_manager.postgres.rewind import SourceNotReady
+from instance_manager.postgres.server import LocalPostgresError
+from instance_manager.postgres.source_questions import SourceNotReady
 
 
 class Standby(Instance):
@@ -167,7 +171,7 @@ async def test_r6_r16_a_directory_is_not_cloned_anew_when(tmp_path: Path, found:
 
 async def test_r6_the_directory_of_a_standby_is_given_up_in_the_record_to_be_cloned_anew(tmp_path: Path) -> None:
     async with Reinitialised(tmp_path, record()) as a:
-        assert await reinitialise(a.context) == "a will be set aside and cloned from p"
+        assert await reinitialise(a.context) == "a will be set aside and made anew"
         assert a.record.excluded == {A}
         # It is a voter until the primary has dropped it by the table.
         assert a.record.voters == {A, B}
@@ -266,3 +270,87 @@ async def test_r6_the_last_copy_is_not_given_up_for_a_primary_that_is_not_there(
         await a.rejoining.rejoin("Postgres does not run here")
         done = ["set aside", "clone"] if failed_rewinds else ["rewind"]
         assert a.events == ["require source", "volume", *done, "volume"]
+
+
+# A directory from an archive, in place of a clone.
+
+
+class WithArchive(Standby):
+    """Without a directory, and with an archive that `fails` or not."""
+
+    def __init__(self, directory: Path, replicas_from: ReplicasFrom = "auto") -> None:
+        super().__init__(directory, record(voters=frozenset({B})))
+        self.context.configuration = msgspec.structs.replace(
+            self.context.configuration,
+            archive=ArchiveSection(directory=directory),
+            bootstrap=BootstrapSection(replicas_from=replicas_from),
+        )
+        self.knows("p")
+        self.database.running = self.database.exists = False
+        self.tried = 0
+        self.shown: str | None = None
+        self.fails: LocalPostgresError | None = None
+        self.database.on["from archive"] = self._try
+
+    async def _try(self) -> None:
+        self.tried += 1
+        self.shown = self.context.operation
+        if self.fails is not None:
+            raise self.fails
+
+    async def rejoins(self) -> list[str]:
+        """What was done, the volume's states aside."""
+        self.events.clear()
+        await self.rejoining.rejoin("Postgres does not run here")
+        return [event for event in self.events if event != "volume"]
+
+    def told(self, what: str) -> list[str]:
+        return [line.reason for line in self.context.journal.lines() if line.decision == what]
+
+
+async def test_p7_a_directory_from_an_archive_is_a_new_member_and_the_primary_is_not_copied(tmp_path: Path) -> None:
+    async with WithArchive(tmp_path) as a:
+        a.database.recovery_says = ["3 of 7 MiB restored"]
+        assert await a.rejoins() == ["from archive"]
+        assert a.shown == "a standby's directory from an archive: 3 of 7 MiB restored"
+        assert a.context.operation is None
+        # R6: its old id speaks for no log from before the first byte on.
+        assert a.volume_states[0].member_id is None
+        assert a.volume.state.member_id not in (None, A)
+        assert a.told("clone") == [f"from backup 1: now member {a.volume.state.member_id}"]
+
+
+async def test_where_the_primary_is_the_better_source_it_is_copied_and_why_is_told(tmp_path: Path) -> None:
+    async with WithArchive(tmp_path) as a:
+        a.fails = NotMade("too much log", is_choice=True)
+        assert await a.rejoins() == ["clone"]
+        assert a.told("from the primary") == ["too much log"]
+        assert await a.rejoins() == ["clone"]
+        assert a.tried == 2, "that is asked anew for each directory"
+
+
+@pytest.mark.parametrize("fails", [NotMade("damaged", is_choice=False), SourceNotReady("damaged")])
+async def test_a_failure_of_the_archive_costs_a_clone_and_is_not_met_again_before_there_is_a_directory(
+    tmp_path: Path, fails: LocalPostgresError
+) -> None:
+    async def refused() -> None:
+        raise SourceNotReady("the connection broke")
+
+    async with WithArchive(tmp_path) as a:
+        a.fails, a.database.on["clone"] = fails, refused
+        for _ in range(3):
+            with pytest.raises(SourceNotReady, match="the connection broke"):
+                await a.rejoins()
+        assert a.tried == 1
+        assert a.told("archive copy failed") == ["damaged; after 0 s p is copied instead"]
+        del a.database.on["clone"]
+        assert await a.rejoins() == ["clone"]
+        assert a.told("clone") == [f"from p: now member {a.volume.state.member_id}"]
+        a.fails = None
+        assert await a.rejoins() == ["from archive"]
+
+
+async def test_an_archive_is_not_asked_where_it_is_not_wanted(tmp_path: Path) -> None:
+    async with WithArchive(tmp_path, "primary") as a:
+        assert await a.rejoins() == ["clone"]
+        assert a.tried == 0

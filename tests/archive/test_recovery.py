@@ -21,8 +21,10 @@ from instance_manager.agent.recovering import RecoveryFailed, recover
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.content import MemoryContent
 from instance_manager.archive.recovery import restore as restoring
+from instance_manager.archive.recovery.origin import ORIGIN_FILE, Origin, parse_origin
 from instance_manager.archive.recovery.replay import ReplaySettings
 from instance_manager.archive.recovery.restore import RestoreFailed
+from instance_manager.archive.wal_names import wal_kind
 from instance_manager.core.archive_state import GAP
 
 pytestmark = pytest.mark.timeout(240)
@@ -229,6 +231,25 @@ async def test_a_damaged_backup_leaves_the_place_as_it_was(cluster: Cluster, dir
         await restoration.run()
 
 
+async def test_a_backup_that_cannot_become_consistent_is_told_and_not_waited_for_for_ever(
+    cluster: Cluster, directory_section: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it is consistent Postgres takes no connection: nobody saw that it had come to the end."""
+    monkeypatch.setattr("instance_manager.archive.recovery.replay.ENDS_WITHOUT_AN_ANSWER", 10)
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        info = (await take(made, store)).info
+        server.kill()
+    for name in await objects(store, "orders/wals/"):
+        wal = LAYOUT.wal_of(name) or ""
+        if wal_kind(wal) == "segment" and wal >= info.segment_size.name(info.end_segment):
+            await store.delete(name, deadline_s=5)
+    restoration = Restoration(cluster.add("r"), store)
+    with pytest.raises(RestoreFailed, match="the archive ends before the backup is consistent"):
+        await restoration.run()
+
+
 async def test_an_agent_has_the_first_directory_of_a_new_cluster_made_by_a_process_of_its_own(
     cluster: Cluster, directory_section: dict[str, Any]
 ) -> None:
@@ -264,3 +285,4 @@ async def test_an_agent_has_the_first_directory_of_a_new_cluster_made_by_a_proce
     assert any("MiB restored" in line for line in said)
     system = await new.fetchval("SELECT system_identifier::text FROM pg_control_system()")
     assert system == taken.info.system_identifier
+    assert parse_origin((new.data / ORIGIN_FILE).read_bytes()) == Origin("orders", "0123456789abcdef")

@@ -20,10 +20,10 @@ from instance_manager.archive.recovery.restore import (
     _alone_in,
     _empty,
     _find_marker,
-    _last_known,
     _make_roots,
     _Marker,
     _remove_unfinished,
+    last_known,
     make_plan,
 )
 from instance_manager.archive.recovery.serving import RecoveryArchive
@@ -199,6 +199,6 @@ async def test_all_of_an_old_timeline_is_held_against_what_the_archive_has_of_it
     history = b"1\t0/1710000\tno recovery target specified\n"
     await put(store, LAYOUT.wal("00000002.history"), b"".join(LAYOUT.codec.compressed([history], len(history))))
     newest = await make_plan(store, LAYOUT, make_target())
-    assert _last_known(newest) == 30 * SIZE.size_bytes
+    assert last_known(newest) == 30 * SIZE.size_bytes
     old = await make_plan(store, LAYOUT, make_target(timeline="1"))
-    assert _last_known(old) == 25 * SIZE.size_bytes
+    assert last_known(old) == 25 * SIZE.size_bytes

@@ -145,9 +145,20 @@ def test_a_kept_backup_whose_deletion_broke_off_still_holds_its_log() -> None:
     assert expiry([listed_at(1, "deleting"), listed_at(2)], Policy(count=1)).wal is not None
 
 
-def test_times_that_contradict_the_positions_stop_everything() -> None:
-    with pytest.raises(RetentionRefused, match="a clock was wrong"):
-        expiry([listed_at(0, segment=500), listed_at(9)], Policy(count=1))
+def test_times_that_contradict_the_positions_stop_everything_until_somebody_has_deleted_the_wrong_one() -> None:
+    behind, before = listed_at(0, segment=500), listed_at(9)
+    with pytest.raises(RetentionRefused, match="a clock was wrong") as refused:
+        expiry([behind, before], Policy(count=1))
+    text = str(refused.value)
+    assert before.info is not None
+    assert behind.info is not None
+    for each in (behind.backup_id, before.backup_id, f"{behind.info.end_time}", f"{before.info.begin_time}"):
+        assert each in text
+    assert text.endswith("`instance-manager backup delete ID` the one whose time is wrong")
+    # A keep does not help, and is not told to.
+    with pytest.raises(RetentionRefused):
+        expiry([behind, replace(before, keep="full")], Policy(count=1))
+    assert expiry([behind], Policy(count=1)).backups == ()
 
 
 async def put(store: ObjectStore, name: str, content: bytes = b"x") -> None:

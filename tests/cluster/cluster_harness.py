@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from instance_manager.config_sections import Durability
+from instance_manager.config_sections import Durability, ReplicasFrom
 from instance_manager.demo.cluster import LocalCluster
 from instance_manager.demo.plan import APPLICATION, ArchivePlan, RecoveryPlan, loopback_plan
 from instance_manager.demo.ports import choose_base_port
@@ -27,6 +27,7 @@ def running_cluster(
     durability: Durability = "preferred",
     archive: ArchivePlan | None = None,
     recovery: RecoveryPlan | None = None,
+    replicas_from: ReplicasFrom = "auto",
     parameters: tuple[tuple[str, str], ...] = (),
 ) -> Iterator[LocalCluster]:
     """Started, fully redundant, and ended with everything of it at the end of the block."""
@@ -37,6 +38,7 @@ def running_cluster(
         parameters=FAST + parameters,
         archive=archive,
         recovery=recovery,
+        replicas_from=replicas_from,
     )
     with LocalCluster.create(plan) as cluster:
         cluster.start_all()

@@ -234,7 +234,7 @@ def test_p7_reinit_sets_a_standby_aside_and_clones_it_as_a_new_member(lasting_cl
     target = lasting_cluster.standbys()[0]
     old = volume(lasting_cluster, target).member_id
     told = done(lasting_cluster, primary, "reinit", target)
-    assert f"{target} will be set aside and cloned from {primary}" in told
+    assert f"{target} will be set aside and made anew" in told
     lasting_cluster.wait(
         lambda: volume(lasting_cluster, target).member_id not in (None, old), 60, f"{target} is another member"
     )

@@ -20,9 +20,11 @@ from simulated_volume import HOT_STANDBY, DataDirectory
 from simulated_wal import end_along
 
 from instance_manager.agent.postgres_port import StartCommand, Upstream
+from instance_manager.agent.recovering import NotMade
 from instance_manager.agent.server_files import render_set
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import SynchronousSet
+from instance_manager.core.record import ClusterRecord
 from instance_manager.core.types import MEMBER_ID_PATTERN, Lsn, MemberId, Timeline, TimelineChain, WalEnd
 from instance_manager.postgres.archive_commands import Allowed
 from instance_manager.postgres.control_data import ClusterState, ControlData, HotStandbySettings
@@ -355,6 +357,11 @@ class SimulatedPostgres:
 
     async def clone(self, host: str, port: int, system_identifier: int, on_progress: Callable[[str], None]) -> None:
         await clone(self._access, host, port, system_identifier, on_progress)
+
+    async def make_from_archive(
+        self, host: str, port: int, record: ClusterRecord, on_progress: Callable[[str], None]
+    ) -> str:
+        raise NotMade("there is no archive in this world", is_choice=True)
 
     async def rewind(self, host: str, port: int, timeline: Timeline) -> str:
         return (await rewind(self._access, host, port, timeline)).value

@@ -77,6 +77,8 @@ def test_a_minimal_file_gets_the_defaults_of_the_design(tmp_path: Path) -> None:
         ("cluster.durability", "some", "durability"),
         ("cluster.synchronous_standbys", 3, "needs at least 4 members, there are 3"),
         ("cluster.synchronous_standbys", 0, ">= 1"),
+        ("bootstrap.replicas_from", "archive", "there is no archive; give the section archive"),
+        ("bootstrap.replicas_from", "elsewhere", "replicas_from"),
         ("instance.name", "demo-9", "'demo-9' is not among members: demo-1, demo-2, demo-3"),
         ("instance.log_directory", "log", "must be an absolute path"),
         ("instance.log_directory", "/var/tmp/i1/data/log", "must not be in the data directory"),

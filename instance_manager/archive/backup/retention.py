@@ -181,6 +181,7 @@ def _require_order(infos: list[BackupInfo]) -> None:
     for before, after in itertools.pairwise(infos):
         if before.end_time is not None and after.end_time is not None and after.end_time < before.begin_time:
             raise RetentionRefused(
-                f"backup {after.backup_id} is behind {before.backup_id} in the log, but its time is before it: a clock was wrong, or "
-                "two systems are mixed. Nothing is deleted; delete by hand what is wrong, or keep it"
+                f"backup {after.backup_id} is behind {before.backup_id} in the log, but it ended at {after.end_time}, before that one "
+                f"began, at {before.begin_time}: a clock was wrong, or two systems are mixed. Nothing expires while both are there: "
+                "look at `instance-manager backups`, and `instance-manager backup delete ID` the one whose time is wrong"
             )

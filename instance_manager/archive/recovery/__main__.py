@@ -18,6 +18,7 @@ from pathlib import Path
 from instance_manager.archive.codecs import Codec
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.lineage import ForeignArchive, read_lineage
+from instance_manager.archive.recovery.origin import ORIGIN_FILE, Origin, render_origin
 from instance_manager.archive.recovery.replay import ReplaySettings
 from instance_manager.archive.recovery.restore import RestoreFailed, RestoreSettings, restore
 from instance_manager.archive.recovery.target import TargetInvalid, make_target
@@ -26,6 +27,7 @@ from instance_manager.config import Configuration, ConfigurationError, load_conf
 from instance_manager.config_sections import RecoverySection
 from instance_manager.core.types import format_lsn
 from instance_manager.ports import ObjectStoreError
+from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.server import LocalServer, RunAs
 
 DEADLINE_S = 60.0
@@ -71,6 +73,8 @@ async def recover(configuration: Configuration, section: RecoverySection, into: 
             backup=section.backup,
             on_progress=lambda text: print(text, flush=True),
         )
+        origin = Origin(server_name, "" if lineage is None else lineage.cluster_uid)
+        await asyncio.to_thread(write_atomically, into / ORIGIN_FILE, render_origin(origin), run_as=server.run_as)
     finally:
         await store.close()
     return f"recovered to {format_lsn(done.reached.lsn)}, now on timeline {done.reached.timeline}"

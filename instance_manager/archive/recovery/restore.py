@@ -176,7 +176,7 @@ async def restore(
                     f"restoring backup {plan.info.backup_id} ({plan.info.end_time:%Y-%m-%d %H:%M:%S%z}), target: {target}"
                 )
                 _tell_gap(plan, on_progress)
-                await _restore_files(server, store, layout, target, settings, plan, on_progress)
+                await restore_files(server, store, layout, target, settings, plan, on_progress)
             return await _replay(server, store, layout, target, settings, plan, on_progress)
     except (ObjectStoreError, LocalPostgresError, OSError, RecoveryStopped, NoInterpreter) as error:
         raise RestoreFailed(str(error)) from error
@@ -251,7 +251,7 @@ def _find_marker(data_directory: Path) -> _Marker | None:
     return marker
 
 
-async def _restore_files(
+async def restore_files(
     server: LocalServer,
     store: ObjectStore,
     layout: Layout,
@@ -380,7 +380,7 @@ async def _replay(
     on_progress: Callable[[str], None],
 ) -> Restored:
     info = plan.info
-    async with _work_directory(server) as work:
+    async with work_directory(server) as work:
         archive = RecoveryArchive(
             store,
             layout,
@@ -401,7 +401,7 @@ async def _replay(
                 plan.chain,
                 settings.replay,
                 work_directory=work,
-                last_known=_last_known(plan),
+                last_known=last_known(plan),
                 on_progress=on_progress,
             )
             try:
@@ -411,11 +411,11 @@ async def _replay(
                 raise RestoreFailed(str(error).replace(str(replay.log_file), str(kept))) from error
         finally:
             await archive.close()
-        await asyncio.to_thread(_forget_recovery, server.data_directory)
+        await asyncio.to_thread(forget_recovery, server.data_directory)
     return Restored(info, reached)
 
 
-def _last_known(plan: Plan) -> Lsn | None:
+def last_known(plan: Plan) -> Lsn | None:
     """Where the last whole segment of the archive begins: replay that ends before it has not seen all."""
     last = plan.window.reach.last
     if last is None or plan.window.chain != plan.chain:
@@ -430,14 +430,14 @@ def _keep_log(server: LocalServer, log_file: Path) -> Path:
     return kept
 
 
-def _forget_recovery(data_directory: Path) -> None:
+def forget_recovery(data_directory: Path) -> None:
     (data_directory / LOG_FILE).unlink(missing_ok=True)
     _unmark([data_directory, *(data_directory / "pg_tblspc").iterdir()])
     (data_directory / MARKER).unlink(missing_ok=True)
 
 
 @asynccontextmanager
-async def _work_directory(server: LocalServer) -> AsyncIterator[Path]:
+async def work_directory(server: LocalServer) -> AsyncIterator[Path]:
     """Of this one recovery; short enough for a socket's path, closed to everybody but Postgres's user and this one."""
     work = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="im-recovery-"))
     try:
