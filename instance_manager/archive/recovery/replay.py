@@ -3,6 +3,8 @@ opening.
 
 It runs as a standby, so it never opens by itself: neither at the end of the archive, nor at an error. Where the store fails it
 stops (126 of restore_command), and is started again until the patience is over.
+
+Most of the time it reads pg_wal alone (`serving`): its restore_command is then empty, which is changed by a reload.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from instance_manager.archive.recovery.target import Target, with_header
 from instance_manager.core.types import Lsn, Timeline, TimelineChain, format_lsn, parse_lsn
 from instance_manager.postgres.configuration import render_settings
 from instance_manager.postgres.control_data import ClusterState, read_control_data
+from instance_manager.postgres.directory import disable_in_auto_conf
 from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
 from instance_manager.postgres.sql import session
@@ -37,6 +40,11 @@ MOVING_POLL_S = 1.0
 UNREACHABLE_POLL_S = 0.5
 RESTART_PAUSE_S = 2.0
 STOP_DEADLINE_S = 600.0
+ASKING, READING = "asking.conf", "reading.conf"
+WAY = "way.conf"
+"""Which of the two holds: a link, so that the change needs no write that could hang."""
+_RETRIES = {ASKING: "200ms", READING: "10ms"}
+"""How long Postgres waits before it asks, or looks into pg_wal, again; the latter costs it two system calls."""
 ENDS_TO_BELIEVE = 2
 """So often Postgres must have come to the end of the archive without replaying anything in between."""
 LOG_TAIL_BYTES = 64 << 10
@@ -138,7 +146,9 @@ class Replay:
 
     async def run(self) -> Reached:
         """Reached and opened, then shut down cleanly. RecoveryStopped: it has not opened. LocalPostgresError; OSError."""
+        self._write_ways()
         await self._write_configuration()
+        self._archive.on_change = self._change_way
         seen = _Seen(moved_s=asyncio.get_running_loop().time())
         try:
             while True:
@@ -177,25 +187,42 @@ class Replay:
             "max_prepared_transactions": control.hot_standby.max_prepared_transactions,
             "max_locks_per_transaction": control.hot_standby.max_locks_per_transaction,
             "wal_level": control.wal_level,
-            "wal_retrieve_retry_interval": "200ms",
             "wal_recycle": "off",
             "log_min_messages": "log" if log.isEnabledFor(logging.DEBUG) else "warning",
-            "restore_command": self._archive.restore_command(),
             **(self._target if self._cut is None else Target()).settings(self._chain.current),
             **(self._settings.parameters or {}),
             **self._raised,
         }
         run_as = self._server.run_as
-        write_atomically(self._work / "postgresql.conf", render_settings(settings).encode(), run_as=run_as)
+        text = f"{render_settings(settings)}include '{WAY}'\n"
+        write_atomically(self._work / "postgresql.conf", text.encode(), run_as=run_as)
         # The directory is closed to all but this user and Postgres's.
         write_atomically(self._work / "hba.conf", b"local all postgres trust\n", run_as=run_as)
+
+    def _write_ways(self) -> None:
+        commands = {ASKING: self._archive.restore_command(), READING: ""}
+        for name, command in commands.items():
+            settings = {"restore_command": command, "wal_retrieve_retry_interval": _RETRIES[name]}
+            write_atomically(self._work / name, render_settings(settings).encode(), run_as=self._server.run_as)
+        self._change_way()
+
+    def _change_way(self) -> None:
+        """A Postgres that runs learns of it within milliseconds, also where it waits."""
+        new = self._work / f"{WAY}.new"
+        new.symlink_to(READING if self._archive.reads_alone else ASKING)
+        new.replace(self._work / WAY)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGHUP)
 
     async def _start(self) -> None:
         await self._archive.before_postgres_starts()
         run_as = self._server.run_as
-        # What the source wrote with ALTER SYSTEM must not turn any of these: the command line is above it.
+        # What the source wrote with ALTER SYSTEM must not turn any of these: the command line is above it. What a reload changes
+        # cannot be there.
+        disable_in_auto_conf(self._server, frozenset({"restore_command", "wal_retrieve_retry_interval"}))
         above = {
-            **{"restore_command": self._archive.restore_command(), "archive_mode": "off", "wal_recycle": "off"},
+            **{"archive_mode": "off", "wal_recycle": "off"},
             **{"primary_conninfo": "", "synchronous_standby_names": "", "listen_addresses": ""},
         }
         options = [part for name, value in above.items() for part in ("-c", f"{name}={value}")]
@@ -225,6 +252,7 @@ class Replay:
         loop = asyncio.get_running_loop()
         assert self._process is not None  # noqa: S101
         while self._process.returncode is None:
+            self._archive.look()
             unreadable = self._archive.unreadable
             if unreadable is not None:
                 raise TargetNotReached(
