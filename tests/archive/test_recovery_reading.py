@@ -154,7 +154,7 @@ async def test_a_postgres_that_starts_its_processes_anew_while_it_reads_alone_go
     assert await restoration.numbers() == set(range(ROWS))
 
 
-async def test_what_the_source_has_set_by_alter_system_does_not_turn_where_the_log_comes_from(
+async def test_what_the_source_has_set_by_alter_system_turns_neither_where_the_log_comes_from_nor_where_it_ends(
     cluster: Cluster, directory_section: dict[str, Any]
 ) -> None:
     server, store = cluster.add("p"), store_of(directory_section)
@@ -165,9 +165,13 @@ async def test_what_the_source_has_set_by_alter_system_does_not_turn_where_the_l
         await prepared(cluster, made)
         await server.execute(f"ALTER SYSTEM SET restore_command = 'touch {run}/%f; exit 1'")
         await server.execute("ALTER SYSTEM SET wal_retrieve_retry_interval = '1h'")
+        await server.execute("ALTER SYSTEM SET recovery_target_name = 'early'")
+        await server.execute("ALTER SYSTEM SET recovery_target_action = 'promote'")
         await server.execute("ALTER SYSTEM SET work_mem = '5MB'")
         await take(made, store)
-        await insert(server, 0, 20_000)
+        await insert(server, 0, 10_000)
+        await server.fetchval("SELECT pg_create_restore_point('early')")
+        await insert(server, 10_000, 10_000)
         await server.execute("SELECT pg_switch_wal()")
         await server.stop()
     restoration = Restoration(cluster.add("r"), store)

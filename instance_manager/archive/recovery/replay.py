@@ -45,6 +45,11 @@ WAY = "way.conf"
 """Which of the two holds: a link, so that the change needs no write that could hang."""
 _RETRIES = {ASKING: "200ms", READING: "10ms"}
 """How long Postgres waits before it asks, or looks into pg_wal, again; the latter costs it two system calls."""
+_TARGETS = {f"recovery_target_{what}" for what in ("action", "inclusive", "lsn", "name", "time", "timeline", "xid")}
+NOT_THE_SOURCES = frozenset(
+    {"restore_command", "wal_retrieve_retry_interval", "promote_trigger_file", "recovery_target"} | _TARGETS
+)
+"""Where the log comes from, and where it ends. An agent would refuse each of them too (`parameters.FIXED`)."""
 ENDS_TO_BELIEVE = 2
 """So often Postgres must have come to the end of the archive without replaying anything in between."""
 LOG_TAIL_BYTES = 64 << 10
@@ -218,11 +223,11 @@ class Replay:
     async def _start(self) -> None:
         await self._archive.before_postgres_starts()
         run_as = self._server.run_as
-        # What the source wrote with ALTER SYSTEM must not turn any of these: the command line is above it. What a reload changes
-        # cannot be there.
-        disable_in_auto_conf(self._server, frozenset({"restore_command", "wal_retrieve_retry_interval"}))
+        # What the source wrote with ALTER SYSTEM must not turn any of these: the command line is above it. What a reload changes, or
+        # is not always set, cannot be there.
+        disable_in_auto_conf(self._server, NOT_THE_SOURCES)
         above = {
-            **{"archive_mode": "off", "wal_recycle": "off"},
+            **{"archive_mode": "off", "wal_recycle": "off", "recovery_min_apply_delay": "0"},
             **{"primary_conninfo": "", "synchronous_standby_names": "", "listen_addresses": ""},
         }
         options = [part for name, value in above.items() for part in ("-c", f"{name}={value}")]
