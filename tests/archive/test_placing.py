@@ -17,6 +17,7 @@ from archive_harness import Desk, chain_of, until
 from fetch_steps import FORK, ON_2, SEGMENT, A, B, C, D, fill, put
 from wal_builders import SIZE, SYSTEM, segment_content
 
+from instance_manager.archive import spool
 from instance_manager.archive.archiver import SPOOL
 from instance_manager.archive.content import sha256_of
 from instance_manager.archive.fetch import FetchSettings
@@ -443,6 +444,24 @@ async def test_somebody_else_who_opens_all_that_lies_there_does_no_harm(local_de
         for name in ROW[3:]:
             assert await recovery.read(name) == segment_content(name)
         assert recovery.came == [*ROW[:2]]
+
+
+@pytest.mark.parametrize("can_allocate", [True, False])
+def test_a_file_whose_size_is_known_has_its_place_before_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_allocate: bool
+) -> None:
+    if not can_allocate:
+        monkeypatch.setattr(spool, "allocate", lambda *_: False)
+    sizes: list[int] = []
+
+    def seen() -> Iterator[bytes]:
+        (file,) = tmp_path.iterdir()
+        sizes.append(file.stat().st_size)
+        yield segment_content(A)
+
+    file = Spool(tmp_path).write(A, seen(), size_bytes=SEGMENT)
+    assert sizes == [SEGMENT if can_allocate else 0]
+    assert file.read_bytes() == segment_content(A)
 
 
 def test_threads_that_bring_segments_ahead_give_way_to_postgres_and_are_never_put_before_it(tmp_path: Path) -> None:
