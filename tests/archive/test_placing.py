@@ -8,8 +8,7 @@ import errno
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,11 @@ from archive_harness import Desk, chain_of, until
 from fetch_steps import FORK, ON_2, SEGMENT, A, B, C, D, fill, put
 from wal_builders import SIZE, SYSTEM, segment_content
 
-from instance_manager.archive import spool
 from instance_manager.archive.archiver import SPOOL
 from instance_manager.archive.content import sha256_of
 from instance_manager.archive.fetch import FetchSettings
 from instance_manager.archive.recovery import openings, placing, serving
 from instance_manager.archive.recovery.serving import RecoveryArchive
-from instance_manager.archive.spool import Spool
 from instance_manager.archive.stores.patience import Patience
 from instance_manager.core.types import Lsn, TimelineChain
 from instance_manager.postgres.files import fsync_file
@@ -444,42 +441,6 @@ async def test_somebody_else_who_opens_all_that_lies_there_does_no_harm(local_de
         for name in ROW[3:]:
             assert await recovery.read(name) == segment_content(name)
         assert recovery.came == [*ROW[:2]]
-
-
-@pytest.mark.parametrize("can_allocate", [True, False])
-def test_a_file_whose_size_is_known_has_its_place_before_its_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_allocate: bool
-) -> None:
-    if not can_allocate:
-        monkeypatch.setattr(spool, "allocate", lambda *_: False)
-    sizes: list[int] = []
-
-    def seen() -> Iterator[bytes]:
-        (file,) = tmp_path.iterdir()
-        sizes.append(file.stat().st_size)
-        yield segment_content(A)
-
-    file = Spool(tmp_path).write(A, seen(), size_bytes=SEGMENT)
-    assert sizes == [SEGMENT if can_allocate else 0]
-    assert file.read_bytes() == segment_content(A)
-
-
-def test_threads_that_bring_segments_ahead_give_way_to_postgres_and_are_never_put_before_it(tmp_path: Path) -> None:
-    seen: list[int] = []
-
-    def noted() -> Iterator[bytes]:
-        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        yield b"x"
-
-    def write(niceness: int) -> None:
-        Spool(tmp_path, niceness=niceness).write(A, noted())
-
-    own = os.getpriority(os.PRIO_PROCESS, 0)
-    for niceness in (0, own + 5, own - 1):
-        thread = threading.Thread(target=write, args=(niceness,))
-        thread.start()
-        thread.join()
-    assert seen == [own, own + 5, own]
 
 
 async def test_who_comes_back_again_and_again_to_what_he_has_cannot_read_it(local_desk: Desk) -> None:
