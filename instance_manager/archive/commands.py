@@ -10,8 +10,6 @@ where the client could not start or was killed:
 | restore_command, standby | 0 | 1 | 1 | 1: Postgres streams, and asks again |
 | restore_command, recovery and rewind | 0 | 1 | | 126: Postgres stops |
 
-In a recovery the shell also says "not there" by itself of a segment that was placed in pg_wal (`where_placed`).
-
 "Not allowed now" is a primary that is about to stop. 126 ends Postgres's own archiver at once; after a 1 it would try twice
 more, a second apart, and the shutdown, and whoever takes over, would wait for that.
 
@@ -89,16 +87,6 @@ def restore_command(interpreter: Path, client: Path, socket: Path, mode: Mode) -
     run = f'{client_words(interpreter, client, socket)} fetch {mode} %f "%p"'
     otherwise = 1 if mode == "standby" else 126
     return f"{run}; case $? in 0) exit 0;; {ABSENT}) exit 1;; *) exit {otherwise};; esac"
-
-
-def where_placed(markers: Path, bell: Path, otherwise: str) -> str:
-    """A restore_command that says "not there", once, of what has a marker: Postgres reads it in pg_wal. Else it is `otherwise`.
-
-    No other program is started for it. The marker is emptied, and whoever listens at `bell`, a named pipe, is told; opened for
-    reading too, it never blocks. See `recovery.placing`.
-    """
-    marker = f"{_word(markers)}/%f"
-    return f"if [ -s {marker} ]; then : >{marker}; echo 1<>{_word(bell)}; exit 1; fi; {otherwise}"
 
 
 def client_words(interpreter: Path, client: Path, socket: Path) -> str:
