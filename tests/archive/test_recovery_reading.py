@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from archive_harness import until
-from archiving_server import REPOSITORY, SEGMENT_BYTES, archiving, insert, prepared
+from archiving_server import REPOSITORY, SEGMENT_BYTES, all_archived, archiving, insert, prepared
 from backup_harness import store_of, take
 from harness import BIN_DIRECTORY, Cluster, run_as
 from recovery_harness import ROWS, Restoration, archived, segments_in
@@ -77,9 +77,7 @@ class Held:
         return found
 
 
-async def other_history(
-    cluster: Cluster, section: dict[str, Any], store: ObjectStore, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, bytes]:
+async def other_history(cluster: Cluster, section: dict[str, Any], store: ObjectStore) -> dict[str, bytes]:
     """An archive as `archived` makes it; and segments that went on with other rows from the same log, under the same names."""
     server = cluster.add("p")
     with archiving(server, section) as made:
@@ -116,7 +114,7 @@ async def test_segments_of_another_history_in_pg_wal_are_never_believed(
 ) -> None:
     """Whole and readable ones, as an older try or a copy may leave them; Postgres waits for one of those names."""
     store = store_of(directory_section)
-    others = await other_history(cluster, directory_section, store, monkeypatch)
+    others = await other_history(cluster, directory_section, store)
     names = await segments_in(store)
     held = Held(names[-8], monkeypatch)
     assert set(names[3:-2]) <= set(others)
@@ -181,6 +179,33 @@ async def test_what_the_source_has_set_by_alter_system_turns_neither_where_the_l
     assert "work_mem = '5MB'" in settings
     assert "# wal_retrieve_retry_interval = '1h'" in settings, "kept for whoever wants to know it"
     assert await restoration.numbers() == set(range(20_000))
+
+
+async def test_who_has_read_alone_asks_for_the_unfinished_tail_and_gets_all_of_it(
+    cluster: Cluster, directory_section: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, {**directory_section, "stream_interval_s": 0.2}) as made:
+        await prepared(cluster, made)
+        await take(made, store)
+        await insert(server, 0, 20_000)
+        await all_archived(server)
+        await insert(server, 20_000, 10)
+        flushed = await server.fetchval("SELECT pg_current_wal_flush_lsn() - '0/0'::pg_lsn")
+        await until(lambda: made.status()["stream"]["durable_lsn"] >= flushed, deadline_s=20)
+        server.kill()
+    changes: list[bool] = []
+    change = Replay._change_way
+
+    def changed(replay: Replay) -> None:
+        changes.append(replay._archive.reads_alone)
+        change(replay)
+
+    monkeypatch.setattr(Replay, "_change_way", changed)
+    restoration = Restoration(cluster.add("r"), store)
+    await restoration.run()
+    assert changes == [False, True, False]
+    assert await restoration.numbers() == set(range(20_010))
 
 
 @pytest.mark.parametrize("seed", range(3))
