@@ -67,7 +67,7 @@ class Asking(RecoveryArchive):
         return self.reads_alone
 
     def is_placed(self, name: str) -> bool:
-        return self._place.holds(name)
+        return self._place is not None and self._place.holds(name)
 
     async def placed(self, *names: str) -> None:
         await until(lambda: all(self.is_placed(name) for name in names))

@@ -38,19 +38,19 @@ class Held:
         self.start = SIZE.start_lsn(SIZE.parse(name))
         self.go = asyncio.Event()
         self.replay: Replay | None = None
-        make_durable, start = InPgWal.make_durable, Replay._start
+        make_durable, until_there = InPgWal.make_durable, Replay._until_there
 
         async def held(place: InPgWal, file: Path) -> None:
             if file.name.startswith(name):
                 await self.go.wait()
             await make_durable(place, file)
 
-        async def started(replay: Replay) -> None:
+        async def replaying(replay: Replay) -> Any:
             self.replay = replay
-            await start(replay)
+            return await until_there(replay)
 
         monkeypatch.setattr(InPgWal, "make_durable", held)
-        monkeypatch.setattr(Replay, "_start", started)
+        monkeypatch.setattr(Replay, "_until_there", replaying)
 
     async def waits(self, restoration: Restoration) -> None:
         """Postgres has replayed what is before it, but for a record that goes on in it, and is to read alone."""
@@ -68,8 +68,9 @@ class Held:
     def children(self) -> dict[str, int]:
         """The processes of the Postgres that replays, by what they are."""
         assert self.replay is not None
-        assert self.replay._process is not None
-        pid = self.replay._process.pid
+        process = self.replay._server._process
+        assert process is not None
+        pid = process.pid
         found = {}
         for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
             title = Path(f"/proc/{child}/cmdline").read_text().strip("\0 ")

@@ -48,6 +48,7 @@ class Patient(RecoveryArchive):
 
     async def _fetch(self, words: list[str]) -> str:
         answer = await super()._fetch(words)
+        assert self._place is not None
         while len(self._place._placed) < self.placed_before:  # noqa: ASYNC110 - nothing tells of one that is placed
             await asyncio.sleep(0.01)
         self.placed_before = 0
