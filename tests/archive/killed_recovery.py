@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from instance_manager.archive.recovery.hidden_server import HiddenServer
 from instance_manager.archive.recovery.placing import InPgWal
-from instance_manager.archive.recovery.replay import Replay
 from instance_manager.archive.recovery.serving import RecoveryArchive
 from instance_manager.cli import main
 
@@ -48,7 +48,7 @@ def run() -> None:
     steps.count(RecoveryArchive, "_fetch")
     steps.count(InPgWal, "_take_place")
     steps.count(InPgWal, "hand_over")
-    steps.count(Replay, "_change_way", after=True)
+    steps.count(HiddenServer, "change_way", after=True)
     sys.argv[1:] = sys.argv[2:]
     main()
 
