@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from archive_harness import until
 from archiving_server import REPOSITORY, SEGMENT_BYTES, all_archived, archiving, insert, prepared
@@ -138,6 +139,31 @@ async def test_segments_of_another_history_in_pg_wal_are_never_believed(
     held.go.set()
     await running
     assert await restoration.numbers() == set(range(ROWS))
+
+
+async def test_somebody_who_opens_all_that_lies_in_pg_wal_leaves_nothing_there_that_is_behind_the_target(
+    cluster: Cluster, directory_section: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a copy by another program does: each file that he opens counts as taken, and is not removed by us."""
+    store = store_of(directory_section)
+    await archived(cluster, directory_section, store)
+    restoration = Restoration(cluster.add("r"), store)
+    wal = restoration.server.data_directory / "pg_wal"
+    look, opened = Replay._look, set[str]()
+
+    async def looking(replay: Replay) -> asyncpg.Record | None:
+        for path in wal.iterdir():
+            if len(path.name) == 24:
+                path.open().close()
+                opened.add(path.name)
+        return await look(replay)
+
+    monkeypatch.setattr(Replay, "_look", looking)
+    restored = await restoration.run(name="half")
+    last = SIZE.name(SIZE.containing(restored.info.timeline, restored.reached.lsn))
+    assert max(opened) > last
+    assert all(path.name <= last for path in wal.iterdir() if path.name.startswith("00000001") and len(path.name) == 24)
+    assert await restoration.numbers() == set(range(ROWS // 2))
 
 
 async def test_a_postgres_that_starts_its_processes_anew_while_it_reads_alone_goes_on(
