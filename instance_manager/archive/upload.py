@@ -221,6 +221,11 @@ class Uploader:
             raise NotArchived(f"epoch {epoch} is over, {orders.epoch} has begun")
         return orders
 
+    def are_standing(self, orders: Orders) -> bool:
+        """Whether what was done under these orders may be told under those that hold now."""
+        now = self._orders.permitted()
+        return now is not None and now.standing == orders.standing
+
     async def _compare(self, object_name: str, prepared: Prepared, deadline_s: float) -> None:
         info = await self._store.info(object_name, deadline_s=deadline_s)
         if info is None:
