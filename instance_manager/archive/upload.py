@@ -115,7 +115,8 @@ def prepare(path: Path, name: str, codec: Codec, size: SegmentSize, system_ident
             FileContent(path, before.st_size) if codec.name == "none" else CompressedFile(path, codec, before.st_size)
         )
     else:
-        content = MemoryContent(tuple(compressed()))
+        pieces = tuple(compressed())
+        content = MemoryContent(pieces, stored_digest.hexdigest())
     if kind == "history":
         _check_history(path, name)
     after = path.stat()
