@@ -127,7 +127,6 @@ class Pusher:
             return
         task = self._begin(name, orders)
         self._asked.add(name)
-        self._receipts.withdraw(name)
         self._look_ahead(name, orders)
         try:
             # Shielded: an impatient client does not end the upload that its next one will ask for.
@@ -135,6 +134,7 @@ class Pusher:
             await self._collect_receipts(name)
         finally:
             self._asked.discard(name)
+            self._receipts.withdraw(name)
             begun = self._begun.get(name)
             if begun is not None and begun.task in (task, None) and task.done():
                 del self._begun[name]
@@ -180,16 +180,14 @@ class Pusher:
         if begun is not None and begun.task is not None and begun.identity == identity and not _has_failed(begun.task):
             self._counters.look_ahead_hits += begun.task.done()
             return begun.task
-        task = asyncio.create_task(self._upload_in_turn(name, orders), name=f"archive {name}")
+        task = asyncio.create_task(self._send(name, identity, orders), name=f"archive {name}")
         self._begun[name] = _Begun(identity, task)
-        task.add_done_callback(partial(self._look_at_outcome, name, identity, orders))
+        task.add_done_callback(partial(self._look_at_outcome, name, identity))
         return task
 
-    def _look_at_outcome(self, name: str, identity: Identity, orders: Orders, task: asyncio.Task[None]) -> None:
+    def _look_at_outcome(self, name: str, identity: Identity, task: asyncio.Task[None]) -> None:
         self._one_is_over.set()
         if not _has_failed(task):
-            if name not in self._asked and self._uploader.are_standing(orders):
-                self._receipts.give(name, modified_ns=identity[2])
             return
         if not task.cancelled() and isinstance(error := task.exception(), NotArchived | ObjectStoreError | OSError):
             without_tracebacks(error)
@@ -222,6 +220,11 @@ class Pusher:
 
     def _is_ready(self, name: str) -> bool:
         return (self._wal_directory / "archive_status" / f"{name}.ready").exists()
+
+    async def _send(self, name: str, identity: Identity, orders: Orders) -> None:
+        await self._upload_in_turn(name, orders)
+        if name not in self._asked and self._uploader.are_standing(orders):
+            await self._receipts.give(name, modified_ns=identity[2])
 
     async def _upload_in_turn(self, name: str, orders: Orders) -> None:
         """The processor works on the next file while the store is waited for."""

@@ -26,10 +26,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from instance_manager.threads import Threads, TooManyCalls
+
 log = logging.getLogger("instance_manager.archive.receipts")
 
 RECEIPTS = "archive-receipts"
 """Below the state directory."""
+DEADLINE_S = 1.0
+"""For the writing of one; whoever asks for that file waits for it."""
 _BELL = "taken"
 """A pipe at which the shell rings with the name when it has used a receipt."""
 _BELL_READ_BYTES = 64 << 10
@@ -43,7 +47,11 @@ class Receipts:
         self._owner_uid = owner_uid
         self._descriptor: int | None = None
         self._bell: int | None = None
-        self._given: set[str] = set()
+        self._given: dict[str, object] = {}
+        """Each with what tells this one from an earlier one of the name."""
+        self._used: list[str] = []
+        """Empty by now; removed with the next one's writing."""
+        self._threads = Threads("receipts", kept_max=1)
         self._text = b"%d %s\n" % (os.getpid(), _began())
 
     @property
@@ -89,36 +97,48 @@ class Receipts:
             with contextlib.suppress(OSError):
                 _remove(self._directory)
 
-    def give(self, name: str, modified_ns: int) -> None:
-        """`name` is durable, as the file that was last modified then. An optimisation: what the disk refuses is not given."""
-        if self._descriptor is None:
+    async def give(self, name: str, modified_ns: int) -> None:
+        """`name` is durable, as the file that was last modified then. What the disk refuses, or does not do soon, is not given."""
+        directory = self._descriptor
+        if directory is None:
             return
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        mark = self._given[name] = object()
+        used, self._used = self._used, []
+
+        def write() -> None:
+            for each in used:
+                _unlink(each, directory)
+            self._write(name, modified_ns, directory)
+            if self._given.get(name) is not mark:
+                _unlink(name, directory)  # withdrawn meanwhile
+
         try:
-            receipt = os.open(name, flags, 0o600, dir_fd=self._descriptor)
-            self._given.add(name)
-            try:
-                self._own(receipt)
-                os.write(receipt, self._text)
-                # Last: until then it is of another time than the segment.
-                os.utime(receipt, ns=(modified_ns, modified_ns))
-            finally:
-                os.close(receipt)
-        except OSError as error:
+            # A new file waits for the file system's journal, and so for whoever flushes: not in the event loop.
+            await self._threads.call(write, deadline_s=DEADLINE_S)
+        except (TimeoutError, TooManyCalls, OSError) as error:
             log.debug("no receipt for %s: %s", name, error)
+            self.withdraw(name)
+
+    def _write(self, name: str, modified_ns: int, directory: int) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        receipt = os.open(name, flags, 0o600, dir_fd=directory)
+        try:
+            self._own(receipt)
+            os.write(receipt, self._text)
+            # Last: until then it is of another time than the segment.
+            os.utime(receipt, ns=(modified_ns, modified_ns))
+        finally:
+            os.close(receipt)
 
     def withdraw(self, name: str) -> None:
         """It is not acknowledged by the shell any more, if it was not yet."""
-        if name not in self._given:
+        if self._given.pop(name, None) is None or self._descriptor is None:
             return
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=self._descriptor)
+            _unlink(name, self._descriptor)
         except OSError as error:
             # What cannot be removed cannot be emptied either, and only what was emptied is acknowledged.
             log.warning("the receipt of %s cannot be removed: %s", name, error)
-        else:
-            self._given.discard(name)
 
     def withdraw_all(self) -> None:
         for name in tuple(self._given):
@@ -128,8 +148,8 @@ class Receipts:
         assert self._bell is not None  # noqa: S101
         with contextlib.suppress(BlockingIOError):
             for name in os.read(self._bell, _BELL_READ_BYTES).decode(errors="replace").split():
-                if name in self._given:
-                    self.withdraw(name)
+                if self._given.pop(name, None) is not None:
+                    self._used.append(name)
                     on_taken(name)
 
     def _own(self, descriptor: int) -> None:
@@ -140,6 +160,11 @@ class Receipts:
 def _began() -> bytes:
     """When this process began, in ticks since the machine did: with its number, what no other process has."""
     return Path("/proc/self/stat").read_bytes().rpartition(b")")[2].split()[19]
+
+
+def _unlink(name: str, directory: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
 
 
 def _remove(directory: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from archive_harness import Desk, chain_of, desk_at, until
@@ -67,16 +70,17 @@ async def receipts(line: Line) -> AsyncIterator[Receipts]:
 
 
 async def test_a_receipt_is_acknowledged_once_and_told_of(line: Line, receipts: Receipts) -> None:
-    receipts.give(A, line.modified_ns())
+    await receipts.give(A, line.modified_ns())
     assert await line.push() == 0
     assert await line.push() == 1, "a client is asked"
     await until(lambda: line.taken == [A])
     assert receipts.count == 0
-    assert [path.name for path in line.receipts.iterdir()] == ["taken"]
+    await receipts.give(B, line.modified_ns())
+    assert sorted(path.name for path in line.receipts.iterdir()) == [B, "taken"]
 
 
 async def test_a_receipt_is_good_for_once_also_while_its_writer_stands_still(line: Line, receipts: Receipts) -> None:
-    receipts.give(A, line.modified_ns())
+    await receipts.give(A, line.modified_ns())
     assert receipts._bell is not None
     asyncio.get_running_loop().remove_reader(receipts._bell)
     assert await line.push() == 0
@@ -84,14 +88,14 @@ async def test_a_receipt_is_good_for_once_also_while_its_writer_stands_still(lin
 
 
 async def test_without_a_receipt_a_client_is_asked(line: Line, receipts: Receipts) -> None:
-    receipts.give(B, line.modified_ns())
+    await receipts.give(B, line.modified_ns())
     assert await line.push() == 1
     assert receipts.count == 1
 
 
 @pytest.mark.parametrize("word", ["fetch\n", "", "pushed\n", None])
 async def test_the_agents_word_stops_receipts_too(line: Line, receipts: Receipts, word: str | None) -> None:
-    receipts.give(A, line.modified_ns())
+    await receipts.give(A, line.modified_ns())
     if word is None:
         line.allows.unlink()
     else:
@@ -104,13 +108,13 @@ async def test_the_agents_word_stops_receipts_too(line: Line, receipts: Receipts
 async def test_of_another_file_of_the_name_nothing_is_acknowledged(
     line: Line, receipts: Receipts, difference_ns: int
 ) -> None:
-    receipts.give(A, line.modified_ns())
+    await receipts.give(A, line.modified_ns())
     os.utime(line.wal / A, ns=(line.modified_ns() + difference_ns,) * 2)
     assert await line.push() == 1
 
 
 async def test_of_a_file_that_is_not_there_nothing_is_acknowledged(line: Line, receipts: Receipts) -> None:
-    receipts.give(A, line.modified_ns())
+    await receipts.give(A, line.modified_ns())
     (line.wal / A).unlink()
     assert await line.push() == 1
 
@@ -124,7 +128,7 @@ from instance_manager.archive.receipts import Receipts
 async def main():
     receipts = Receipts(Path({str(line.receipts)!r}), None)
     receipts.start(lambda name: None)
-    receipts.give({A!r}, {line.modified_ns()})
+    await receipts.give({A!r}, {line.modified_ns()})
     print("given", flush=True)
     await asyncio.Event().wait()
 asyncio.run(main())
@@ -145,7 +149,7 @@ asyncio.run(main())
 
 
 async def test_a_process_that_has_its_number_by_now_is_another_one(line: Line, receipts: Receipts) -> None:
-    receipts.give(A, line.modified_ns())
+    await receipts.give(A, line.modified_ns())
     receipt = line.receipts / A
     number, began = receipt.read_bytes().split()
     receipt.write_bytes(b"%s %d\n" % (number, int(began) - 1))
@@ -157,13 +161,51 @@ async def test_a_process_that_has_its_number_by_now_is_another_one(line: Line, r
 
 
 async def test_what_is_withdrawn_is_not_acknowledged(line: Line, receipts: Receipts) -> None:
-    receipts.give(A, line.modified_ns())
+    await receipts.give(A, line.modified_ns())
     receipts.withdraw_all()
     assert await line.push() == 1
 
 
+async def test_what_is_withdrawn_while_the_disk_is_slow_is_not_there_afterwards(
+    line: Line, receipts: Receipts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, begun, go_on = receipts._write, threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> None:
+        begun.set()
+        go_on.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr(receipts, "_write", slowly)
+    giving = asyncio.create_task(receipts.give(A, line.modified_ns()))
+    await asyncio.to_thread(begun.wait, 10)
+    receipts.withdraw_all()
+    go_on.set()
+    await giving
+    assert not (line.receipts / A).exists()
+    assert await line.push() == 1
+
+
+async def test_a_disk_that_does_not_take_a_receipt_in_time_costs_the_receipt_only(
+    line: Line, receipts: Receipts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, go_on = receipts._write, threading.Event()
+
+    def slowly(*arguments: Any) -> None:
+        go_on.wait(10)
+        write(*arguments)
+
+    monkeypatch.setattr("instance_manager.archive.receipts.DEADLINE_S", 0.05)
+    monkeypatch.setattr(receipts, "_write", slowly)
+    await receipts.give(A, line.modified_ns())
+    assert receipts.count == 0
+    go_on.set()
+    await until(lambda: receipts._threads._in_flight == 0)
+    assert not (line.receipts / A).exists()
+
+
 async def test_an_end_and_a_start_remove_what_is_there(line: Line, receipts: Receipts) -> None:
-    receipts.give(A, line.modified_ns())
+    await receipts.give(A, line.modified_ns())
     receipts.close()
     assert not line.receipts.exists()
     line.receipts.symlink_to(line.wal)
@@ -173,7 +215,7 @@ async def test_an_end_and_a_start_remove_what_is_there(line: Line, receipts: Rec
 
 
 async def test_without_what_the_shell_looks_at_nothing_is_acknowledged(line: Line, receipts: Receipts) -> None:
-    receipts.give(A, line.modified_ns())
+    await receipts.give(A, line.modified_ns())
     line.client.with_name("archive_receipt.sh").unlink()
     command = commands.archive_command(commands.PERL, line.client, line.socket, line.allows, line.receipts)
     code, _ = await shell(command, A, f"pg_wal/{A}", cwd=line.root)
@@ -198,7 +240,12 @@ class Running:
         assert (await ask(self.desk.settings.socket, f"orders\t{to_json(orders).decode()}")).startswith("done")
 
     def given(self) -> list[str]:
-        return sorted(path.name for path in self.line.receipts.iterdir() if path.name != "taken")
+        """Those that are not used."""
+        found = []
+        for path in self.line.receipts.glob("0*"):
+            with contextlib.suppress(FileNotFoundError):
+                found += [path.name] if path.stat().st_size > 0 else []
+        return sorted(found)
 
 
 @pytest.fixture
@@ -218,7 +265,7 @@ async def test_what_was_sent_ahead_needs_no_client_and_what_lies_behind_it_follo
     names = [f"0000000100000000000000{number:02X}" for number in range(0x05, 0x25)]
     running.desk.ready(*names)
     assert await running.push(names[0]) == "done\n"
-    assert len(running.given()) >= running.desk.archiver.pusher._window // 2, "its answer waited for them"
+    assert running.desk.archiver._receipts.count >= running.desk.archiver.pusher._window // 2, "its answer waited"
     clients = 1
     for name in names[1:]:
         if await running.take(name) != 0:
