@@ -1,8 +1,8 @@
 """WAL push: what `archive_command` asks for, and what it will ask for next.
 
 Postgres asks for one file at a time. While that one goes out, the files behind it, found by counting up their names, go out
-too, and are acknowledged one by one when they are asked for. What is known of them is in memory only, and belongs to the
-very file: after a crash everything is asked again and found in the archive. A failure of a file that was not asked for is
+too, and are acknowledged one by one when they are asked for, or before that by receipts (`receipts`). What is known of them
+is of this process only, and belongs to the very file: after a crash everything is asked again and found in the archive. A failure of a file that was not asked for is
 nobody's until it is.
 """
 
@@ -35,6 +35,7 @@ log = logging.getLogger("instance_manager.archive.push")
 PREPARE_DEADLINE_S = 60.0
 WINDOW_FOR_EACH_UPLOAD = 4
 HELD_BACK_S = 0.2
+"""At most, for an answer: at 40 segments a second half a window of receipts takes as long."""
 WAITING_MAX_BYTES = 4 << 20
 """What takes more memory is not put aside for its upload's turn: what is held stays within `parallel` segments and a little."""
 Identity = tuple[int, int, int]

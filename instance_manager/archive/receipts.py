@@ -84,15 +84,14 @@ class Receipts:
         asyncio.get_running_loop().add_reader(self._bell, self._rung, on_taken)
 
     def close(self) -> None:
-        """None is valid any more."""
+        """None is valid any more, and none given."""
         self.withdraw_all()
         if self._bell is not None:
             asyncio.get_running_loop().remove_reader(self._bell)
             os.close(self._bell)
             self._bell = None
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        # Not closed: a thread that the disk holds up may come back to it. It ends with the process.
+        self._descriptor = None
         if self._directory is not None:
             with contextlib.suppress(OSError):
                 _remove(self._directory)
