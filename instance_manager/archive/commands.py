@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 CLIENT = "archive_client.py"
 SYSTEM_PYTHON = Path("/usr/bin/python3")
+COMMAND_MAX_BYTES = 1023
+"""Of an archive_command, with its names in it."""
 PERL = Path("/usr/bin/perl")
 """Starts in 3 ms where Python takes 15; an essential part of every Debian."""
 
@@ -90,10 +92,12 @@ def archive_command(
     """Above 125 only where `allows` ends it, whatever becomes of the client. `receipts` need `allows`, see there."""
     if allows is None:
         return f"{client_words(interpreter, client, socket)} push %f || exit 1"
-    look = ""
+    ask = client_words(interpreter, client, socket)
+    run = f"{ask} push %f {_word(allows)}"
     if receipts is not None:
-        look = f'set -- %f "%p" {_word(allows)} {_word(receipts)}; . {_word(_receipt_script(client))}; '
-    run = f"{look}{client_words(interpreter, client, socket)} push %f {_word(allows)}"
+        # Each path once: Postgres before 16 cuts a command off at `COMMAND_MAX_BYTES`, without a word.
+        look = f'set -- %f "%p" {_word(allows)} {_word(receipts)}; . {_word(_receipt_script(client))}'
+        run = f'{look}; {ask} push "$1" "$3"'
     return f"{run}; case $? in 0) exit 0;; {NOT_ALLOWED}) exit 126;; *) exit 1;; esac"
 
 

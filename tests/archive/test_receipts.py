@@ -20,9 +20,10 @@ from test_commands import ask, shell
 from wal_builders import make_ready, segment_content
 
 from instance_manager.archive import commands, push
-from instance_manager.archive.receipts import Receipts
+from instance_manager.archive.receipts import RECEIPTS, Receipts
 from instance_manager.archive.stores.directory import DirectoryStore
 from instance_manager.codec import to_json
+from instance_manager.postgres.archive_commands import ALLOWS
 
 A, B, C = (f"00000001000000000000000{number}" for number in (5, 6, 7))
 
@@ -220,6 +221,19 @@ async def test_without_what_the_shell_looks_at_nothing_is_acknowledged(line: Lin
     command = commands.archive_command(commands.PERL, line.client, line.socket, line.allows, line.receipts)
     code, _ = await shell(command, A, f"pg_wal/{A}", cwd=line.root)
     assert 1 <= code <= 125
+
+
+def test_the_longest_command_is_not_cut_off_by_postgres() -> None:
+    """A socket's path has 107 bytes at most, which limits the others. The longest name is a backup label's."""
+    directory = Path("/" + "d" * (107 - len("//archive.sock")))
+    state = directory / "state"
+    interpreter = Path("/" + "p" * 100)
+    command = commands.archive_command(
+        interpreter, state / commands.CLIENT, directory / "archive.sock", state / ALLOWS, state / RECEIPTS
+    )
+    name = "000000010000000000000005.00000028.backup"
+    expanded = command.replace("%f", name).replace("%p", f"pg_wal/{name}")
+    assert len(expanded) <= commands.COMMAND_MAX_BYTES
 
 
 class Running:
