@@ -149,16 +149,16 @@ async def test_somebody_who_opens_all_that_lies_in_pg_wal_leaves_nothing_there_t
     await archived(cluster, directory_section, store)
     restoration = Restoration(cluster.add("r"), store)
     wal = restoration.server.data_directory / "pg_wal"
-    look, opened = Replay._look, set[str]()
+    look, opened = HiddenServer.look, set[str]()
 
-    async def looking(replay: Replay) -> asyncpg.Record | None:
+    async def looking(hidden: HiddenServer) -> asyncpg.Record | None:
         for path in wal.iterdir():
             if len(path.name) == 24:
                 path.open().close()
                 opened.add(path.name)
-        return await look(replay)
+        return await look(hidden)
 
-    monkeypatch.setattr(Replay, "_look", looking)
+    monkeypatch.setattr(HiddenServer, "look", looking)
     restored = await restoration.run(name="half")
     last = SIZE.name(SIZE.containing(restored.info.timeline, restored.reached.lsn))
     assert max(opened) > last
