@@ -197,6 +197,10 @@ class ObjectStore(Protocol):
     only what the store itself said, never the outcome of an error. A deadline that passes is StoreUnreachable.
     """
 
+    async def learn(self, folder: str, *, deadline_s: float) -> None:
+        """See what this store can do beyond what it must, by objects below `folder` that do not stay. What fails is not used."""
+        ...
+
     async def create(
         self, name: str, content: Content, *, metadata: Mapping[str, str] | None = None, deadline_s: float
     ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from instance_manager.agent.postgres_port import Upstream
 from instance_manager.archive import commands
+from instance_manager.archive.receipts import RECEIPTS
 from instance_manager.config import Configuration
 from instance_manager.core.quorum import ALONE, NOBODY, SynchronousSet
 from instance_manager.core.types import MemberId
@@ -169,7 +170,8 @@ class ServerFiles:
     def _archive_command(self) -> str | None:
         if self._configuration.archive is None:
             return None
-        return commands.archive_command(*self._client(), self._server.state_directory / ALLOWS)
+        state = self._server.state_directory
+        return commands.archive_command(*self._client(), state / ALLOWS, state / RECEIPTS)
 
     def _write_all(self, replication: ReplicationSettings, access: Access) -> None:
         server = self._server

@@ -20,6 +20,7 @@ from instance_manager.archive.backup.tender import BackupTender
 from instance_manager.archive.backup.watch import BackupWatch
 from instance_manager.archive.fetch import FetchSettings
 from instance_manager.archive.filling import REPLAYED_QUERY, Replayed
+from instance_manager.archive.receipts import RECEIPTS
 from instance_manager.archive.streaming import FLUSHED_QUERY, Flushed
 from instance_manager.archive.where import make_store
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
@@ -42,6 +43,7 @@ def settings_of(configuration: Configuration, archive: ArchiveSection, run_as: R
         wal_directory=configuration.data_directory / "pg_wal",
         socket=configuration.archive_socket,
         postgres_uid=None if run_as is None else run_as.uid,
+        receipts=configuration.state_directory / RECEIPTS,
         codec=archive.codec,
         level=archive.level,
         parallel=archive.parallel,

@@ -19,6 +19,7 @@ from instance_manager.archive.gate import ArchiveGate
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import OrderBook, Orders, OrdersRefused, parse_orders
 from instance_manager.archive.push import Pusher
+from instance_manager.archive.receipts import Receipts
 from instance_manager.archive.server import ArchiverSocket
 from instance_manager.archive.stores.patience import Patience
 from instance_manager.archive.streaming import FlushedPosition, Streamer, StreamingTask, sweep_pieces
@@ -52,6 +53,8 @@ class ArchiverSettings:
     wal_directory: Path
     socket: Path
     postgres_uid: int | None = None
+    receipts: Path | None = None
+    """A directory of this process's own, below one of Postgres's; None: `archive_command` asks for each file."""
     codec: CodecName = "zstd"
     level: int | None = None
     parallel: int = 4
@@ -86,6 +89,7 @@ class Archiver:
         layout = self._layout = self.layout = Layout(settings.server_name, Codec(settings.codec, settings.level))
         gate = self._gate = ArchiveGate(store, layout, settings.codec, self.status)
         self._uploader = Uploader(store, layout, self.orders, settings.instance, settings.patience, self.status.push)
+        self._receipts = Receipts(settings.receipts, settings.postgres_uid)
         self.pusher = Pusher(
             settings.wal_directory,
             store,
@@ -94,6 +98,7 @@ class Archiver:
             self.status.push,
             parallel=settings.parallel,
             ensure_archive=gate.require_writable,
+            receipts=self._receipts,
             on_durable=self._is_durable,
         )
         self.streamer = Streamer(
@@ -138,6 +143,10 @@ class Archiver:
             # An upload goes on for the next who asks; a restored file must find nobody's place.
             ended_with_client=frozenset({"fetch"}),
         )
+        try:
+            self._receipts.start(self.pusher.note_taken)
+        except OSError as error:
+            log.warning("archive_command starts a client for each file, which costs more: no receipts: %s", error)
         await server.start()
         log.info("archiver of %s listens at %s", self._settings.instance, self._settings.socket)
         try:
@@ -152,6 +161,7 @@ class Archiver:
                     tasks.create_task(task.run(), name="streaming")
         finally:
             await server.close()
+            self._receipts.close()
             await self.pusher.close()
             await self.fetcher.close()
             await self._store.close()
@@ -178,10 +188,13 @@ class Archiver:
         return "done" if answer is Fetched.PRESENT else "absent"
 
     async def _take_orders(self, words: list[str]) -> str:
+        before = self.orders.current
         try:
-            self.orders.take(parse_orders("\t".join(words)))
+            self.orders.take(orders := parse_orders("\t".join(words)))
         except OrdersRefused as error:
             return f"failed {error}"
+        if before is not None and before.standing != orders.standing:
+            self._receipts.withdraw_all()
         state = state_of(self.status, self.orders.permitted(), self._now_s())
         return f"done {to_json(state).decode()}"
 
@@ -195,6 +208,8 @@ class Archiver:
             if orders is not None:
                 with contextlib.suppress(NotArchived):  # it is in the status
                     await self._gate.require_writable(orders)
+            else:
+                self._receipts.withdraw_all()
             await asyncio.sleep(GATE_INTERVAL_S)
 
     async def _watch_backlog(self) -> None:

@@ -10,7 +10,7 @@ where the client could not start or was killed:
 | restore_command, standby | 0 | 1 | 1 | 1: Postgres streams, and asks again |
 | restore_command, recovery and rewind | 0 | 1 | | 126: Postgres stops |
 
-In a recovery the shell also says "not there" by itself of a segment that was placed in pg_wal (`where_placed`).
+Of a segment that was sent ahead and has a receipt the shell says "archived" by itself (`receipts`).
 
 "Not allowed now" is a primary that is about to stop. 126 ends Postgres's own archiver at once; after a 1 it would try twice
 more, a second apart, and the shutdown, and whoever takes over, would wait for that.
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 CLIENT = "archive_client.py"
 SYSTEM_PYTHON = Path("/usr/bin/python3")
+COMMAND_MAX_BYTES = 1023
+"""Of an archive_command, with its names in it."""
 PERL = Path("/usr/bin/perl")
 """Starts in 3 ms where Python takes 15; an essential part of every Debian."""
 
@@ -46,9 +48,12 @@ class NoInterpreter(Exception):
 
 
 def install_client(state_directory: Path, run_as: RunAs | None) -> Path:
-    """Copy the client to where Postgres's user can read it, in Perl and in Python; the latter's path. Blocks on the disk."""
+    """Copy the client to where Postgres's user can read it, in Perl and in Python; the latter's path. Blocks on the disk.
+
+    And what the shell looks at first.
+    """
     path = state_directory / CLIENT
-    for source, target in (("client.py", path), ("client.pl", quick(path))):
+    for source, target in (("client.py", path), ("client.pl", quick(path)), ("receipt.sh", _receipt_script(path))):
         text = importlib.resources.files(__package__).joinpath(source).read_text()
         write_atomically(target, text.encode(), mode=0o644, run_as=run_as)
     return path
@@ -57,6 +62,10 @@ def install_client(state_directory: Path, run_as: RunAs | None) -> Path:
 def quick(client: Path) -> Path:
     """The Perl one beside the Python one."""
     return client.with_suffix(".pl")
+
+
+def _receipt_script(client: Path) -> Path:
+    return client.with_name("archive_receipt.sh")
 
 
 def interpreter(run_as: RunAs | None) -> Path:
@@ -76,11 +85,18 @@ def python_for(run_as: RunAs | None) -> Path:
     )
 
 
-def archive_command(interpreter: Path, client: Path, socket: Path, allows: Path | None = None) -> str:
-    """Above 125 only where `allows` ends it, whatever becomes of the client."""
+def archive_command(
+    interpreter: Path, client: Path, socket: Path, allows: Path | None = None, receipts: Path | None = None
+) -> str:
+    """Above 125 only where `allows` ends it, whatever becomes of the client. `receipts` need `allows`, see there."""
     if allows is None:
         return f"{client_words(interpreter, client, socket)} push %f || exit 1"
-    run = f"{client_words(interpreter, client, socket)} push %f {_word(allows)}"
+    ask = client_words(interpreter, client, socket)
+    run = f"{ask} push %f {_word(allows)}"
+    if receipts is not None:
+        # Each path once: Postgres before 16 cuts a command off at `COMMAND_MAX_BYTES`, without a word.
+        look = f'set -- %f "%p" {_word(allows)} {_word(receipts)}; . {_word(_receipt_script(client))}'
+        run = f'{look}; {ask} push "$1" "$3"'
     return f"{run}; case $? in 0) exit 0;; {NOT_ALLOWED}) exit 126;; *) exit 1;; esac"
 
 
@@ -89,16 +105,6 @@ def restore_command(interpreter: Path, client: Path, socket: Path, mode: Mode) -
     run = f'{client_words(interpreter, client, socket)} fetch {mode} %f "%p"'
     otherwise = 1 if mode == "standby" else 126
     return f"{run}; case $? in 0) exit 0;; {ABSENT}) exit 1;; *) exit {otherwise};; esac"
-
-
-def where_placed(markers: Path, bell: Path, otherwise: str) -> str:
-    """A restore_command that says "not there", once, of what has a marker: Postgres reads it in pg_wal. Else it is `otherwise`.
-
-    No other program is started for it. The marker is emptied, and whoever listens at `bell`, a named pipe, is told; opened for
-    reading too, it never blocks. See `recovery.placing`.
-    """
-    marker = f"{_word(markers)}/%f"
-    return f"if [ -s {marker} ]; then : >{marker}; echo 1<>{_word(bell)}; exit 1; fi; {otherwise}"
 
 
 def client_words(interpreter: Path, client: Path, socket: Path) -> str:

@@ -18,6 +18,8 @@ class MemoryContent:
     """Pieces that lie in memory already."""
 
     pieces: tuple[bytes, ...]
+    sha256: str | None = None
+    """Of all of them, in hex; None: nobody has computed it."""
 
     @classmethod
     def of(cls, content: bytes) -> MemoryContent:

@@ -23,6 +23,7 @@ class PushCounters:
     wal_bytes: int = 0
     stored_bytes: int = 0
     look_ahead_hits: int = 0
+    """Files that were durable when they were asked for, receipts included."""
     prepare_seconds: float = 0.0
     """In which files were read, checked and compressed; of parallel ones each counts."""
     store_seconds: float = 0.0

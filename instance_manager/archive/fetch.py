@@ -137,6 +137,10 @@ class Fetcher:
         self._count_restored(name)
         return Fetched.IN_PLACE if is_in_place else Fetched.PRESENT
 
+    def is_coming(self, name: str) -> bool:
+        """The segment lies in pg_wal, or is on its way there, and Postgres has not been given it."""
+        return self._prefetch.is_coming(name)
+
     def go_on(self) -> list[str]:
         """The segments that Postgres has taken by itself from where they lay ahead; what is behind them is begun."""
         names = self._prefetch.taken()

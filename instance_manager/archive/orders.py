@@ -46,6 +46,11 @@ class Orders:
     """For a standby: its primary tells of files that it cannot bring to the archive (`filling`)."""
 
     @property
+    def standing(self) -> tuple[object, ...]:
+        """What stays the same while a permit is renewed."""
+        return self.role, self.epoch, self.cluster_uid, self.system_identifier, self.wal_segment_bytes, self.chain
+
+    @property
     def size(self) -> SegmentSize:
         return SegmentSize(self.wal_segment_bytes)
 

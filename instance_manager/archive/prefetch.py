@@ -34,6 +34,9 @@ class Place(Protocol):
     async def keep(self, name: str, file: Path) -> Path:
         """Bring it there; where it is then. OSError: it is nowhere."""
 
+    def holds(self, name: str) -> bool:
+        """It lies where Postgres takes it by itself, and that was not told yet."""
+
     def taken(self) -> list[str]:
         """What Postgres has taken from there by itself since the last `hand_over` of it."""
 
@@ -55,6 +58,9 @@ class InSpool:
 
     async def keep(self, name: str, file: Path) -> Path:
         return file
+
+    def holds(self, name: str) -> bool:
+        return False
 
     def taken(self) -> list[str]:
         return []
@@ -79,6 +85,11 @@ class Prefetch:
     def has(self, name: str) -> bool:
         """Is it here, or on its way?"""
         return name in self._under_way
+
+    def is_coming(self, name: str) -> bool:
+        """Postgres can take it by itself, or will be able to, as far as is known."""
+        task = self._under_way.get(name)
+        return task is not None and (not task.done() or self._place.holds(name))
 
     def room_bytes(self, wanted_bytes: int) -> int:
         """How much of `wanted_bytes` may be ahead. OSError."""

@@ -1,8 +1,8 @@
 """WAL push: what `archive_command` asks for, and what it will ask for next.
 
 Postgres asks for one file at a time. While that one goes out, the files behind it, found by counting up their names, go out
-too, and are acknowledged one by one when they are asked for. What is known of them is in memory only, and belongs to the
-very file: after a crash everything is asked again and found in the archive. A failure of a file that was not asked for is
+too, and are acknowledged one by one when they are asked for, or before that by receipts (`receipts`). What is known of them
+is of this process only, and belongs to the very file: after a crash everything is asked again and found in the archive. A failure of a file that was not asked for is
 nobody's until it is.
 """
 
@@ -21,6 +21,7 @@ from instance_manager.archive.accepted import Verdict, history_until, verdict_on
 from instance_manager.archive.counters import PushCounters
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.orders import Orders
+from instance_manager.archive.receipts import Receipts
 from instance_manager.archive.stores.patience import without_tracebacks
 from instance_manager.archive.upload import ArchiveConflict, NotArchived, Prepared, Uploader, file_identity, prepare
 from instance_manager.archive.wal_names import timeline_of, wal_kind
@@ -33,6 +34,8 @@ log = logging.getLogger("instance_manager.archive.push")
 
 PREPARE_DEADLINE_S = 60.0
 WINDOW_FOR_EACH_UPLOAD = 4
+HELD_BACK_S = 0.2
+"""At most, for an answer: at 40 segments a second half a window of receipts takes as long."""
 WAITING_MAX_BYTES = 4 << 20
 """What takes more memory is not put aside for its upload's turn: what is held stays within `parallel` segments and a little."""
 Identity = tuple[int, int, int]
@@ -62,6 +65,7 @@ class Pusher:
         *,
         parallel: int,
         ensure_archive: Callable[[Orders], Awaitable[None]],
+        receipts: Receipts,
         on_durable: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._wal_directory = wal_directory
@@ -75,6 +79,10 @@ class Pusher:
         self._uploading = asyncio.Semaphore(parallel)
         self._window = WINDOW_FOR_EACH_UPLOAD * parallel
         self._ensure_archive = ensure_archive
+        self._receipts = receipts
+        self._asked: set[str] = set()
+        """Somebody waits for their answers."""
+        self._one_is_over = asyncio.Event()
         self._on_durable = on_durable
         self._begun: dict[str, _Begun] = {}
         self._histories: set[Timeline] = set()
@@ -119,16 +127,41 @@ class Pusher:
         if self._is_left_out(name, orders):
             return
         task = self._begin(name, orders)
+        self._asked.add(name)
         self._look_ahead(name, orders)
         try:
             # Shielded: an impatient client does not end the upload that its next one will ask for.
             await asyncio.shield(task)
+            await self._collect_receipts(name)
         finally:
+            self._asked.discard(name)
+            self._receipts.withdraw(name)
             begun = self._begun.get(name)
             if begun is not None and begun.task in (task, None) and task.done():
                 del self._begun[name]
             del task
         self._counters.last_archived = name
+
+    async def _collect_receipts(self, name: str) -> None:
+        """Hold the answer back a little while files behind `name` become durable: so one client's start is enough for several."""
+        if not self._receipts.are_given or wal_kind(name) != "segment":
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HELD_BACK_S):
+                while self._receipts.count < self._window // 2 and self._are_under_way_behind(name):
+                    self._one_is_over.clear()
+                    await self._one_is_over.wait()
+
+    def _are_under_way_behind(self, name: str) -> bool:
+        return any(each > name and not begun.is_over for each, begun in self._begun.items())
+
+    def note_taken(self, name: str) -> None:
+        """`archive_command` has acknowledged it by its receipt."""
+        self._begun.pop(name, None)
+        self._counters.look_ahead_hits += 1
+        self._counters.last_archived = name
+        with contextlib.suppress(NotArchived):
+            self._look_ahead(name, self._uploader.require_permit())
 
     def _is_left_out(self, name: str, orders: Orders) -> bool:
         verdict = verdict_on(name, orders.size, orders.chain)
@@ -148,12 +181,13 @@ class Pusher:
         if begun is not None and begun.task is not None and begun.identity == identity and not _has_failed(begun.task):
             self._counters.look_ahead_hits += begun.task.done()
             return begun.task
-        task = asyncio.create_task(self._upload_in_turn(name, orders), name=f"archive {name}")
+        task = asyncio.create_task(self._send(name, identity, orders), name=f"archive {name}")
         self._begun[name] = _Begun(identity, task)
         task.add_done_callback(partial(self._look_at_outcome, name, identity))
         return task
 
     def _look_at_outcome(self, name: str, identity: Identity, task: asyncio.Task[None]) -> None:
+        self._one_is_over.set()
         if not _has_failed(task):
             return
         if not task.cancelled() and isinstance(error := task.exception(), NotArchived | ObjectStoreError | OSError):
@@ -168,6 +202,7 @@ class Pusher:
             return
         for behind in [each for each, begun in self._begun.items() if each < name and begun.is_over]:
             del self._begun[behind]  # Postgres asks in order: nobody will
+            self._receipts.withdraw(behind)
         following = name
         for _ in range(self._window - 1):
             following = orders.size.next_name(following)
@@ -186,6 +221,11 @@ class Pusher:
 
     def _is_ready(self, name: str) -> bool:
         return (self._wal_directory / "archive_status" / f"{name}.ready").exists()
+
+    async def _send(self, name: str, identity: Identity, orders: Orders) -> None:
+        await self._upload_in_turn(name, orders)
+        if name not in self._asked and self._uploader.are_standing(orders):
+            await self._receipts.give(name, modified_ns=identity[2])
 
     async def _upload_in_turn(self, name: str, orders: Orders) -> None:
         """The processor works on the next file while the store is waited for."""

@@ -104,7 +104,8 @@ async def restore_object(
 
     def receive(info: ObjectInfo, chunks: Iterator[bytes]) -> Path:
         content = codec.decompressed(verified_as_stored(chunks, info), limit_bytes=expected.limit_bytes)
-        return spool.write(expected.name, verified(content, info, expected))
+        size_bytes = expected.size.size_bytes if expected.is_segment else 0
+        return spool.write(expected.name, verified(content, info, expected), size_bytes=size_bytes)
 
     return await store.receive(object_name, receive, deadline_s=deadline_s)
 

@@ -115,7 +115,8 @@ def prepare(path: Path, name: str, codec: Codec, size: SegmentSize, system_ident
             FileContent(path, before.st_size) if codec.name == "none" else CompressedFile(path, codec, before.st_size)
         )
     else:
-        content = MemoryContent(tuple(compressed()))
+        pieces = tuple(compressed())
+        content = MemoryContent(pieces, stored_digest.hexdigest())
     if kind == "history":
         _check_history(path, name)
     after = path.stat()
@@ -220,6 +221,11 @@ class Uploader:
         if epoch is not None and orders.epoch != epoch:
             raise NotArchived(f"epoch {epoch} is over, {orders.epoch} has begun")
         return orders
+
+    def are_standing(self, orders: Orders) -> bool:
+        """Whether what was done under these orders may be told under those that hold now."""
+        now = self._orders.permitted()
+        return now is not None and now.standing == orders.standing
 
     async def _compare(self, object_name: str, prepared: Prepared, deadline_s: float) -> None:
         info = await self._store.info(object_name, deadline_s=deadline_s)

@@ -318,6 +318,21 @@ def strip_auto_conf(text: str) -> StrippedAutoConf:
     return StrippedAutoConf("\n".join(kept), tuple(warnings))
 
 
+def without_settings(text: str, names: frozenset[str]) -> str:
+    """`text`, a configuration file, with the lines of these settings as comments; so too what pulls in other files, or cannot be read."""
+
+    def is_wanted(line: str) -> bool:
+        if not line.strip() or line.lstrip().startswith("#"):
+            return True
+        try:
+            name, _ = _parse_line(line)
+        except ValueError:
+            return False
+        return name not in names | INCLUSION_WORDS
+
+    return "\n".join(line if is_wanted(line) else f"# {line}" for line in text.split("\n"))
+
+
 def render_conninfo(options: Mapping[str, str | int]) -> str:
     """A libpq connection string; values quoted. ValueError: a control character, or a strange keyword."""
     parts = []

@@ -18,7 +18,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from instance_manager.postgres.configuration import AUTO_CONF, REPLICATION_CONF, strip_auto_conf
+from instance_manager.postgres.configuration import AUTO_CONF, REPLICATION_CONF, strip_auto_conf, without_settings
 from instance_manager.postgres.files import (
     fsync_directory,
     make_directory,
@@ -234,6 +234,17 @@ def strip_auto_conf_file(server: LocalServer) -> tuple[str, ...]:
     if stripped.warnings:
         write_atomically(path, stripped.text.encode(errors="surrogateescape"), run_as=server.run_as)
     return stripped.warnings
+
+
+def disable_in_auto_conf(server: LocalServer, names: frozenset[str]) -> None:
+    """What ALTER SYSTEM has set of `names` holds no more; its lines stay in postgresql.auto.conf, as comments."""
+    path = server.data_directory / AUTO_CONF
+    content = read_if_present(path)
+    if content is None:
+        return
+    text = content.decode(errors="surrogateescape")
+    if (changed := without_settings(text, names)) != text:
+        write_atomically(path, changed.encode(errors="surrogateescape"), run_as=server.run_as)
 
 
 def secure_directory(server: LocalServer) -> None:

@@ -23,8 +23,10 @@ from s3_server import CREDENTIALS, REGION
 from instance_manager.archive import commands
 from instance_manager.archive.fetch import Mode
 from instance_manager.archive.orders import Orders
+from instance_manager.archive.receipts import RECEIPTS
 from instance_manager.codec import to_json
 from instance_manager.core.types import Epoch, TimelineChain
+from instance_manager.postgres.archive_commands import ALLOWS, allow
 
 SEGMENT_BYTES = 1 << 20
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -58,10 +60,10 @@ class ArchivingServer:
         self.python = commands.interpreter(run_as())
 
     def archive_settings(self) -> dict[str, str]:
-        return {
-            "archive_mode": "on",
-            "archive_command": commands.archive_command(self.python, self.client, self.socket),
-        }
+        """As an agent's, which allows pushing."""
+        allow(self.server.server, "push")
+        places = (self.socket, self.server.state / ALLOWS, self.server.state / RECEIPTS)
+        return {"archive_mode": "on", "archive_command": commands.archive_command(self.python, self.client, *places)}
 
     def restore_settings(self, mode: Mode) -> dict[str, str]:
         return {"restore_command": commands.restore_command(self.python, self.client, self.socket, mode)}

@@ -8,9 +8,10 @@ from typing import Any
 
 from archiving_server import ArchivingServer
 
+from instance_manager.archive.backup.copying import TakeSettings
 from instance_manager.archive.backup.info import BackupInfo, parse_info
 from instance_manager.archive.backup.names import BackupNames
-from instance_manager.archive.backup.take import OnBackup, Taken, TakeSettings, take_backup
+from instance_manager.archive.backup.take import OnBackup, Taken, take_backup
 from instance_manager.archive.codecs import Codec
 from instance_manager.archive.content import read_object
 from instance_manager.archive.layout import Layout

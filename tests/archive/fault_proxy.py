@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import functools
+import hashlib
 import re
 import ssl
 import threading
@@ -189,6 +191,28 @@ class FaultProxy:
         body = bytearray(await request.read())
         body[len(body) // 2] ^= 1
         return await self._forward(request, without="content-md5", body=bytes(body))
+
+    async def _sha256_checked(self, request: web.Request) -> web.StreamResponse:
+        """As a store that checks what it gets; its ETag is none, as where it encrypts with a key of KMS."""
+        return await self._checked(request, await request.read())
+
+    async def _damaged_before_sha256_is_checked(self, request: web.Request) -> web.StreamResponse:
+        body = bytearray(await request.read())
+        body[len(body) // 2] ^= 1
+        return await self._checked(request, bytes(body))
+
+    async def _checked(self, request: web.Request, body: bytes) -> web.StreamResponse:
+        told = request.headers.get("x-amz-checksum-sha256")
+        if told is not None and base64.b64decode(told) != hashlib.sha256(body).digest():
+            return web.Response(status=400, text=_ERROR.format(code="BadDigest", text="not what was told"))
+        answer = await self._forward(request, body=body)
+        answer.headers["ETag"] = '"not-of-the-content"'
+        return answer
+
+    async def _another_sha256_told(self, request: web.Request) -> web.StreamResponse:
+        answer = await self._forward(request)
+        answer.headers["x-amz-checksum-sha256"] = base64.b64encode(bytes(32)).decode()
+        return answer
 
     async def _condition_ignored(self, request: web.Request) -> web.StreamResponse:
         return await self._forward(request, without="if-none-match")

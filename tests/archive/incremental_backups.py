@@ -25,12 +25,13 @@ from test_backup import command
 from test_backup_with_barman import give_to_postgres, open_directory, options
 
 from instance_manager.archive.backup.catalogue import chain_of, find_backup, list_backups
+from instance_manager.archive.backup.copying import BackupFailed
 from instance_manager.archive.backup.increment import parse_header
 from instance_manager.archive.backup.manifest import read_members
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import BackupKept, delete_backup
 from instance_manager.archive.backup.requests import Request, Requests, Schedule
-from instance_manager.archive.backup.take import BackupFailed, OnBackup, Taken
+from instance_manager.archive.backup.take import OnBackup, Taken
 from instance_manager.archive.backup.tender import BackupTender, TenderSettings
 from instance_manager.archive.backup.verify import verify_chain
 from instance_manager.archive.codecs import Codec

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from backup_harness import LAYOUT
-from harness import PostgresProcess
+from archiving_server import all_archived, archiving, insert, prepared
+from backup_harness import LAYOUT, objects, take
+from harness import Cluster, PostgresProcess
 
 from instance_manager.archive.fetch import FetchSettings
 from instance_manager.archive.layout import Layout
@@ -14,6 +15,7 @@ from instance_manager.archive.recovery.replay import ReplaySettings
 from instance_manager.archive.recovery.restore import Restored, RestoreSettings, restore
 from instance_manager.archive.recovery.target import make_target
 from instance_manager.archive.stores.patience import Patience
+from instance_manager.archive.wal_names import wal_kind
 from instance_manager.ports import ObjectStore
 from instance_manager.postgres.server import LocalServer
 
@@ -24,6 +26,26 @@ SETTINGS = RestoreSettings(
     fetch=FetchSettings(recovery=replace(QUICK, total_s=10.0, attempt_s=10.0), parallel=2, prefetch_bytes=4 << 20),
     replay=ReplaySettings(outage_patience_s=60),
 )
+
+ROWS = 100_000
+
+
+async def archived(cluster: Cluster, section: dict[str, Any], store: ObjectStore) -> None:
+    """A backup, some forty segments, and about in the middle a restore point."""
+    server = cluster.add("p")
+    with archiving(server, section) as made:
+        await prepared(cluster, made)
+        await take(made, store)
+        await insert(server, 0, ROWS // 2)
+        await server.fetchval("SELECT pg_create_restore_point('half')")
+        await insert(server, ROWS // 2, ROWS // 2)
+        await all_archived(server)
+        server.kill()
+
+
+async def segments_in(store: ObjectStore) -> list[str]:
+    names = [LAYOUT.wal_of(name) for name in await objects(store, "orders/wals/")]
+    return [name for name in names if name is not None and wal_kind(name) == "segment"]
 
 
 class Restoration:

@@ -16,6 +16,7 @@ from archive_harness import until
 from test_commands import shell
 
 from instance_manager.archive import commands
+from instance_manager.archive.receipts import RECEIPTS
 from instance_manager.postgres.archive_commands import ALLOWS, allow
 from instance_manager.postgres.promotion import install_restore_command
 from instance_manager.postgres.server import LocalServer
@@ -47,8 +48,9 @@ class Place:
         self.listener.listen()
 
     async def archive(self) -> tuple[int, str]:
+        state = self.server.state_directory
         command = commands.archive_command(
-            self.program_of_client, self.client, self.socket, self.server.state_directory / ALLOWS
+            self.program_of_client, self.client, self.socket, state / ALLOWS, state / RECEIPTS
         )
         return await shell(command, A)
 

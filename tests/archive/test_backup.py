@@ -23,6 +23,7 @@ from wal_builders import SYSTEM
 
 from instance_manager.archive.backup.catalogue import list_backups
 from instance_manager.archive.backup.control_file import FILE_BYTES, is_whole
+from instance_manager.archive.backup.copying import BackupFailed
 from instance_manager.archive.backup.floor import raise_floor, take_floor_back
 from instance_manager.archive.backup.info import BackupInfo, render_info
 from instance_manager.archive.backup.manifest import Manifest, read_members
@@ -30,7 +31,7 @@ from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import delete_backup
 from instance_manager.archive.backup.requests import Attempt, Begun, Claim, Ended, Request, Requests, WalWanted
 from instance_manager.archive.backup.retention import Policy
-from instance_manager.archive.backup.take import BackupFailed, OnBackup
+from instance_manager.archive.backup.take import OnBackup
 from instance_manager.archive.backup.tender import BackupTender, TenderSettings
 from instance_manager.archive.backup.verify import verify_backup
 from instance_manager.archive.content import MemoryContent

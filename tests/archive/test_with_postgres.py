@@ -24,6 +24,7 @@ from fault_proxy import FaultProxy
 from harness import Cluster, conninfo, wait_until
 from recovering_server import recovery_of
 
+from instance_manager.archive import commands
 from instance_manager.archive.codecs import Codec
 from instance_manager.archive.layout import Layout
 
@@ -35,6 +36,9 @@ async def test_what_postgres_archived_is_what_recovery_gets_back(cluster: Cluste
     server = cluster.add("p")
     with archiving(server, section) as made:
         copy = await cold_copy(cluster, server)
+        clients = server.state / "clients"
+        counted = commands.quick(made.client)
+        counted.write_text(f"open(my $of, '>>', '{clients}'); print $of 'x'; close $of;\n{counted.read_text()}")
         system = await prepared(cluster, made)
         assert made.process is not None
         made.process.send_signal(signal.SIGSTOP)  # so that more than one file waits
@@ -46,6 +50,7 @@ async def test_what_postgres_archived_is_what_recovery_gets_back(cluster: Cluste
         assert (await server.fetchval("SELECT failed_count FROM pg_stat_archiver"), status["push"]["refused"]) == (0, 0)
         assert status["push"]["archived"] >= 12
         assert status["push"]["look_ahead_hits"] > 0
+        assert len(clients.read_text()) < status["push"]["archived"], "of several one receipt at least was used"
         server.kill()
     async with recovery_of(cluster, copy, section, system) as recovery:
         await recovery.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,6 +73,12 @@ class CpuMeter:
             if entry.name.isdigit() and (process := _process(int(entry.name))) is not None:
                 found.setdefault(process.parent, []).append(process)
         return found
+
+
+def waited_for_s() -> float:
+    """CPU of all processes below this one that have ended and were waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def peak_resident_mib(pid: int) -> float:

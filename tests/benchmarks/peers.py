@@ -69,6 +69,8 @@ class Ours:
     name: str = "instance-manager"
     codec: str = "zstd"
     made: ArchivingServer | None = None
+    placed_before: int = 0
+    """So many segments are in place before Postgres has its first one."""
 
     async def begin(self, server: PostgresProcess, system_identifier: int) -> None:
         await self._start(server)
@@ -93,6 +95,7 @@ class Ours:
             "system_identifier": str(system_identifier),
             "segment_bytes": SEGMENT_BYTES,
             "target_lsn": target_lsn,
+            "placed_before": self.placed_before,
             "parameters": {**REPLAY_SETTINGS, "log_min_messages": "log"},
         }
         process = await asyncio.create_subprocess_exec(
@@ -111,7 +114,11 @@ class Ours:
         await self.made.start_archiver()
 
     def _section(self) -> dict[str, object]:
-        section: dict[str, object] = {"parallel": self.parallel, "codec": self.codec, "prefetch_bytes": PREFETCH_BYTES}
+        section: dict[str, object] = {
+            "parallel": self.parallel,
+            "codec": self.codec,
+            "prefetch_bytes": max(PREFETCH_BYTES, self.placed_before * SEGMENT_BYTES),
+        }
         if self.store.directory is not None:
             section["directory"] = str(self.store.directory)
         else:
@@ -135,6 +142,14 @@ class Ours:
     def close(self) -> None:
         if self.made is not None:
             self.made.close()
+
+
+@dataclass
+class Placed(Ours):
+    """What this way of replay costs where bringing the segments costs nothing."""
+
+    name: str = "instance-manager, all placed before"
+    placed_before: int = REPLAYED_MAX - 1  # the first is the one that is asked for
 
 
 @dataclass

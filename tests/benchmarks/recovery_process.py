@@ -37,7 +37,22 @@ class Job:
     system_identifier: str
     segment_bytes: int
     target_lsn: str
+    placed_before: int
     parameters: dict[str, str]
+
+
+class Patient(RecoveryArchive):
+    """Whose first answer comes when `placed_before` segments are in place."""
+
+    placed_before = 0
+
+    async def _fetch(self, words: list[str]) -> str:
+        answer = await super()._fetch(words)
+        assert self._place is not None
+        while len(self._place._placed) < self.placed_before:  # noqa: ASYNC110 - nothing tells of one that is placed
+            await asyncio.sleep(0.01)
+        self.placed_before = 0
+        return answer
 
 
 async def replay(job: Job, work: Path) -> str:
@@ -46,7 +61,7 @@ async def replay(job: Job, work: Path) -> str:
         os.chown(work, run_as.uid, run_as.gid)
     server = LocalServer(job.data_directory, work, work, "", 5432, job.bin_directory, run_as)
     store, chain = make_store(job.archive), TimelineChain(Timeline(1))
-    archive = RecoveryArchive(
+    archive = Patient(
         store,
         Layout("orders", Codec(job.codec)),
         data_directory=job.data_directory,
@@ -57,6 +72,7 @@ async def replay(job: Job, work: Path) -> str:
         run_as=run_as,
         settings=FetchSettings(parallel=job.archive.parallel, prefetch_bytes=job.archive.prefetch_bytes),
     )
+    archive.placed_before = job.placed_before
     settings = ReplaySettings(parameters=job.parameters)
     target = make_target(lsn=job.target_lsn)
     made = Replay(server, archive, target, chain, settings, work_directory=work, last_known=None)

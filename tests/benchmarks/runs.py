@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import BIN_DIRECTORY
-from measure import CpuMeter, peak_resident_mib
+from measure import CpuMeter, peak_resident_mib, waited_for_s
 from peers import Ours, Peer
 from wal_source import SEGMENT_BYTES, WalSource, server_at
 
@@ -31,6 +31,14 @@ class Archived:
     peak_mib: float | None
     """Of the process that stays; None: there is none."""
     failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    seconds: float
+    """From Postgres's first to its last record, by its own log."""
+    cpu_s: float
+    """Of Postgres and of all that it or its manager runs, from start to end."""
 
 
 def system_identifier(data: Path) -> int:
@@ -81,8 +89,10 @@ async def _detached_end(meter: CpuMeter) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-async def replay(source: WalSource, count: int, peer: Peer, meter: CpuMeter, root: Path, *, from_pg_wal: bool) -> float:
-    """Seconds from Postgres's first to its last record of `count` segments, by its own log."""
+async def replay(
+    source: WalSource, count: int, peer: Peer, meter: CpuMeter, root: Path, *, from_pg_wal: bool
+) -> Replayed:
+    """Of `count` segments."""
     server = server_at(root, "replaying")
     shutil.rmtree(server.data, ignore_errors=True)
     server.log.unlink(missing_ok=True)
@@ -98,10 +108,12 @@ async def replay(source: WalSource, count: int, peer: Peer, meter: CpuMeter, roo
     number = int(names[-1][8:16], 16) << 32 | int(names[-1][16:], 16) * SEGMENT_BYTES
     target_lsn = f"{number >> 32:X}/{number & 0xFFFFFFFF:X}"
     await peer.begin_restore(server, system_identifier(server.data))
+    cpu_before_s = waited_for_s()
     try:
         if isinstance(peer, Ours):
             server.write("standby.signal", "")
-            return replay_seconds(await peer.recover(server, system_identifier(server.data), target_lsn))
+            log = await peer.recover(server, system_identifier(server.data), target_lsn)
+            return Replayed(replay_seconds(log), waited_for_s() - cpu_before_s)
         server.write("standby.signal" if from_pg_wal else "recovery.signal", "")
         server.configure(
             **{"archive_mode": "off", "archive_command": "", "hot_standby": "on", "fsync": "on"},
@@ -112,7 +124,7 @@ async def replay(source: WalSource, count: int, peer: Peer, meter: CpuMeter, roo
         await server.start(wait=False)
         meter.owned.add(server.pid)
         await server.wait_ended(deadline_s=REPLAY_DEADLINE_S)
-        return replay_seconds(server.log_text())
+        return Replayed(replay_seconds(server.log_text()), waited_for_s() - cpu_before_s)
     finally:
         server.kill()
         meter.reap()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import hashlib
 import ssl
 import sys
@@ -25,6 +26,7 @@ from aiohttp import web
 LAST_MODIFIED = "Tue, 01 Jan 2030 00:00:00 GMT"
 LAST_MODIFIED_ISO = "2030-01-01T00:00:00.000Z"
 ENTRIES_MAX = 1000
+SHA256_HEADER = "x-amz-checksum-sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Stored:
     size_bytes: int
     etag: str
     metadata: dict[str, str]
+    """And the SHA-256, where it came with one."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -132,14 +135,18 @@ class StandIn:
     def _store(self, request: web.Request, key: str, body: bytes, etag: str) -> web.Response:
         if request.headers.get("If-None-Match") == "*" and key in self.objects:
             return _error(412, "PreconditionFailed")
+        sha256 = request.headers.get(SHA256_HEADER)
+        if sha256 is not None and base64.b64decode(sha256) != hashlib.sha256(body).digest():
+            return _error(400, "BadDigest")
         path = self.directory / uuid.uuid4().hex
         path.write_bytes(body)
         before = self.objects.get(key)
         metadata = {name: value for name, value in request.headers.items() if name.lower().startswith("x-amz-meta-")}
-        self.objects[key] = Stored(path, len(body), etag, metadata)
+        told = {} if sha256 is None else {SHA256_HEADER: sha256}
+        self.objects[key] = Stored(path, len(body), etag, metadata | told)
         if before is not None:
             before.path.unlink()
-        return web.Response(headers={"ETag": f'"{etag}"'})
+        return web.Response(headers={"ETag": f'"{etag}"', **told})
 
     async def _get(self, request: web.Request, key: str) -> web.Response:
         found = self.objects.get(key)

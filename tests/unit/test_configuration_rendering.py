@@ -26,6 +26,7 @@ from instance_manager.postgres.configuration import (
     render_settings,
     render_synchronous_standby_names,
     strip_auto_conf,
+    without_settings,
 )
 from instance_manager.postgres.control_data import HotStandbySettings
 from instance_manager.postgres.host_based_access import (
@@ -190,6 +191,21 @@ def test_alter_system_cannot_undo_what_is_ours() -> None:
     }
     assert len(stripped.warnings) == 6
     assert strip_auto_conf(stripped.text).warnings == ()
+
+
+def test_settings_become_comments_and_so_does_what_could_bring_them_in() -> None:
+    lines = [
+        "# a comment",
+        "",
+        "work_mem = '5MB'",
+        "Restore_Command='x'",
+        " restore_command 'it''s'",
+        "include 'more.conf'",
+        "?",
+    ]
+    changed = without_settings("\n".join(lines), frozenset({"restore_command"})).split("\n")
+    assert changed == [*lines[:3], *(f"# {line}" for line in lines[3:])]
+    assert without_settings("\n".join(changed), frozenset({"restore_command"})).split("\n") == changed
 
 
 def test_the_synchronous_list_is_sorted_and_quoted_and_empty_for_none() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 
+from instance_manager.archive.backup.copying import TakeSettings
 from instance_manager.archive.backup.requests import Schedule
 from instance_manager.archive.backup.retention import Policy
-from instance_manager.archive.backup.take import TakeSettings
 from instance_manager.archive.backup.tender import PRIMARY_WAITS_S, TenderSettings
 from instance_manager.archive.codecs import Codec
 from instance_manager.config_sections import BackupScheduleSection, BackupSection

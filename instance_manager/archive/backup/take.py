@@ -11,14 +11,14 @@ import asyncio
 import datetime
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
 
 from instance_manager.archive.backup.control_file import ControlFileDamaged, read_control_file
+from instance_manager.archive.backup.copying import SMALL_DEADLINE_S, BackupFailed, Copying, TakeSettings
 from instance_manager.archive.backup.data_files import (
     PG_CONTROL,
     DataFile,
@@ -30,29 +30,24 @@ from instance_manager.archive.backup.data_files import (
 from instance_manager.archive.backup.floor import LogExpired, require_above_floor
 from instance_manager.archive.backup.increment_from import Increment, stand_on
 from instance_manager.archive.backup.info import DONE, BackupInfo, Tablespace, label_of, render_info
-from instance_manager.archive.backup.manifest import Manifest, TarEntry, tar_entry, write_members
+from instance_manager.archive.backup.manifest import Manifest
 from instance_manager.archive.backup.names import BackupNames
 from instance_manager.archive.backup.removal import remove_unlisted
 from instance_manager.archive.backup.standing import Mark
 from instance_manager.archive.backup.summaries import IncrementRefused
-from instance_manager.archive.backup.tar_stream import DamagedBlock, Flow, MemoryFile, TarContent
+from instance_manager.archive.backup.tar_stream import MemoryFile
 from instance_manager.archive.backup.wal_range import missing_in, named, segments_of
-from instance_manager.archive.codecs import Codec
 from instance_manager.archive.content import MemoryContent
 from instance_manager.archive.counters import BackupProgress
 from instance_manager.archive.layout import Layout
-from instance_manager.archive.stores.patience import Patience
 from instance_manager.codec import to_json
 from instance_manager.core.types import Lsn, Timeline, parse_lsn
-from instance_manager.ports import Content, ObjectExists, ObjectStore, ObjectStoreError
+from instance_manager.ports import ObjectExists, ObjectStore, ObjectStoreError
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
 from instance_manager.postgres.sql import Session, session
 
 log = logging.getLogger("instance_manager.archive.backup")
 
-SMALL_DEADLINE_S = 30.0
-LANDING_S = 10.0
-"""What a backup that ends waits for the last objects on their way; a store that hangs for longer leaves what no backup names."""
 _START_LINE = re.compile(r"START WAL LOCATION: ([0-9A-F]+/[0-9A-F]+) \(file [0-9A-F]{24}\)")
 _TIMELINE_LINE = re.compile(r"START TIMELINE: (\d+)")
 _FACTS = """
@@ -66,31 +61,6 @@ _TABLESPACES = """
     SELECT spcname AS name, oid::bigint AS oid, pg_tablespace_location(oid) AS location FROM pg_tablespace
     WHERE pg_tablespace_location(oid) LIKE '/%' ORDER BY oid
 """
-
-
-class BackupFailed(Exception):
-    """There is no backup, and nothing of it is left, unless the text says so."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TakeSettings:
-    """How a backup is taken."""
-
-    codec: Codec = Codec("lz4")
-    parallel: int = 2
-    split_bytes: int = 1 << 30
-    rate_limit_bytes_per_s: int | None = None
-    verify_checksums: bool = True
-    start_deadline_s: float = 1800.0
-    """For the checkpoint that begins it, though asked to be fast."""
-    stall_s: float = 300.0
-    """Without a byte read for so long it is given up."""
-    wal_deadline_s: float = 600.0
-    """For the log up to its end to come into the archive."""
-    wal_poll_s: float = 1.0
-    summaries_deadline_s: float = 300.0
-    """For the server's WAL summaries to come to where an incremental backup begins."""
-    patience: Patience = Patience(total_s=7 * 86400.0, attempt_s=86400.0, attempts_max=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +88,6 @@ class _Facts:
     is_standby: bool
     now: datetime.datetime
     estimated_bytes: int
-
-
-@dataclass(slots=True)
-class _Copied:
-    """Collected by the workers."""
-
-    tars: list[TarEntry] = field(default_factory=list)
-    damaged: list[DamagedBlock] = field(default_factory=list)
-    damaged_count: int = 0
-    checked_pages: int = 0
-    whole_bytes: int = 0
 
 
 async def take_backup(
@@ -243,9 +202,7 @@ class _Backup:
         self._name = name
         self._facts = facts
         self._progress = progress
-        self._flow = Flow(settings.rate_limit_bytes_per_s)
-        self._copied = _Copied()
-        self._checksums_before: Lsn | None = None
+        self._copying = Copying(store, names, settings, progress)
         self._increment = increment
 
     async def run(self, sql: Session, want_wal: Callable[[Lsn], Awaitable[None]] | None) -> Taken:
@@ -257,8 +214,7 @@ class _Backup:
         begun_lsn = await self._start(sql)
         await self._require_log(begun_lsn)
         begun_at = await sql.fetchval("SELECT clock_timestamp()")
-        if self._settings.verify_checksums and facts.has_checksums:
-            self._checksums_before = begun_lsn
+        verifies = self._settings.verify_checksums and facts.has_checksums
         began_on = None
         if increment is not None:
             self._progress.phase = "waiting for WAL summaries"
@@ -266,7 +222,8 @@ class _Backup:
             began_on = await increment.read_changes(sql, begun_lsn, deadline_s=deadline_s)
         tablespaces = tuple(Tablespace(*row) for row in await sql.fetch(_TABLESPACES))
         self._progress.phase = "copy"
-        last = await self._copy(self._plans(tablespaces))
+        plans = self._plans(tablespaces)
+        last = await self._copying.copy(plans, checksums_before=begun_lsn if verifies else None)
         # On a standby its minimum recovery point is where the backup ends: read after every file, before the stop.
         control = await asyncio.to_thread(read_control_file, self._data_directory / PG_CONTROL)
         end_lsn, label, spaces = await self._stop(sql)
@@ -280,19 +237,13 @@ class _Backup:
                     f"it began on timeline {timeline}, and the changes were looked up for timeline {began_on}"
                 )
             label += increment.label_lines
-        await self._upload(
-            f"data_{last + 1:04d}",
-            TarContent(
-                [MemoryFile(PG_CONTROL, control), MemoryFile("backup_label", label.encode())],
-                self._settings.codec,
-                self._flow,
-                checksums_before=None,
-            ),
+        await self._copying.upload(
+            f"data_{last + 1:04d}", [MemoryFile(PG_CONTROL, control), MemoryFile("backup_label", label.encode())]
         )
         info = self._info(begin_lsn, timeline, end_lsn, begun_at, ended_at, tablespaces, label)
         self._progress.phase = "waiting for WAL"
         await self._wait_for_wal(info, want_wal)
-        copied = self._copied
+        copied = self._copying.copied
         manifest = Manifest(
             backup_id=info.backup_id,
             instance=self._instance,
@@ -306,11 +257,11 @@ class _Backup:
             has_checksums=facts.has_checksums,
             whole_bytes=copied.whole_bytes,
         )
-        await self._create(self._names.manifest, MemoryContent.of(to_json(manifest)))
+        await self._copying.create(self._names.manifest, MemoryContent.of(to_json(manifest)))
         await self._require_ours()
         if increment is not None:
             await increment.require_parent(deadline_s=SMALL_DEADLINE_S)
-        await self._create(self._names.info, MemoryContent.of(render_info(info)))
+        await self._copying.create(self._names.info, MemoryContent.of(render_info(info)))
         self._progress.phase = "done"
         return Taken(info, manifest)
 
@@ -351,101 +302,6 @@ class _Backup:
 
     def _only_changed(self, files: Iterator[DataFile], tablespace: int | None) -> Iterator[DataFile]:
         return files if self._increment is None else self._increment.only_changed(files, tablespace)
-
-    async def _copy(self, plans: Iterator[TarPlan]) -> int:
-        """All of them, some at a time; the number of the last tar of the data directory."""
-        turn = asyncio.Lock()
-        last = 0
-
-        async def work() -> None:
-            nonlocal last
-            while True:
-                async with turn:
-                    plan = await asyncio.to_thread(next, plans, None)
-                if plan is None:
-                    return
-                if plan.name.startswith("data_"):
-                    last = max(last, int(plan.name.removeprefix("data_")))
-                content = TarContent(
-                    list(plan.files), self._settings.codec, self._flow, checksums_before=self._checksums_before
-                )
-                await self._upload(plan.name, content)
-
-        async with self._watched():
-            await _all([work() for _ in range(self._settings.parallel)])
-        return last
-
-    async def _upload(self, tar_name: str, content: TarContent) -> None:
-        object_name = self._names.tar(tar_name, self._settings.codec.suffix)
-        await self._create(object_name, content)
-        outcome = content.outcome
-        await write_members(self._store, self._names, tar_name, outcome.members, deadline_s=SMALL_DEADLINE_S)
-        copied = self._copied
-        copied.tars.append(tar_entry(tar_name, object_name.rpartition("/")[2], outcome))
-        copied.checked_pages += outcome.checked_pages
-        copied.whole_bytes += outcome.whole_bytes
-        copied.damaged_count += outcome.damaged_count
-        copied.damaged += outcome.damaged[: 1000 - len(copied.damaged)]
-
-    async def _create(self, object_name: str, content: Content) -> None:
-        async def attempt(deadline_s: float) -> None:
-            try:
-                await self._landed(self._store.create(object_name, content, deadline_s=deadline_s))
-            except ObjectExists:
-                # The id is ours alone, so this is an attempt of which no answer came: of a file that lives, another content.
-                await self._store.delete(object_name, deadline_s=SMALL_DEADLINE_S)
-                await self._landed(self._store.create(object_name, content, deadline_s=deadline_s))
-
-        await self._settings.patience.call(attempt)
-
-    async def _landed(self, creating: Coroutine[None, None, None]) -> None:
-        """The store's thread cannot be cancelled: what it has sent comes there before anything is cleaned up."""
-        task = asyncio.ensure_future(creating)
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            self._flow.abort()
-            await asyncio.wait({task}, timeout=LANDING_S)
-            if task.done() and not task.cancelled():
-                task.exception()  # so that asyncio does not report it
-            task.cancel()
-            raise
-
-    @asynccontextmanager
-    async def _watched(self) -> AsyncIterator[None]:
-        """The block is ended when nothing is read for too long; the store's threads with it, whatever ends it."""
-        watch = asyncio.current_task()
-        stalled = False
-
-        async def look() -> None:
-            nonlocal stalled
-            before, since_s = -1, 0.0
-            loop = asyncio.get_running_loop()
-            while True:
-                self._progress.read_bytes = self._flow.read_bytes
-                if self._flow.read_bytes != before:
-                    before, since_s = self._flow.read_bytes, loop.time()
-                elif loop.time() - since_s > self._settings.stall_s:
-                    stalled = True
-                    if watch is not None:
-                        watch.cancel()
-                    return
-                await asyncio.sleep(min(1.0, self._settings.stall_s / 4))
-
-        looking = asyncio.create_task(look(), name="progress of a backup")
-        try:
-            yield
-        except asyncio.CancelledError:
-            self._flow.abort()
-            if not stalled:
-                raise
-            raise BackupFailed(f"nothing was read or stored for {self._settings.stall_s:g} s") from None
-        except BaseException:
-            self._flow.abort()
-            raise
-        finally:
-            looking.cancel()
-            self._progress.read_bytes = self._flow.read_bytes
 
     async def _require_ours(self) -> None:
         """Somebody may have deleted it meanwhile, by hand, or because this instance was taken for dead."""
@@ -501,8 +357,8 @@ class _Backup:
             data_directory=str(self._data_directory),
             tablespaces=tablespaces,
             compression=None if codec == "none" else codec,
-            size_bytes=sum(entry.content_bytes for entry in self._copied.tars),
-            stored_bytes=sum(entry.object_bytes for entry in self._copied.tars),
+            size_bytes=sum(entry.content_bytes for entry in self._copying.copied.tars),
+            stored_bytes=sum(entry.object_bytes for entry in self._copying.copied.tars),
             backup_label=label,
             parent_id=None if self._increment is None else self._increment.parent.backup_id,
         )
@@ -513,16 +369,3 @@ def _from_label(label: str) -> tuple[Timeline, Lsn]:
     if start is None or timeline is None:
         raise BackupFailed("the server's backup_label cannot be read")
     return Timeline(int(timeline[1])), parse_lsn(start[1])
-
-
-async def _all(works: list[Awaitable[None]]) -> None:
-    """Of several workers the first failure ends the others."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from instance_manager.archive.backup.catalogue import chain_of, holds_anything, list_backups
+from instance_manager.archive.backup.copying import BackupFailed, TakeSettings
 from instance_manager.archive.backup.expire import expire
 from instance_manager.archive.backup.increment_from import could_tell_since
 from instance_manager.archive.backup.names import BackupNames
@@ -37,7 +38,7 @@ from instance_manager.archive.backup.requests import (
 )
 from instance_manager.archive.backup.retention import Policy, RetentionRefused
 from instance_manager.archive.backup.summaries import IncrementRefused
-from instance_manager.archive.backup.take import BackupFailed, OnBackup, TakeSettings, take_backup
+from instance_manager.archive.backup.take import OnBackup, take_backup
 from instance_manager.archive.counters import BackupProgress, BackupState
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.lineage import ForeignArchive, read_lineage

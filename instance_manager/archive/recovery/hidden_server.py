@@ -20,6 +20,7 @@ import asyncpg
 
 from instance_manager.postgres.configuration import render_settings
 from instance_manager.postgres.control_data import ControlData, read_control_data
+from instance_manager.postgres.directory import disable_in_auto_conf
 from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
 from instance_manager.postgres.sql import session
@@ -29,6 +30,16 @@ log = logging.getLogger("instance_manager.archive.recovery")
 Settings = Mapping[str, str | int | float | bool]
 
 STOP_DEADLINE_S = 600.0
+ASKING, READING = "asking.conf", "reading.conf"
+WAY = "way.conf"
+"""Which of the two holds: a link, so that the change needs no write that could hang."""
+_RETRIES = {ASKING: "200ms", READING: "10ms"}
+"""How long Postgres waits before it asks, or looks into pg_wal, again; the latter costs it two system calls."""
+_TARGETS = {f"recovery_target_{what}" for what in ("action", "inclusive", "lsn", "name", "time", "timeline", "xid")}
+NOT_THE_SOURCES = frozenset(
+    {"restore_command", "wal_retrieve_retry_interval", "promote_trigger_file", "recovery_target"} | _TARGETS
+)
+"""Where the log comes from, and where it ends. An agent would refuse each of them too (`parameters.FIXED`)."""
 LOG_TAIL_BYTES = 64 << 10
 
 _PR_SET_PDEATHSIG = 1
@@ -55,11 +66,14 @@ class HiddenServer:
         work_directory: Path,
         restore_command: Callable[[], str] = lambda: "",
         *,
+        reads_alone: Callable[[], bool] = lambda: False,
         primary_conninfo: str = "",
     ) -> None:
+        """`reads_alone`: its restore_command is to be empty now; `change_way` is to be called when that changes."""
         self._server = replace(server, socket_directory=work_directory, port=5432)
         self._work = work_directory
         self._restore_command = restore_command
+        self._reads_alone = reads_alone
         self._primary_conninfo = primary_conninfo
         self._process: asyncio.subprocess.Process | None = None
         self._raised: dict[str, int] = {}
@@ -92,23 +106,38 @@ class HiddenServer:
             "max_prepared_transactions": control.hot_standby.max_prepared_transactions,
             "max_locks_per_transaction": control.hot_standby.max_locks_per_transaction,
             "wal_level": control.wal_level,
-            "wal_retrieve_retry_interval": "200ms",
             "wal_recycle": "off",
             "log_min_messages": "log" if log.isEnabledFor(logging.DEBUG) else "warning",
             **more,
             **self._raised,
         }
         run_as = self._server.run_as
-        write_atomically(self._work / "postgresql.conf", render_settings(settings).encode(), run_as=run_as)
+        text = f"{render_settings(settings)}include '{WAY}'\n"
+        write_atomically(self._work / "postgresql.conf", text.encode(), run_as=run_as)
         # The directory is closed to all but this user and Postgres's.
         write_atomically(self._work / "hba.conf", b"local all postgres trust\n", run_as=run_as)
+        for name, command in {ASKING: self._restore_command(), READING: ""}.items():
+            way = {"restore_command": command, "wal_retrieve_retry_interval": _RETRIES[name]}
+            write_atomically(self._work / name, render_settings(way).encode(), run_as=run_as)
+        self.change_way()
+
+    def change_way(self) -> None:
+        """A Postgres that runs learns of it within milliseconds, also where it waits."""
+        new = self._work / f"{WAY}.new"
+        new.symlink_to(READING if self._reads_alone() else ASKING)
+        new.replace(self._work / WAY)
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGHUP)
 
     async def start(self) -> None:
         """OSError."""
         run_as = self._server.run_as
-        # What the source wrote with ALTER SYSTEM must not turn any of these: the command line is above it.
+        # What the source wrote with ALTER SYSTEM must not turn any of these: the command line is above it. What a reload changes, or
+        # is not always set, cannot be there.
+        disable_in_auto_conf(self._server, NOT_THE_SOURCES)
         above = {
-            **{"restore_command": self._restore_command(), "archive_mode": "off", "wal_recycle": "off"},
+            **{"archive_mode": "off", "wal_recycle": "off", "recovery_min_apply_delay": "0"},
             **{"primary_conninfo": self._primary_conninfo, "primary_slot_name": ""},
             **{"synchronous_standby_names": "", "listen_addresses": ""},
         }

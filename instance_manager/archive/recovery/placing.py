@@ -1,21 +1,24 @@
 """Segments ahead of replay, straight into pg_wal, where Postgres reads them without asking this process.
 
-Postgres asks restore_command for each segment, and where that says "not there" opens the file of the name in pg_wal. A segment
-that was placed has a *marker* in a directory of this recovery's own; the shell line of restore_command
-(`commands.where_placed`) says "not there" by itself where there is one, and empties it. Everything else goes the long way.
+A Postgres whose restore_command is empty believes whatever has the right name in pg_wal. So while it runs, all that is there was
+put there for it:
 
-A name in pg_wal alone says nothing: it may be from before a crash, or an old file under a new name. So
-
-1. a marker comes last: the whole segment is verified and flushed beside, renamed into place, and the directory flushed;
-2. a marker is good for one answer. Who asks again, also because he could not read what he found, gets the file anew from the archive;
-3. a marker dies with its Postgres and with this process: its directory is a new one each time;
-4. what Postgres has been given since its start is never replaced under it, and what it has not asked for is removed again when
-   the order of its questions is another than expected, before each of its starts, and before it opens;
+1. before each of its starts every segment in pg_wal is removed: it may be from before a crash, or an old file under a new name, and
+   the archive has it;
+2. a segment is verified and flushed before it has its name, and a name is given by one rename;
+3. what else comes there Postgres has got from restore_command, and renamed itself;
+4. what Postgres has been given since its start is never replaced under it, and what it has not taken is removed again when
+   the order of what it takes is another than expected, and before it opens;
 5. a `.done` comes before the segment, as Postgres itself marks what it restores, so that no later life of the directory archives it.
 
+That the names are durable is not waited for: what a crash of the machine takes away is asked for again after the next start (1).
+
+What Postgres has taken shows as it opens it. Whoever else opens a file there makes it count as taken: then it is not
+removed, and more comes behind it, at most half of what is free on the volume. Postgres itself removes such files as it opens.
+
 Between its start and its opening such a Postgres makes no files in pg_wal but by restore_command: from 15 on it neither recycles nor
-prepares segments in recovery from an archive, and before, `wal_recycle = off` keeps it from the one, and from the other that
-it never renames onto a name that is taken.
+prepares segments in recovery from an archive. Before, `wal_recycle = off` keeps it from the one; by the other 14 makes zeros, which it
+takes for a segment that is not there yet, and never renames onto a name that is taken.
 """
 
 from __future__ import annotations
@@ -24,60 +27,77 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+from instance_manager.archive.recovery.openings import EventsLost, Openings
 from instance_manager.archive.wal_names import SegmentSize
-from instance_manager.postgres.files import fsync_directory, fsync_file
+from instance_manager.postgres.files import fsync_file
 from instance_manager.postgres.server import RunAs
 
 log = logging.getLogger("instance_manager.archive.recovery.placing")
 
-_MARK = b"placed\n"
+_SEGMENT = re.compile(r"[0-9A-F]{24}")
 
 
 class InPgWal:
-    """A `prefetch.Place`. `work_directory` is this recovery's own, and new."""
+    """A `prefetch.Place`."""
 
-    def __init__(self, wal_directory: Path, work_directory: Path, size: SegmentSize, run_as: RunAs | None) -> None:
+    def __init__(self, wal_directory: Path, size: SegmentSize, run_as: RunAs | None) -> None:
         self._wal = wal_directory
         self._size = size
         self._run_as = run_as
-        self.markers = work_directory / "placed"
-        self.bell = work_directory / "taken"
-        """A pipe at which the shell rings when it has emptied a marker."""
-        self._bell_descriptor: int | None = None
-        self._marked: set[str] = set()
+        self._openings: Openings | None = None
+        self._placed: set[str] = set()
+        """And not known to be taken."""
+        self._taken: set[str] = set()
+        """Of them: opened, and not told yet."""
         self._given: set[str] = set()
         """To this Postgres since its start; those behind the last one are forgotten."""
+        self._is_lost = False
+
+    @property
+    def is_watched(self) -> bool:
+        """It shows what Postgres takes by itself. Where the kernel does not tell it, Postgres has to ask for each segment."""
+        return self._openings is not None
 
     def start(self, on_taken: Callable[[], None]) -> None:
-        """`on_taken` is called when Postgres may have taken something. OSError."""
-        self.markers.mkdir(mode=0o700)
-        os.mkfifo(self.bell, 0o600)
-        self._own(self.markers)
-        self._own(self.bell)
-        # For writing too: so it has no end while nobody rings.
-        self._bell_descriptor = os.open(self.bell, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        asyncio.get_running_loop().add_reader(self._bell_descriptor, self._rung, on_taken)
+        """`on_taken` is called when Postgres may have taken something."""
+        try:
+            self._openings = Openings(self._wal)
+        except OSError as error:
+            log.warning("replay asks for each segment, since pg_wal cannot be watched (inotify): %s", error)
+            return
+        asyncio.get_running_loop().add_reader(self._openings.descriptor, on_taken)
 
     def close(self) -> None:
-        if self._bell_descriptor is not None:
-            asyncio.get_running_loop().remove_reader(self._bell_descriptor)
-            os.close(self._bell_descriptor)
-            self._bell_descriptor = None
+        if self._openings is not None:
+            asyncio.get_running_loop().remove_reader(self._openings.descriptor)
+            self._openings.close()
+            self._openings = None
 
-    def renew(self) -> None:
-        """Postgres does not run: nothing is believed of its last start. OSError."""
-        self._given.clear()
-        self._marked.clear()
-        for marker in self.markers.iterdir():
-            marker.unlink()
+    async def renew(self) -> None:
+        """Postgres does not run: nothing that is there is believed by its next start. OSError."""
+        self._look()
+        self._is_lost = False
+        for names in (self._given, self._placed, self._taken):
+            names.clear()
+        await asyncio.to_thread(self._clear)
+
+    def holds(self, name: str) -> bool:
+        """It is in place, and not known to be taken."""
+        return name in self._placed
+
+    def lost_track(self) -> bool:
+        """Once, when it cannot be told any more what of that which is in place Postgres has taken."""
+        is_lost, self._is_lost = self._is_lost, False
+        return is_lost
 
     def room_bytes(self) -> int | None:
         """Half of what is free, and what is placed already is part of that: replay needs room too."""
         found = os.statvfs(self._wal)
-        return (found.f_bavail * found.f_frsize + len(self._marked) * self._size.size_bytes) // 2
+        return (found.f_bavail * found.f_frsize + len(self._placed) * self._size.size_bytes) // 2
 
     async def make_durable(self, file: Path) -> None:
         await asyncio.to_thread(fsync_file, file)
@@ -86,85 +106,72 @@ class InPgWal:
         if name in self._given:
             return file
         # In the event loop, as everything that puts a file where Postgres looks: what is over can do it no more.
-        number = self._take_place(name, file)
-        try:
-            await asyncio.to_thread(fsync_directory, self._wal)
-            self._mark(name, number)
-        except BaseException:
-            self._remove(name)
-            raise
-        return self._wal / name
+        return self._take_place(name, file)
 
     def taken(self) -> list[str]:
-        return [name for name in self._marked if self._is_taken(name)]
+        self._look()
+        return list(self._taken)
 
     def hand_over(self, name: str) -> None:
-        self._marked.discard(name)
-        with contextlib.suppress(FileNotFoundError):
-            (self.markers / name).unlink()
+        self._placed.discard(name)
+        self._taken.discard(name)
         self._given = {each for each in self._given if each > name} | {name}
 
     def discard(self, name: str, file: Path) -> None:
         if file != self._wal / name:
             with contextlib.suppress(OSError):
                 file.unlink()
-        elif name in self._marked:
-            is_taken = self._is_taken(name)
-            self._marked.discard(name)
-            (self.markers / name).unlink(missing_ok=True)
+        elif name in self._placed:
+            self._look()
+            is_taken = name in self._taken
+            self._placed.discard(name)
+            self._taken.discard(name)
             if not is_taken:
                 self._remove(name)
 
-    def _rung(self, on_taken: Callable[[], None]) -> None:
-        assert self._bell_descriptor is not None  # noqa: S101
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._bell_descriptor, 4096)
-        on_taken()
-
-    def _is_taken(self, name: str) -> bool:
-        """The shell has said "not there" for it. A marker that is gone counts: nobody else may have removed it."""
+    def _look(self) -> None:
+        if self._openings is None:
+            return
         try:
-            return (self.markers / name).stat().st_size == 0
-        except FileNotFoundError:
-            return True
+            self._taken |= self._openings.new() & self._placed
+        except EventsLost:
+            self._is_lost = True
 
-    def _take_place(self, name: str, file: Path) -> int:
-        """The file's number on its file system."""
-        self._mark_done(name)
-        file.replace(self._wal / name)
-        return (self._wal / name).stat().st_ino
-
-    def _mark(self, name: str, number: int) -> None:
-        """FileNotFoundError: another file is there by now."""
-        if (self._wal / name).stat().st_ino != number:
-            raise FileNotFoundError(f"{name} in pg_wal is not the file that was placed")
-        descriptor = self._create(self.markers / name)
+    def _take_place(self, name: str, file: Path) -> Path:
         try:
-            os.write(descriptor, _MARK)
-        finally:
-            os.close(descriptor)
-        self._marked.add(name)
+            self._mark_done(name)
+            file.replace(self._wal / name)
+        except OSError:
+            self._mark(name).unlink(missing_ok=True)
+            raise
+        self._placed.add(name)
+        return self._wal / name
+
+    def _clear(self) -> None:
+        for path in self._wal.iterdir():
+            if _SEGMENT.fullmatch(path.name):
+                self._mark(path.name).unlink(missing_ok=True)
+                path.unlink()
 
     def _mark_done(self, name: str) -> None:
-        status = self._wal / "archive_status"
+        mark = self._mark(name)
         with contextlib.suppress(FileNotFoundError):
-            (status / f"{name}.ready").rename(status / f"{name}.done")
+            mark.with_suffix(".ready").rename(mark)
         with contextlib.suppress(FileExistsError):
-            os.close(self._create(status / f"{name}.done"))
+            # The directory is Postgres's user's, who could have put a link there.
+            os.close(self._create(mark))
+
+    def _mark(self, name: str) -> Path:
+        return self._wal / "archive_status" / f"{name}.done"
 
     def _remove(self, name: str) -> None:
-        """What Postgres has not asked for; a restart that finds it replaces it."""
-        for path in (self.markers / name, self._wal / name, self._wal / "archive_status" / f"{name}.done"):
+        """What Postgres has not taken; after a restart it comes again."""
+        for path in (self._wal / name, self._mark(name)):
             with contextlib.suppress(OSError):
                 path.unlink()
 
     def _create(self, path: Path) -> int:
-        """A new file of Postgres's: the directory is its user's, who could have put a link there."""
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         if self._run_as is not None:
             os.fchown(descriptor, self._run_as.uid, self._run_as.gid)
         return descriptor
-
-    def _own(self, path: Path) -> None:
-        if self._run_as is not None:
-            os.chown(path, self._run_as.uid, self._run_as.gid, follow_symlinks=False)

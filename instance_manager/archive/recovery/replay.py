@@ -3,6 +3,8 @@ opening; or, of a standby's directory, no opening.
 
 It never opens by itself: neither at the end of the archive, nor at an error. Where the store fails it
 stops (126 of restore_command), and is started again until the patience is over.
+
+Most of the time it reads pg_wal alone (`serving`): its restore_command is then empty, which is changed by a reload.
 """
 
 from __future__ import annotations
@@ -101,7 +103,9 @@ class Replay:
         on_progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`enough`: from there on it has not to come to the archive's end, which may grow as fast as it is replayed."""
-        self._server = HiddenServer(server, work_directory, archive.restore_command)
+        self._server = HiddenServer(
+            server, work_directory, archive.restore_command, reads_alone=lambda: archive.reads_alone
+        )
         self._archive = archive
         self._target = target
         self._chain = chain
@@ -140,6 +144,7 @@ class Replay:
     async def _until_there(self) -> tuple[_Seen, str]:
         """The server runs, in recovery, where it should be; and what says so."""
         await self._write_configuration()
+        self._archive.on_change = self._server.change_way
         seen = _Seen(moved_s=asyncio.get_running_loop().time())
         while True:
             await self._archive.before_postgres_starts()
@@ -169,6 +174,7 @@ class Replay:
         """Until it is where it should be: what says so. None: Postgres has ended. TargetNotReached."""
         loop = asyncio.get_running_loop()
         while not self._server.has_ended:
+            self._archive.look()
             unreadable = self._archive.unreadable
             if unreadable is not None:
                 raise TargetNotReached(

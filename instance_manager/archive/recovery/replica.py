@@ -123,7 +123,10 @@ async def _join(
         work = await stack.enter_async_context(work_directory(server))
         own = None
         if choice.own is not None:
-            own = await stack.enter_async_context(_serving(server, work, choice, choice.own, request.chain, how))
+            # The source's last segment is only here.
+            own = await stack.enter_async_context(
+                _serving(server, work, choice, choice.own, request.chain, how, holds_all=False)
+            )
         joining = Joining(
             server,
             fork,
@@ -141,7 +144,14 @@ async def _join(
 
 @asynccontextmanager
 async def _serving(
-    server: LocalServer, work: Path, choice: Choice, archive: Archive, chain: TimelineChain, how: RestoreSettings
+    server: LocalServer,
+    work: Path,
+    choice: Choice,
+    archive: Archive,
+    chain: TimelineChain,
+    how: RestoreSettings,
+    *,
+    holds_all: bool = True,
 ) -> AsyncIterator[RecoveryArchive]:
     info = choice.plan.info
     made = RecoveryArchive(
@@ -154,6 +164,7 @@ async def _serving(
         chain=chain,
         run_as=server.run_as,
         settings=how.fetch,
+        holds_all=holds_all,
     )
     await made.start()
     try:

@@ -50,6 +50,9 @@ class DirectoryStore:
         self._page_entries = page_entries
         self._threads = Threads(f"the directory {root}", in_flight_max=CALLS_IN_FLIGHT_MAX, kept_max=CALLS_KEPT_MAX)
 
+    async def learn(self, folder: str, *, deadline_s: float) -> None:
+        return
+
     async def create(
         self, name: str, content: Content, *, metadata: Mapping[str, str] | None = None, deadline_s: float
     ) -> None:

@@ -37,3 +37,4 @@ async def probe(store: ObjectStore, folder: str, *, deadline_s: float = PROBE_DE
         raise StoreRefused(
             "a deleted object is still there: is the bucket versioned behind a cache, or deletes withheld?"
         )
+    await store.learn(folder, deadline_s=deadline_s)

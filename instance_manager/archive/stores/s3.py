@@ -1,7 +1,7 @@
 """S3 as an object store: boto3, one try per call, in threads.
 
-Every object is created with `If-None-Match: *`. What the store has is compared with what was sent: by the ETag where
-that is a plain MD5, else by reading back. Only the code NoSuchKey in the body of an answer proves that an object is absent.
+Every object is created with `If-None-Match: *`. What the store has is compared with what was sent: by its SHA-256 where that is known
+and the store was seen to refuse a wrong one, by the ETag where that is a plain MD5, else by reading back. Only the code NoSuchKey in the body of an answer proves that an object is absent.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
+import secrets
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from botocore.exceptions import ClientError
 
+from instance_manager.archive.content import MemoryContent
 from instance_manager.archive.stores import CALLS_IN_FLIGHT_MAX, CALLS_KEPT_MAX
 from instance_manager.archive.stores.names import check_name, check_prefix
 from instance_manager.archive.stores.s3_body import Body, Part, parts_of
 from instance_manager.archive.stores.s3_errors import (
     ABSENT,
     TRANSPORT,
+    WRONG_DIGEST,
     answer_code,
     from_answer,
     from_failure,
@@ -33,6 +36,7 @@ from instance_manager.ports import (
     ContentDamaged,
     ObjectExists,
     ObjectInfo,
+    ObjectStoreError,
     StoreForbidden,
     StoreRefused,
     StoreUnreachable,
@@ -52,6 +56,9 @@ PART_BYTES = 8 << 20
 RENEWAL_INTERVAL_S = 10.0
 _READ_BYTES = 256 << 10
 _DIGEST_KEY = "stored-md5"
+_SHA256_KEY = "stored-sha256"
+_SHA256_CHARACTERS = 44
+"""In base64. Longer ones are of something else: of parts, and not of the whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +85,10 @@ class S3Settings:
     connections_max: int = 16
     page_entries: int = 1000
 
+    @property
+    def uses_tls(self) -> bool:
+        return self.endpoint is None or self.endpoint.startswith("https:")
+
 
 class S3Store:
     """Objects of one bucket below one prefix. Credentials are looked up at the first call, and again after a refusal."""
@@ -89,6 +100,16 @@ class S3Store:
         self._client: S3Client | None = None
         self._next_renewal_s = 0.0
         self._client_mutex = threading.Lock()
+        self._checks_sha256 = False
+        """The store refuses content that does not fit the SHA-256 that came with it, and tells that of what it holds."""
+
+    async def learn(self, folder: str, *, deadline_s: float) -> None:
+        end_s = monotonic_s() + deadline_s
+        name = f"{check_name(folder)}/{secrets.token_hex(8)}"
+        try:
+            self._checks_sha256 = await self._call(lambda: self._refuses_wrong_sha256(name, end_s), name, deadline_s)
+        except ObjectStoreError as error:
+            log.info("whether the store checks SHA-256 is not known, so MD5 is sent: %s", error)
 
     async def create(
         self, name: str, content: Content, *, metadata: Mapping[str, str] | None = None, deadline_s: float
@@ -202,7 +223,10 @@ class S3Store:
             raise self._refreshing(from_answer(error, name, self._settings.bucket, conditional=True)) from error
 
     def _put(self, name: str, content: Content, size: int, metadata: dict[str, str], end_s: float) -> None:
-        md5 = hashlib.md5(usedforsecurity=False)
+        if self._checks_sha256 and isinstance(content, MemoryContent) and content.sha256 is not None:
+            self._put_by_sha256(name, content, bytes.fromhex(content.sha256), metadata, end_s)
+            return
+        md5 = _md5()
         for chunk in content.chunks():
             md5.update(chunk)
         answer = self._s3.put_object(
@@ -214,12 +238,50 @@ class S3Store:
             ContentMD5=base64.b64encode(md5.digest()).decode(),
         )
         if _plain(answer.get("ETag")) != md5.hexdigest():
-            self._confirm_by_reading(name, size, md5.hexdigest(), end_s)
+            self._confirm_by_reading(name, size, _md5(), md5.hexdigest(), end_s)
+
+    def _put_by_sha256(
+        self, name: str, content: MemoryContent, sha256: bytes, metadata: dict[str, str], end_s: float
+    ) -> None:
+        """Half the work of MD5, and none is left to do where the digest is known; also where the ETag is none, as with a key of KMS."""
+        digest = base64.b64encode(sha256).decode()
+        answer = self._s3.put_object(
+            **self._place(name),
+            **self._how(metadata | {_SHA256_KEY: sha256.hex()}),
+            **self._condition,
+            Body=_as_file(Body(content, content.size_bytes, end_s)),
+            ContentLength=content.size_bytes,
+            ChecksumAlgorithm="SHA256",
+            ChecksumSHA256=digest,
+        )
+        if answer.get("ChecksumSHA256") != digest:
+            self._confirm_by_reading(name, content.size_bytes, hashlib.sha256(), sha256.hex(), end_s)
+
+    def _refuses_wrong_sha256(self, name: str, end_s: float) -> bool:
+        """Only what refuses a wrong one proves anything by telling the right one: a store may repeat what it was sent."""
+        content = MemoryContent.of(secrets.token_bytes(64))
+        right = hashlib.sha256(content.pieces[0]).digest()
+        try:
+            self._put_by_sha256(name, content, hashlib.sha256(right).digest(), {}, end_s)
+        except ClientError as error:
+            is_refused = answer_code(error) in WRONG_DIGEST
+        except ContentDamaged:
+            is_refused = False
+        else:
+            is_refused = False
+        try:
+            if not is_refused:
+                return False
+            self._put_by_sha256(name, content, right, {}, end_s)
+            found = self._info(name, checksum=True)
+        finally:
+            self._s3.delete_object(**self._place(name))
+        return found is not None and found.vouched
 
     def _upload_in_parts(self, name: str, content: Content, metadata: dict[str, str], end_s: float) -> None:
         s3 = self._s3
         upload_id = s3.create_multipart_upload(**self._place(name), **self._how(metadata))["UploadId"]
-        whole, size = hashlib.md5(usedforsecurity=False), 0
+        whole, size = _md5(), 0
         tags: list[CompletedPartTypeDef] = []
         digests = []
         try:
@@ -236,7 +298,7 @@ class S3Store:
             raise
         md5_of_parts = hashlib.md5(b"".join(digests), usedforsecurity=False)
         if _plain(answer.get("ETag")) != f"{md5_of_parts.hexdigest()}-{len(digests)}":
-            self._confirm_by_reading(name, size, whole.hexdigest(), end_s)
+            self._confirm_by_reading(name, size, _md5(), whole.hexdigest(), end_s)
 
     def _upload_part(self, name: str, upload_id: str, number: int, part: Part, end_s: float) -> str:
         answer = self._s3.upload_part(
@@ -259,18 +321,18 @@ class S3Store:
             # It costs space only; a lifecycle rule of the bucket removes it.
             log.warning("%s: the parts of a failed upload are left behind: %s", name, error)
 
-    def _confirm_by_reading(self, name: str, size: int, md5_hex: str, end_s: float) -> None:
-        """The store's ETag proves nothing, or contradicts. What this very request created and is wrong is removed."""
+    def _confirm_by_reading(self, name: str, size: int, read: hashlib._Hash, digest_hex: str, end_s: float) -> None:
+        """The store's own digest proves nothing, or contradicts. What this very request created and is wrong is removed."""
 
         def digest(info: ObjectInfo, chunks: Iterator[bytes]) -> tuple[int, str]:
-            found, length = hashlib.md5(usedforsecurity=False), 0
+            length = 0
             for chunk in chunks:
-                found.update(chunk)
+                read.update(chunk)
                 length += len(chunk)
-            return length, found.hexdigest()
+            return length, read.hexdigest()
 
         found = self._receive(name, digest, None, end_s)
-        if found == (size, md5_hex):
+        if found == (size, digest_hex):
             return
         removed = ""
         if found is not None and not self._settings.emulate_conditional_writes:
@@ -304,9 +366,10 @@ class S3Store:
             # Read to its end the connection has gone back already; anything else must not be used again.
             raw.close()
 
-    def _info(self, name: str) -> ObjectInfo | None:
+    def _info(self, name: str, *, checksum: bool = False) -> ObjectInfo | None:
+        mode: Any = {"ChecksumMode": "ENABLED"} if checksum or self._checks_sha256 else {}
         try:
-            answer = self._s3.head_object(**self._place(name))
+            answer = self._s3.head_object(**self._place(name), **mode)
         except ClientError:
             log.debug("%s: HEAD was refused", name)
         else:
@@ -347,12 +410,20 @@ def make_client(settings: S3Settings) -> S3Client:
             read_timeout=settings.read_timeout_s,
             retries={"total_max_attempts": 1},
             max_pool_connections=settings.connections_max,
-            s3={"addressing_style": "path" if settings.path_style else "auto"},
+            s3={
+                "addressing_style": "path" if settings.path_style else "auto",
+                # Within TLS the digest that is sent along is enough: none of the content for the signature.
+                "payload_signing_enabled": not settings.uses_tls,
+            },
             # Checksums in trailers are unknown to many stores: ours are Content-MD5 and the ETag.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         ),
     )
+
+
+def _md5() -> hashlib._Hash:
+    return hashlib.md5(usedforsecurity=False)
 
 
 def _as_file(body: Body) -> IO[bytes]:
@@ -365,8 +436,11 @@ def _plain(etag: str | None) -> str:
 
 def _info_of(name: str, size: int, answer: Any) -> ObjectInfo:
     metadata = {key.lower(): value for key, value in answer.get("Metadata", {}).items()}
-    digest = metadata.pop(_DIGEST_KEY, None)
-    return ObjectInfo(name, size, metadata, vouched=digest is not None and digest == _plain(answer.get("ETag")))
+    md5, sha256 = metadata.pop(_DIGEST_KEY, None), metadata.get(_SHA256_KEY)
+    told = answer.get("ChecksumSHA256")
+    by_md5 = md5 is not None and md5 == _plain(answer.get("ETag"))
+    by_sha256 = told is not None and len(told) == _SHA256_CHARACTERS and base64.b64decode(told).hex() == sha256
+    return ObjectInfo(name, size, metadata, vouched=by_md5 or by_sha256)
 
 
 def _chunks(raw: Any, name: str, length: int, end_s: float) -> Iterator[bytes]:

@@ -31,7 +31,9 @@ _FORBIDDEN = frozenset(
         "TokenRefreshRequired",
     }
 )
-_DAMAGED = frozenset({"BadDigest", "IncompleteBody", "InvalidDigest", "XAmzContentSHA256Mismatch"})
+WRONG_DIGEST = frozenset({"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch"})
+"""How a store refuses what does not fit the digest that came with it."""
+_DAMAGED = WRONG_DIGEST | {"IncompleteBody", "XAmzContentSHA256Mismatch"}
 _BUSY = frozenset(
     {"ConditionalRequestConflict", "InternalError", "NoSuchUpload", "OperationAborted", "RequestTimeout", "SlowDown"}
     | {"RequestTimeTooSkewed", "ServiceUnavailable", "Throttling", "ThrottlingException", "TooManyRequests"}
