@@ -81,7 +81,9 @@ async def measured(
 
 async def benchmark(arguments: argparse.Namespace) -> Results:
     results: Results = defaultdict(lambda: defaultdict(list))
-    source = await wal_source(arguments.root / "wal", arguments.segments)
+    full_pages = arguments.wal == "pages"
+    wal = arguments.root / ("wal" if full_pages else "wal-of-changes")
+    source = await wal_source(wal, arguments.segments, full_pages=full_pages)
     for _ in range(arguments.rounds):
         for name in arguments.peers:
             await one_run(source, name, arguments, arguments.root, results)
@@ -109,6 +111,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--store", choices=["s3", "directory"], default="s3")
     parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument(
+        "--wal", choices=["pages", "changes"], default="pages", help="mostly full pages, or few of them"
+    )
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--peers", nargs="+", default=["nothing", "mv", "ours", "pgbackrest", "barman"])
     parser.add_argument("--no-replay", action="store_true")

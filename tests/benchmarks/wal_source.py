@@ -80,28 +80,35 @@ def server_at(root: Path, name: str) -> PostgresProcess:
     return server
 
 
-async def wal_source(root: Path, count: int) -> WalSource:
-    """Take what an earlier run has left in `root`, if it is enough, or make it."""
+async def wal_source(root: Path, count: int, *, full_pages: bool = True) -> WalSource:
+    """Take what an earlier run has left in `root`, if it is enough, or make it.
+
+    `full_pages`: nearly each change is logged with its whole page; else only the first touch of each page is, so that the log is of
+    changes, which are much more work to replay for each byte.
+    """
     root.mkdir(parents=True, exist_ok=True, mode=0o755)  # noqa: ASYNC240 - nothing else runs
     described = root / "segments.json"
     if not described.exists() or len(json.loads(described.read_text())) < count:
         described.unlink(missing_ok=True)
-        await _make(root, count)
+        await _make(root, count, full_pages=full_pages)
     return WalSource(root / "before", server_at(root, "source"), tuple(json.loads(described.read_text())))
 
 
-async def _make(root: Path, count: int) -> None:
+async def _make(root: Path, count: int, *, full_pages: bool) -> None:
     """Goes on where an interrupted run, or one for fewer segments, has ended."""
     server = server_at(root, "source")
     before = root / "before"
     if not before.exists():
         shutil.rmtree(server.data, ignore_errors=True)
         await _make_before(server, before)
+    if not full_pages:
+        server.configure(max_wal_size="1TB")
     await server.start(deadline_s=120)
     while len(found := _finished(server)) < count:
         _pgbench(server, "-n", "-M", "prepared", "-c", "4", "-T", "2")
-        # The next touch of each page is logged with the whole page, as on a server with more data and more time.
-        await server.execute("CHECKPOINT")
+        if full_pages:
+            # The next touch of each page is logged with the whole page, as on a server with more data and more time.
+            await server.execute("CHECKPOINT")
     await server.stop(deadline_s=120)
     (root / "segments.json").write_text(json.dumps(found))
 
