@@ -77,6 +77,7 @@ test: lint unit exhaustive
 	$(MAKE) simulate SEEDS=1200 MINUTES=3
 
 test-majors: system $(VENV)/.made-for-tests
+	@tests/install-system.sh "$(PYTHON)" majors
 	tests/majors.sh $(MAJORS)
 
 # A second cluster from the archive of a first one.

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the project needs from the system: Postgres with its programs, and Python's venv; with `drill` as a second word also
-# the tools of its faults, without which it leaves cases out; with `benchmark` what it is compared with; with `monitoring` also
+# the tools of its faults, without which it leaves cases out; with `benchmark` what it is compared with; with `majors` what other
+# majors of Postgres need; with `monitoring` also
 # promtool, Prometheus and postgres_exporter, unpacked below .cache, because their packages would start servers; with `test`
 # what else its tests run, with `browser` a chromium. Installs only what is missing.
 set -euo pipefail
@@ -28,6 +29,10 @@ if [ "${2:-}" = drill ]; then
     command -v ip >/dev/null || optional+=(iproute2)
     command -v mkfs.ext4 >/dev/null || optional+=(e2fsprogs)
     ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || optional+=(faketime)
+fi
+if [ "${2:-}" = majors ]; then
+    # Of the extension uuid-ossp in the programs that are fetched.
+    ldconfig -p | grep -q 'libossp-uuid\.so\.16' || packages+=(libossp-uuid16)
 fi
 if [ "${2:-}" = benchmark ]; then
     command -v pgbackrest >/dev/null || packages+=(pgbackrest)

@@ -30,6 +30,8 @@ from instance_manager.postgres.server import LocalPostgresError
 
 __all__ = ["own_template", "servers"]
 
+HOST = "localhost"
+"""A name, because the programs of Postgres 14 compare a certificate with no address."""
 BY_TLS = AccessSettings(application_networks=("127.0.0.1/32",), require_tls=True, replication_by_certificate=True)
 
 
@@ -41,14 +43,14 @@ class Files:
         self._owner = one.server.run_as
         self.make()
 
-    def make(self, name: str = "127.0.0.1") -> None:
+    def make(self, name: str = HOST) -> None:
         wanted = [certificates.member("a", [name]), certificates.REPLICATION, certificates.user("app")]
         certificates.make(self.root, wanted, cluster="tests", renew=False)
         for path in (self.root, *self.root.rglob("*")):
             if self._owner is not None:
                 os.chown(path, self._owner.uid, self._owner.gid)
 
-    def renew(self, name: str = "127.0.0.1") -> None:
+    def renew(self, name: str = HOST) -> None:
         shutil.rmtree(self.root / "members")
         self.make(name)
 
@@ -87,11 +89,11 @@ async def test_a_standby_is_cloned_and_streams_by_certificate_and_without_a_pass
     two.passfile.unlink()
     await clone(
         two.server,
-        replace(one.source(), tls=files.client("replication"), passfile=Path("/nowhere")),
+        replace(one.source(), host=HOST, tls=files.client("replication"), passfile=Path("/nowhere")),
         system_identifier=None,
     )
     conninfo = replication_conninfo(
-        host="127.0.0.1",
+        host=HOST,
         port=one.server.port,
         user=REPLICATION_ROLE,
         passfile=Path("/nowhere"),
@@ -123,7 +125,7 @@ async def test_neither_the_password_nor_another_certificate_replicates(
     one, files = await with_tls(servers)
     two = servers.new("b")
     with pytest.raises(LocalPostgresError, match=told):
-        await clone(two.server, replace(one.source(), tls=files.client(shown)), system_identifier=None)
+        await clone(two.server, replace(one.source(), host=HOST, tls=files.client(shown)), system_identifier=None)
 
 
 async def test_a_member_does_not_clone_from_a_server_with_another_hosts_certificate(servers: Servers) -> None:
@@ -141,7 +143,9 @@ async def test_a_member_does_not_clone_from_a_server_with_another_hosts_certific
     await wait_until(refused, what="the other certificate")
     two = servers.new("b")
     with pytest.raises(LocalPostgresError, match="does not match host name"):
-        await clone(two.server, replace(one.source(), tls=files.client("replication")), system_identifier=None)
+        await clone(
+            two.server, replace(one.source(), host=HOST, tls=files.client("replication")), system_identifier=None
+        )
 
 
 async def test_applications_get_in_by_tls_only(servers: Servers) -> None:
@@ -149,14 +153,14 @@ async def test_applications_get_in_by_tls_only(servers: Servers) -> None:
     await connect(one, files)
     with pytest.raises(asyncpg.InvalidAuthorizationSpecificationError, match="no encryption"):
         await asyncpg.connect(
-            host="127.0.0.1", port=one.server.port, user="app", password=APPLICATION_PASSWORD, database="app", ssl=False
+            host=HOST, port=one.server.port, user="app", password=APPLICATION_PASSWORD, database="app", ssl=False
         )
 
 
 async def test_a_renewed_certificate_is_served_after_a_reload_and_sessions_stay(servers: Servers) -> None:
     one, files = await with_tls(servers)
     kept = await asyncpg.connect(
-        host="127.0.0.1",
+        host=HOST,
         port=one.server.port,
         user="app",
         password=APPLICATION_PASSWORD,
@@ -178,7 +182,7 @@ async def test_a_renewed_certificate_is_served_after_a_reload_and_sessions_stay(
 async def connect(one: OwnServer, files: Files) -> str:
     """The server's serial number, as an application that verifies it sees it."""
     connection = await asyncpg.connect(
-        host="127.0.0.1",
+        host=HOST,
         port=one.server.port,
         user="app",
         password=APPLICATION_PASSWORD,
