@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import yaml
 from cluster_tools import (
     ask,
     cli,
@@ -204,9 +205,9 @@ def test_reload_lets_in_by_a_new_line_of_pg_hba_conf(lasting_cluster: LocalClust
     rules = "SELECT count(*) FROM pg_hba_file_rules WHERE address = '198.51.100.0'"
     assert superuser_sql(lasting_cluster, name, rules) == "0"
     try:
-        path.write_text(
-            text + "  host_based_access:\n  - host all all 198.51.100.0/24 scram-sha-256\n", encoding="utf-8"
-        )
+        content = yaml.safe_load(text)
+        content["postgres"]["host_based_access"] = ["host all all 198.51.100.0/24 scram-sha-256"]
+        path.write_text(yaml.safe_dump(content), encoding="utf-8")
         assert "reloaded" in done(lasting_cluster, name, "reload")
         assert superuser_sql(lasting_cluster, name, rules) == "1"
         assert is_writable(lasting_cluster, name)
