@@ -109,7 +109,7 @@ class PlainListener:
     async def close(self) -> None:
         """Accept nobody any more."""
         self._acceptor.stop()
-        await asyncio.gather(*self._handing_over)
+        await asyncio.gather(*self._handing_over, return_exceptions=True)
 
     def _take(self, connection: socket.socket, address: str) -> None:
         if self._is_done(connection, address):
