@@ -102,7 +102,7 @@ class Fetcher:
         self._counters = counters
         self._settings = settings
         self._gate = gate
-        self._spool = Spool(spool, niceness=niceness)
+        self._spool = Spool(spool, niceness=niceness, is_flushed_soon=place is None)
         self._prefetch = Prefetch(self._spool, parallel=settings.parallel, place=place)
         self._followed: tuple[_Request, TimelineChain] | None = None
         """The last question behind which segments were begun."""

@@ -28,10 +28,7 @@ class Place(Protocol):
     def room_bytes(self) -> int | None:
         """How much may lie there at once; None: as much as is wanted. OSError."""
 
-    async def make_durable(self, file: Path) -> None:
-        """Before it may be kept. OSError."""
-
-    async def keep(self, name: str, file: Path) -> Path:
+    def keep(self, name: str, file: Path) -> Path:
         """Bring it there; where it is then. OSError: it is nowhere."""
 
     def holds(self, name: str) -> bool:
@@ -53,10 +50,7 @@ class InSpool:
     def room_bytes(self) -> int | None:
         return None
 
-    async def make_durable(self, file: Path) -> None:
-        return
-
-    async def keep(self, name: str, file: Path) -> Path:
+    def keep(self, name: str, file: Path) -> Path:
         return file
 
     def holds(self, name: str) -> bool:
@@ -158,9 +152,7 @@ class Prefetch:
         async with self._turns:
             found = await get(name)
             if found is not None and self._is_ahead(name):
-                await self._place.make_durable(found)
-            if found is not None and self._is_ahead(name):
-                return await self._place.keep(name, found)
+                return self._place.keep(name, found)
             return found
 
     def _is_ahead(self, name: str) -> bool:

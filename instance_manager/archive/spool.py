@@ -3,7 +3,7 @@
 Whoever asked for a file renames it himself, in the event loop: a request that is over can no longer put anything into
 Postgres's place, whatever its threads still do.
 
-A file is not flushed here, the disk only begins on it. Nothing in this directory outlives the archiver that wrote it; Postgres
+A file is not flushed here, at most the disk begins on it. Nothing in this directory outlives the archiver that wrote it; Postgres
 flushes each file that it takes over before it reads it (`durable_rename` in KeepFileRestoredFromArchive, 14 to 18), pg_rewind the whole directory at
 its end; and what a crash of the machine loses is asked for again. A second flush in front of Postgres's own made replay a fifth slower.
 """
@@ -40,10 +40,12 @@ def allocate(file_descriptor: int, size_bytes: int) -> bool:
 class Spool:
     """One directory; `prepare` empties it."""
 
-    def __init__(self, directory: Path, *, niceness: int = 0) -> None:
-        """`niceness`: above 0, each thread that writes here gives way to Postgres from then on, for good."""
+    def __init__(self, directory: Path, *, niceness: int = 0, is_flushed_soon: bool = True) -> None:
+        """`niceness`: above 0, each thread that writes here gives way to Postgres from then on, for good. `is_flushed_soon`: by whoever
+        takes a file over, so that the disk begins on it at once."""
         self._directory = directory
         self._niceness = niceness
+        self._is_flushed_soon = is_flushed_soon
         self._is_prepared = False
 
     async def prepare(self) -> None:
@@ -74,7 +76,8 @@ class Spool:
                     view = memoryview(chunk)
                     while view:
                         view = view[file.write(view) :]
-                begin_writing(file.fileno())
+                if self._is_flushed_soon:
+                    begin_writing(file.fileno())
         except BaseException:
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -8,14 +8,15 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 from archive_harness import Desk, chain_of, until
-from fetch_steps import FORK, ON_2, SEGMENT, A, B, C, D, fill, put
+from fetch_steps import FORK, ON_2, SEGMENT, A, B, C, D, fill, hold_back, put
 from wal_builders import SIZE, SYSTEM, segment_content
 
+from instance_manager.archive import spool
 from instance_manager.archive.archiver import SPOOL
 from instance_manager.archive.content import sha256_of
 from instance_manager.archive.fetch import FetchSettings
@@ -23,7 +24,7 @@ from instance_manager.archive.recovery import openings, placing, serving
 from instance_manager.archive.recovery.serving import RecoveryArchive
 from instance_manager.archive.stores.patience import Patience
 from instance_manager.core.types import Lsn, TimelineChain
-from instance_manager.postgres.files import fsync_file
+from instance_manager.postgres.files import fsync_directory, fsync_file
 
 QUICK = Patience(total_s=5.0, attempt_s=5.0, attempts_max=2, first_pause_s=0.01)
 ROW = tuple(f"0000000100000000000000{number:02X}" for number in range(5, 15))
@@ -141,15 +142,7 @@ async def test_what_is_still_on_its_way_is_waited_for_without_a_question(
     local_desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await filled(local_desk, A, B, C)
-    held = asyncio.Event()
-    make_durable = placing.InPgWal.make_durable
-
-    async def slow(place: placing.InPgWal, file: Path) -> None:
-        if file.name.startswith(C):
-            await held.wait()
-        await make_durable(place, file)
-
-    monkeypatch.setattr(placing.InPgWal, "make_durable", slow)
+    let_go = hold_back(C, monkeypatch)
     async with asking(local_desk) as recovery:
         await recovery.read(A)
         await recovery.read(B)
@@ -158,51 +151,64 @@ async def test_what_is_still_on_its_way_is_waited_for_without_a_question(
         recovery.look()
         assert recovery.reads_alone
         assert not (local_desk.wal / C).exists()
-        held.set()
+        let_go.set()
         assert await reading == segment_content(C)
         assert recovery.came == [A, B]
 
 
 async def test_who_asks_for_what_is_on_its_way_waits_for_it(local_desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     await filled(local_desk, A, B)
-    held = asyncio.Event()
-    make_durable = placing.InPgWal.make_durable
-
-    async def slow(place: placing.InPgWal, file: Path) -> None:
-        await held.wait()
-        await make_durable(place, file)
-
-    monkeypatch.setattr(placing.InPgWal, "make_durable", slow)
+    let_go = hold_back(B, monkeypatch)
     async with asking(local_desk) as recovery:
         await recovery.asked(A)
         question = asyncio.create_task(recovery.ask(B))
         await until(lambda: recovery.came == [A, B])
         assert not question.done()
-        held.set()
+        let_go.set()
         # It is not the archiver's file any more when the answer comes, so it stays in the spool.
         assert await question in (0, 1)
         assert (local_desk.wal / B).read_bytes() == segment_content(B)
         assert recovery.ends_seen == 0
 
 
-async def test_a_name_comes_last_and_its_segment_is_flushed_before(
+async def test_nothing_waits_for_the_disk_before_it_opens_and_then_all_that_was_read_is_durable(
     local_desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    await filled(local_desk, A, B, C, D)
+    flushed: list[Path] = []
+
+    for flush in (fsync_file, fsync_directory):
+
+        def noted(path: Path, flush: Callable[[Path], None] = flush) -> None:
+            flush(path)
+            flushed.append(path)
+
+        monkeypatch.setattr(placing, flush.__name__, noted)
+    monkeypatch.setattr(spool, "begin_writing", lambda _: pytest.fail("the disk was made to begin"))
+    async with asking(local_desk) as recovery:
+        for name in (A, B, C):
+            await recovery.read(name)
+        await recovery.placed(D)
+        assert done_marks(local_desk) == {B, C, D}
+        assert flushed == []
+        await recovery.before_it_opens()
+        wal = local_desk.wal
+        assert {path.name for path in flushed[:-2]} == {A, B, C}
+        assert flushed[-2:] == [wal, wal / "archive_status"], "their names come behind them"
+
+
+async def test_a_disk_that_fails_where_it_is_to_be_durable_keeps_it_from_opening(
+    local_desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
     await filled(local_desk, A, B)
-    flushed: list[bytes] = []
-
-    async with asking(local_desk, ahead=1) as recovery:
-
-        def file_flushed(path: Path) -> None:
-            assert not (local_desk.wal / B).exists()
-            fsync_file(path)
-            flushed.append(path.read_bytes())
-
-        monkeypatch.setattr(placing, "fsync_file", file_flushed)
-        await recovery.asked(A)
-        await recovery.placed(B)
-        assert done_marks(local_desk) == {B}
-    assert flushed == [segment_content(B)]
+    async with asking(local_desk) as recovery:
+        await recovery.read(A)
+        monkeypatch.setattr(placing, "fsync_file", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            await recovery.before_it_opens()
 
 
 async def test_what_could_not_be_read_comes_anew(local_desk: Desk) -> None:
@@ -354,7 +360,7 @@ async def test_a_volume_without_room_gets_nothing_ahead(local_desk: Desk, monkey
         assert recovery.came[1:] == list(ROW[:4])
 
 
-@pytest.mark.parametrize("step", ["make_durable", "_take_place", "_mark_done"])
+@pytest.mark.parametrize("step", ["_take_place", "_mark_done"])
 async def test_what_finds_no_room_is_not_placed_and_leaves_nothing(
     local_desk: Desk, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -365,10 +371,7 @@ async def test_what_finds_no_room_is_not_placed_and_leaves_nothing(
         met.append(step)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    async def full_later(*_: object) -> int:
-        return full()
-
-    monkeypatch.setattr(placing.InPgWal, step, full_later if step == "make_durable" else full)
+    monkeypatch.setattr(placing.InPgWal, step, full)
     async with asking(local_desk) as recovery:
         await recovery.asked(A)
         await until(lambda: met and recovery._fetcher._prefetch._under_way[B].done())

@@ -17,12 +17,12 @@ import pytest
 from archive_harness import until
 from archiving_server import REPOSITORY, SEGMENT_BYTES, all_archived, archiving, insert, prepared
 from backup_harness import store_of, take
+from fetch_steps import hold_back
 from harness import BIN_DIRECTORY, Cluster, run_as
 from recovery_harness import ROWS, Restoration, archived, segments_in
 
 from instance_manager.archive.recovery import restore as restoring
 from instance_manager.archive.recovery.hidden_server import HiddenServer
-from instance_manager.archive.recovery.placing import InPgWal
 from instance_manager.archive.recovery.replay import Replay
 from instance_manager.archive.wal_names import SegmentSize
 from instance_manager.core.types import Lsn, parse_lsn
@@ -39,20 +39,14 @@ class Held:
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.name = name
         self.start = SIZE.start_lsn(SIZE.parse(name))
-        self.go = asyncio.Event()
+        self.go = hold_back(name, monkeypatch)
         self.replay: Replay | None = None
-        make_durable, until_there = InPgWal.make_durable, Replay._until_there
-
-        async def held(place: InPgWal, file: Path) -> None:
-            if file.name.startswith(name):
-                await self.go.wait()
-            await make_durable(place, file)
+        until_there = Replay._until_there
 
         async def replaying(replay: Replay) -> Any:
             self.replay = replay
             return await until_there(replay)
 
-        monkeypatch.setattr(InPgWal, "make_durable", held)
         monkeypatch.setattr(Replay, "_until_there", replaying)
 
     async def waits(self, restoration: Restoration) -> None:

@@ -105,6 +105,8 @@ async def replay(
     if from_pg_wal:
         copies = [str(source.server.data / "pg_wal" / name) for name in names]
         await asyncio.to_thread(subprocess.run, ["cp", "-a", *copies, str(wal)], check=True)
+    # Whatever writes back what was copied just now would do so beside replay.
+    await asyncio.to_thread(subprocess.run, ["sync", "--file-system", str(wal)], check=True)
     number = int(names[-1][8:16], 16) << 32 | int(names[-1][16:], 16) * SEGMENT_BYTES
     target_lsn = f"{number >> 32:X}/{number & 0xFFFFFFFF:X}"
     await peer.begin_restore(server, system_identifier(server.data))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import asyncpg
 
+from instance_manager.archive.recovery.sizes import replay_sizes
 from instance_manager.postgres.configuration import render_settings
 from instance_manager.postgres.control_data import ControlData, read_control_data
 from instance_manager.postgres.directory import disable_in_auto_conf
@@ -107,6 +108,7 @@ class HiddenServer:
             "max_locks_per_transaction": control.hot_standby.max_locks_per_transaction,
             "wal_level": control.wal_level,
             "wal_recycle": "off",
+            **replay_sizes(self._server.data_directory),
             "log_min_messages": "log" if log.isEnabledFor(logging.DEBUG) else "warning",
             **more,
             **self._raised,

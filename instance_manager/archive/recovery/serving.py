@@ -191,8 +191,11 @@ class RecoveryArchive:
         self._choose()
 
     async def before_it_opens(self) -> None:
-        """Nothing is placed any more, and what Postgres has not taken is removed: it is not of what comes now. It is to ask."""
+        """Nothing is placed any more, and what Postgres has not taken is removed: it is not of what comes now. What it has had is
+        durable from now on. It is to ask. OSError."""
         await self._fetcher.look_ahead(False)
+        if self._place is not None:
+            await self._place.make_durable()
         self._choose()
 
     def restore_command(self) -> str:
