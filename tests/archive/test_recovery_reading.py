@@ -27,6 +27,7 @@ from instance_manager.archive.recovery.replay import Replay
 from instance_manager.archive.wal_names import SegmentSize
 from instance_manager.core.types import Lsn, parse_lsn
 from instance_manager.ports import ObjectStore
+from instance_manager.postgres.configuration import parse_settings
 
 pytestmark = pytest.mark.timeout(300)
 SIZE = SegmentSize(SEGMENT_BYTES)
@@ -204,6 +205,38 @@ async def test_what_the_source_has_set_by_alter_system_turns_neither_where_the_l
     assert "work_mem = '5MB'" in settings
     assert "# wal_retrieve_retry_interval = '1h'" in settings, "kept for whoever wants to know it"
     assert await restoration.numbers() == set(range(20_000))
+
+
+async def test_nothing_that_the_source_has_set_by_alter_system_is_stronger_than_what_replay_needs(
+    cluster: Cluster, directory_section: dict[str, Any]
+) -> None:
+    """A machine of another size, other users and libraries, and a log that would go elsewhere, or be silent about where replay stopped."""
+    theirs = {
+        **{"shared_buffers": "7TB", "huge_pages": "on", "max_wal_size": "2MB", "hot_standby": "off", "fsync": "off"},
+        **{"logging_collector": "on", "log_destination": "csvlog", "log_error_verbosity": "verbose"},
+        **{"log_min_messages": "panic", "ssl": "on", "hba_file": "/nowhere/hba", "external_pid_file": "/nowhere/pid"},
+        **{"unix_socket_directories": "/nowhere", "unix_socket_group": "nobody-at-all", "port": "1"},
+        **{"session_preload_libraries": "not_there", "local_preload_libraries": "$libdir/plugins/neither"},
+    }
+    server, store = cluster.add("p"), store_of(directory_section)
+    with archiving(server, directory_section) as made:
+        await prepared(cluster, made)
+        for name, value in theirs.items():
+            await server.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+        await take(made, store)
+        await insert(server, 0, 10_000)
+        await server.fetchval("SELECT pg_create_restore_point('here')")
+        await insert(server, 10_000, 10_000)
+        await server.execute("SELECT pg_switch_wal()")
+        await server.execute("ALTER SYSTEM RESET ALL")
+        await server.stop()
+    restoration = Restoration(cluster.add("r"), store)
+    restored = await restoration.run(name="here")
+    assert "stopped at the target" in restored.reached.by
+    auto_conf = restoration.server.data_directory / "postgresql.auto.conf"
+    assert set(theirs) <= set(parse_settings(auto_conf.read_text())), "they are kept for its later life"
+    auto_conf.write_text("")
+    assert await restoration.numbers() == set(range(10_000))
 
 
 async def test_who_has_read_alone_asks_for_the_unfinished_tail_and_gets_all_of_it(

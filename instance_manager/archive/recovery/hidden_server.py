@@ -28,7 +28,7 @@ from instance_manager.postgres.sql import session
 
 log = logging.getLogger("instance_manager.archive.recovery")
 
-Settings = Mapping[str, str | int | float | bool]
+Settings = Mapping[str, str | int]
 
 STOP_DEADLINE_S = 600.0
 ASKING, READING = "asking.conf", "reading.conf"
@@ -41,6 +41,23 @@ NOT_THE_SOURCES = frozenset(
     {"restore_command", "wal_retrieve_retry_interval", "promote_trigger_file", "recovery_target"} | _TARGETS
 )
 """Where the log comes from, and where it ends. An agent would refuse each of them too (`parameters.FIXED`)."""
+NEUTRAL: Settings = {
+    **{
+        "primary_slot_name": "",
+        "synchronous_standby_names": "",
+        "recovery_min_apply_delay": "0",
+        "ssl": "off",
+        "huge_pages": "try",
+    },
+    **{"logging_collector": "off", "log_destination": "stderr", "log_error_verbosity": "default", "lc_messages": "C"},
+    **{
+        "session_preload_libraries": "",
+        "local_preload_libraries": "",
+        "unix_socket_group": "",
+        "external_pid_file": "",
+    },
+}
+"""Postgres's defaults, of what would keep it from starting here, from being asked, or from saying in its log where it is."""
 LOG_TAIL_BYTES = 64 << 10
 
 _PR_SET_PDEATHSIG = 1
@@ -77,6 +94,7 @@ class HiddenServer:
         self._reads_alone = reads_alone
         self._primary_conninfo = primary_conninfo
         self._process: asyncio.subprocess.Process | None = None
+        self._settings: dict[str, str | int] = {}
         self._raised: dict[str, int] = {}
         self._log_start = 0
         self.log_file = work_directory / "postgres.log"
@@ -92,7 +110,7 @@ class HiddenServer:
     async def write_configuration(self, more: Settings) -> None:
         """For the next start; `more` is above ours. LocalPostgresError; OSError."""
         control = await self.control()
-        settings: dict[str, str | int | float | bool] = {
+        self._settings = {
             "listen_addresses": "",
             "unix_socket_directories": str(self._work),
             "port": self._server.port,
@@ -114,8 +132,7 @@ class HiddenServer:
             **self._raised,
         }
         run_as = self._server.run_as
-        text = f"{render_settings(settings)}include '{WAY}'\n"
-        write_atomically(self._work / "postgresql.conf", text.encode(), run_as=run_as)
+        write_atomically(self._work / "postgresql.conf", f"include '{WAY}'\n".encode(), run_as=run_as)
         # The directory is closed to all but this user and Postgres's.
         write_atomically(self._work / "hba.conf", b"local all postgres trust\n", run_as=run_as)
         for name, command in {ASKING: self._restore_command(), READING: ""}.items():
@@ -138,11 +155,7 @@ class HiddenServer:
         # What the source wrote with ALTER SYSTEM must not turn any of these: the command line is above it. What a reload changes, or
         # is not always set, cannot be there.
         disable_in_auto_conf(self._server, NOT_THE_SOURCES)
-        above = {
-            **{"archive_mode": "off", "wal_recycle": "off", "recovery_min_apply_delay": "0"},
-            **{"primary_conninfo": self._primary_conninfo, "primary_slot_name": ""},
-            **{"synchronous_standby_names": "", "listen_addresses": ""},
-        }
+        above = {**NEUTRAL, **self._settings, "primary_conninfo": self._primary_conninfo}
         options = [part for name, value in above.items() for part in ("-c", f"{name}={value}")]
         argv = [
             *(self._server.program("postgres"), "-D", str(self._server.data_directory)),
