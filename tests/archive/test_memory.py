@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from archive_harness import Desk
+from wal_builders import SIZE, make_ready, segment_content
+
+from instance_manager.archive.layout import Piece
 from instance_manager.archive.stores.s3 import S3Settings, S3Store
 from instance_manager.archive.stores.s3_body import parts_of
 
@@ -79,3 +83,21 @@ def test_parts_are_what_was_given_cut_at_their_size() -> None:
         assert b"".join(parts) == b"".join(chunks)
         assert all(len(part) == 10 for part in parts[:-1])
         assert len(parts) == max(1, -(-sum(lengths) // 10))
+
+
+async def test_of_a_piece_of_the_unfinished_segment_only_the_compressed_form_is_in_memory(
+    local_desk: Desk,
+) -> None:
+    name = SIZE.next_name("000000010000000000000001")
+    content = segment_content(name)
+    make_ready(local_desk.wal, name, content)
+    path = local_desk.wal / name
+    piece = Piece(100, 32 << 20)
+    with path.open("r+b") as file:
+        file.truncate(piece.end)
+    streamer = local_desk.archiver.streamer
+    with peak_bytes() as peak:
+        prepared = streamer._prepared(name, piece)
+    assert prepared.sha256 == hashlib.sha256(path.read_bytes()[piece.start :]).hexdigest()
+    assert prepared.file_bytes == piece.end - piece.start
+    assert peak[0] < 4 << 20
