@@ -10,7 +10,7 @@ _M_ARENA_MAX = -8
 def use_one_heap() -> None:
     """To be called before the first thread: glibc would give each a heap of its own, and what is freed in those stays.
 
-    1 MiB less for the agent; for the archiver half of what it needs beyond its start (docs/benchmarks.md).
+    1 MiB less for the agent, for the archiver dozens.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
