@@ -42,13 +42,13 @@ class Minio:
         # Under the names that it looks for.
         shutil.copy(self.certificate, self._certificates / "public.crt")
         shutil.copy(key, self._certificates / "private.key")
-        self._address = f"127.0.0.1:{free_port()}"
-        self.url = f"https://{self._address}"
+        self.port = free_port()
+        self.url = f"https://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Until it serves. RuntimeError with its log: it does not."""
-        argv = [str(self._program), "server", "--quiet", "--address", self._address]
+        argv = [str(self._program), "server", "--quiet", "--address", f"127.0.0.1:{self.port}"]
         argv += ["--certs-dir", str(self._certificates), str(self._root / "drive")]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
