@@ -11,11 +11,11 @@ S3_VARIABLES := AWS_ACCESS_KEY_ID,AWS_SECRET_ACCESS_KEY,AWS_SESSION_TOKEN,AWS_PR
 MAJORS ?= 14 16 17 18
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser dashboard-pictures probe-latency kubernetes audit clean system monitoring-tools scrape-cost
+.PHONY: help demo test lint unit exhaustive exhaustive-deep simulate simulate-long broken-rules test-majors test-recovery test-barman test-minio benchmark-archive drill drill-ci image test-image test-browser dashboard-pictures probe-latency kubernetes audit clean system monitoring-tools scrape-cost
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-recovery test-barman benchmark-archive drill drill-ci image test-image test-browser dashboard-pictures probe-latency kubernetes audit clean"
+	@echo "targets: demo test lint simulate simulate-long exhaustive-deep broken-rules test-majors test-recovery test-barman test-minio benchmark-archive drill drill-ci image test-image test-browser dashboard-pictures probe-latency kubernetes audit clean"
 
 system:
 	@tests/install-system.sh "$(PYTHON)"
@@ -87,6 +87,11 @@ test-recovery: system $(VENV)/.made-for-tests
 # Base backups in every compression, theirs restored by us and ours by them.
 test-barman: system $(VENV)/.made-for-tests
 	BARMAN_EVERY=1 $(RUN) pytest -n 2 $(PYTEST_OPTIONS) tests/archive/test_backup_with_barman.py tests/archive/test_with_barman.py
+
+# Every store's tests over MinIO, a real S3 server that is killed and started again; the first time it is built, with Go, in ten minutes.
+test-minio: system $(VENV)/.made-for-tests
+	$(VENV)/bin/python tests/programs/minio_program.py
+	ARCHIVE_STORES=minio $(RUN) pytest -n 2 $(PYTEST_OPTIONS) -k minio -o python_files='test_*.py with_minio.py' tests/archive
 
 # Archiving and replay beside pgBackRest and barman-cloud (docs/benchmarks.md); the first time WAL is made, 2 GB in /tmp.
 benchmark-archive: system $(VENV)/.made-for-tests

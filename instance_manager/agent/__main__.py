@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
 import random
@@ -36,6 +35,7 @@ from instance_manager.agent.volume import VolumeDirectory, VolumeUnusable, boot_
 from instance_manager.certificate_sets import Certificates
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
 from instance_manager.config_sections import MemberSection
+from instance_manager.heap import use_one_heap
 from instance_manager.http.peers import PeerClient, PeerTls
 from instance_manager.http.server import ListenError, serve
 from instance_manager.http.token import TokenUnusable
@@ -47,8 +47,6 @@ from instance_manager.postgres.binaries import server_version
 from instance_manager.postgres.server import LocalPostgresError
 from instance_manager.postgres_log.relay import relaying
 from instance_manager.tls import CertificateUnusable
-
-_M_ARENA_MAX = -8
 
 log = logging.getLogger("instance_manager.agent")
 
@@ -232,18 +230,11 @@ def _fixed(configuration: Configuration) -> tuple[object, ...]:
     )
 
 
-def _use_one_heap() -> None:
-    """To be called before the first thread: glibc would give each a heap of its own, and what is freed in those stays. 1 MiB less."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_ARENA_MAX, 1)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="instance_manager.agent", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the instance's configuration file")
     arguments = parser.parse_args()
-    _use_one_heap()
+    use_one_heap()
     # Before it is read: what comes into its place meanwhile is read again.
     seen = signature(arguments.config)
     try:

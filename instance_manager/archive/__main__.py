@@ -26,6 +26,7 @@ from instance_manager.archive.where import make_store
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
 from instance_manager.config_sections import ArchiveSection
 from instance_manager.core.types import Timeline, parse_lsn
+from instance_manager.heap import use_one_heap
 from instance_manager.logs import logging_to
 from instance_manager.postgres.server import LocalServer, RunAs
 from instance_manager.postgres.sql import LocalSql, SqlUnavailable
@@ -133,6 +134,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="instance_manager.archive", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the instance's configuration file")
     arguments = parser.parse_args()
+    use_one_heap()
     try:
         configuration = load_configuration(arguments.config)
     except ConfigurationError as error:

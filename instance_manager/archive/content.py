@@ -51,7 +51,7 @@ def file_chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def sha256_of(chunks: Iterable[bytes]) -> str:
+def sha256_of(chunks: Iterable[bytes | memoryview]) -> str:
     """Of all chunks together, in hex."""
     digest = hashlib.sha256()
     for chunk in chunks:

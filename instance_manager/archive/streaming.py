@@ -14,15 +14,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from instance_manager.archive.content import MemoryContent
+from instance_manager.archive.content import MemoryContent, sha256_of
 from instance_manager.archive.counters import StreamCounters
 from instance_manager.archive.layout import Layout, Piece, joined_pieces
 from instance_manager.archive.orders import Orders
-from instance_manager.archive.upload import NotArchived, Prepared, Uploader
+from instance_manager.archive.upload import NotArchived, Prepared, Uploader, reused_chunks
 from instance_manager.archive.wal_names import Segment, wal_kind
 from instance_manager.core.types import Lsn, Timeline
 from instance_manager.ports import ObjectInfo, ObjectStore, ObjectStoreError
@@ -190,30 +190,34 @@ class Streamer:
         return [Ranked(piece, len(kept) - number) for number, piece in enumerate(kept, 1)]
 
     async def _is_same(self, name: str, piece: Piece, info: ObjectInfo) -> bool:
-        content = await self._read(name, piece)
-        return info.metadata.get("sha256") == hashlib.sha256(content).hexdigest()
+        digest = await self._threads.call(lambda: sha256_of(self._chunks(name, piece)), deadline_s=READ_DEADLINE_S)
+        return info.metadata.get("sha256") == digest
 
     async def _send(self, segment: Segment, piece: Piece, orders: Orders) -> None:
         name = orders.size.name(segment)
-        content = await self._read(name, piece)
-        if len(content) != piece.end - piece.start:
-            raise NotArchived(f"{name} holds only {piece.start + len(content)} bytes of {piece.end} that were flushed")
-        codec = self._layout.codec
-        packed = await self._threads.call(
-            lambda: tuple(codec.compressed([content], len(content))), deadline_s=READ_DEADLINE_S
-        )
-        prepared = Prepared(MemoryContent(packed), hashlib.sha256(content).hexdigest(), len(content))
+        prepared = await self._threads.call(lambda: self._prepared(name, piece), deadline_s=READ_DEADLINE_S)
         await self._uploader.create(self._layout.piece(name, piece), prepared, orders.epoch)
         self._counters.pieces += 1
-        self._counters.piece_bytes += len(content)
+        self._counters.piece_bytes += prepared.file_bytes
 
-    async def _read(self, name: str, piece: Piece) -> bytes:
-        def read() -> bytes:
-            with (self._wal_directory / name).open("rb", buffering=0) as file:
-                file.seek(piece.start)
-                return file.read(piece.end - piece.start)
+    def _prepared(self, name: str, piece: Piece) -> Prepared:
+        """Only its compressed form is ever whole in memory. NotArchived; OSError."""
+        digest, wanted = hashlib.sha256(), piece.end - piece.start
 
-        return await self._threads.call(read, deadline_s=READ_DEADLINE_S)
+        def checked() -> Iterator[memoryview]:
+            length = 0
+            for chunk in self._chunks(name, piece):
+                digest.update(chunk)
+                length += len(chunk)
+                yield chunk
+            if length != wanted:
+                raise NotArchived(f"{name} holds only {piece.start + length} bytes of {piece.end} that were flushed")
+
+        packed = tuple(self._layout.codec.compressed(checked(), wanted))
+        return Prepared(MemoryContent(packed), digest.hexdigest(), wanted)
+
+    def _chunks(self, name: str, piece: Piece) -> Iterator[memoryview]:
+        return reused_chunks(self._wal_directory / name, piece.start, piece.end)
 
     async def _remove_durable(self) -> None:
         for name in sorted(self._durable):

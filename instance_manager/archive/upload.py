@@ -95,7 +95,7 @@ def prepare(path: Path, name: str, codec: Codec, size: SegmentSize, system_ident
     digest, stored_digest = hashlib.sha256(), hashlib.sha256()
 
     def checked() -> Iterator[memoryview]:
-        for number, chunk in enumerate(_reused_chunks(path)):
+        for number, chunk in enumerate(reused_chunks(path)):
             if number == 0 and is_segment:
                 _check(bytes(chunk[:HEADER_BYTES]), name, size, system_identifier)
             if not is_known_as_stored:
@@ -127,11 +127,16 @@ def prepare(path: Path, name: str, codec: Codec, size: SegmentSize, system_ident
     return Prepared(content, digest.hexdigest(), before.st_size)
 
 
-def _reused_chunks(path: Path) -> Iterator[memoryview]:
-    """The file from its start, each chunk in the same place as the one before: new memory for each costs a fifth more."""
+def reused_chunks(path: Path, first: int = 0, behind: int | None = None) -> Iterator[memoryview]:
+    """A file, or its bytes from `first` to `behind`, each chunk in the same place as the one before: new memory for each costs a fifth more.
+
+    Fewer where the file ends earlier. OSError.
+    """
     buffer = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as file:
-        while length := file.readinto(buffer):
+        file.seek(first)
+        while length := file.readinto(buffer if behind is None else buffer[: behind - first]):
+            first += length
             yield buffer[:length]
 
 

@@ -15,6 +15,7 @@ from instance_manager.archive.stores.directory import DirectoryStore
 from instance_manager.archive.stores.s3 import S3Settings, S3Store
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
 from instance_manager.config_sections import ArchiveSection, S3Section
+from instance_manager.heap import use_one_heap
 from instance_manager.ports import ObjectStore, ObjectStoreError
 
 LOOK_DEADLINE_S = 30.0
@@ -142,6 +143,7 @@ def carry_out(namespace: argparse.Namespace, work: Callable[[Where], Awaitable[i
         finally:
             await where.store.close()
 
+    use_one_heap()
     try:
         return asyncio.run(run())
     except WrongUse as error:

@@ -178,10 +178,12 @@ async def all_archived(server: PostgresProcess, *, deadline_s: float = 60.0) -> 
     """Finish the segment, and wait until Postgres says that it is archived; its name."""
     # A switch of an empty segment returns the boundary, which Postgres 17 and later count to the segment behind it.
     name = str(await server.fetchval("SELECT pg_walfile_name(pg_switch_wal() - 1)"))
+    # What was archived last may be a backup's label that came behind it.
+    done = server.data / "pg_wal/archive_status" / f"{name}.done"
     end_s = time.monotonic() + deadline_s
     while True:
         row = (await server.fetch("SELECT * FROM pg_stat_archiver"))[0]
-        if (row["last_archived_wal"] or "")[:24] >= name:
+        if (row["last_archived_wal"] or "")[:24] >= name or done.exists():
             return name
         assert time.monotonic() < end_s, (dict(row), server.log_text()[-2000:])
         await asyncio.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,7 +20,11 @@ from instance_manager.ports import ObjectStore
 # Real servers, as the tests of Postgres use them.
 sys.path.append(str(Path(__file__).parent.parent / "postgres"))
 from harness import Cluster
+from minio_server import Minio, minio_server
 from postgres_fixtures import cluster, postgres_template  # noqa: F401 - fixtures
+
+STORES = os.environ.get("ARCHIVE_STORES", "directory s3").split()
+"""What the tests of every store run over; `make test-minio` says another, which has to be built."""
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +68,30 @@ def directory_store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(root, page_entries=10)
 
 
-@pytest.fixture(params=["directory", "s3"])
+@pytest.fixture(scope="session")
+def minio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Minio]:
+    with minio_server(tmp_path_factory.mktemp("minio")) as made:
+        yield made
+
+
+@pytest.fixture
+def minio_bucket(minio: Minio) -> str:
+    return make_bucket(minio.url, minio.certificate)
+
+
+@pytest.fixture
+async def minio_store(minio: Minio, minio_bucket: str) -> AsyncIterator[S3Store]:
+    """Over TLS, and with nothing of ours in between."""
+    made = S3Store(settings_for(minio.url, minio_bucket, ca_file=minio.certificate, page_entries=10))
+    yield made
+    await made.close()
+
+
+@pytest.fixture(params=STORES)
 def store(request: pytest.FixtureRequest) -> ObjectStore:
-    """Both, for what every store must do."""
-    made: ObjectStore = request.getfixturevalue("directory_store" if request.param == "directory" else "s3")
+    """Each, for what every store must do."""
+    fixtures = {"directory": "directory_store", "s3": "s3", "minio": "minio_store"}
+    made: ObjectStore = request.getfixturevalue(fixtures[request.param])
     return made
 
 
@@ -107,7 +132,13 @@ def directory_section(cluster: Cluster) -> dict[str, Any]:  # noqa: F811 - the f
     return {"directory": str(root)}
 
 
-@pytest.fixture(params=["directory", "s3"])
+@pytest.fixture
+def minio_section(minio: Minio, minio_bucket: str) -> dict[str, Any]:
+    place = {"bucket": minio_bucket, "prefix": "pre/fix", "endpoint": minio.url, "region": REGION, "path_style": True}
+    return {"s3": {**place, "ca_file": str(minio.certificate)}}
+
+
+@pytest.fixture(params=STORES)
 def section(request: pytest.FixtureRequest) -> dict[str, Any]:
     made: dict[str, Any] = request.getfixturevalue(f"{request.param}_section")
     return made

@@ -6,6 +6,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
@@ -39,7 +40,7 @@ def s3_server() -> Iterator[str]:
         server.stop()
 
 
-def admin(url: str) -> S3Client:
+def admin(url: str, ca_file: Path | None = None) -> S3Client:
     """A client past the proxy, to prepare and to look."""
     return boto3.client(
         "s3",
@@ -47,13 +48,14 @@ def admin(url: str) -> S3Client:
         region_name=REGION,
         aws_access_key_id=CREDENTIALS["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        verify=None if ca_file is None else str(ca_file),
         config=Config(s3={"addressing_style": "path"}),
     )
 
 
-def make_bucket(url: str) -> str:
+def make_bucket(url: str, ca_file: Path | None = None) -> str:
     name = f"bucket-{uuid.uuid4().hex[:12]}"
-    admin(url).create_bucket(Bucket=name)
+    admin(url, ca_file).create_bucket(Bucket=name)
     return name
 
 

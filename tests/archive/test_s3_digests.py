@@ -12,7 +12,7 @@ import pytest
 from certificates import make_certificate
 from s3_server import FaultProxy, admin, settings_for
 
-from instance_manager.archive.content import MemoryContent, read_object
+from instance_manager.archive.content import FileContent, MemoryContent, read_object
 from instance_manager.archive.stores.s3 import S3Store
 from instance_manager.ports import ContentDamaged, ObjectExists
 
@@ -82,6 +82,15 @@ async def test_what_is_damaged_on_its_way_is_refused_by_the_store_and_the_next_t
     assert await read_object(store, "a/1", deadline_s=DEADLINE_S) is None
     await put(store)
     assert await read_object(store, "a/1", deadline_s=DEADLINE_S) == CONTENT
+
+
+async def test_a_content_that_ends_while_it_is_sent_is_damaged_and_not_stored(store: S3Store, tmp_path: Path) -> None:
+    """Within TLS nothing reads it before."""
+    path = tmp_path / "short"
+    path.write_bytes(CONTENT)
+    with pytest.raises(ContentDamaged, match="ended after 300000 of 300001 bytes"):
+        await store.create("a/1", FileContent(path, len(CONTENT) + 1), deadline_s=DEADLINE_S)
+    assert await read_object(store, "a/1", deadline_s=DEADLINE_S) is None
 
 
 async def test_an_answer_with_another_sha256_is_believed_only_after_reading_back(

@@ -1,6 +1,6 @@
 """Archiving and replay, ours beside pgBackRest and barman-cloud: the same WAL, store and codec, runs interleaved.
 
-python archive_benchmark.py --segments 100 --rounds 3 [--store s3|directory] [--delay-ms 30] [--peers ...] [--no-replay]
+python archive_benchmark.py --segments 100 --rounds 3 [--store s3|minio|directory] [--delay-ms 30] [--peers ...] [--no-replay]
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ sys.path[:0] = [str(TESTS / folder) for folder in ("postgres", "archive")]
 
 from certificates import make_certificate  # noqa: E402
 from measure import CpuMeter, adopt_orphans  # noqa: E402
-from peers import REPLAYED_MAX, BarmanCloud, Moved, Nothing, Ours, Peer, PgBackRest, Placed, Store  # noqa: E402
+from minio_server import minio_server  # noqa: E402
+from peers import BUCKET, REPLAYED_MAX, BarmanCloud, Moved, Nothing, Ours, Peer, PgBackRest, Placed, Store  # noqa: E402
 from runs import archive, replay, stand_in  # noqa: E402
+from s3_server import admin  # noqa: E402
 from wal_source import WalSource, emptied, wal_source  # noqa: E402
 
 DEFAULT_ROOT = Path("/tmp/instance-manager-benchmark")
@@ -44,6 +46,14 @@ async def one_run(source: WalSource, name: str, arguments: argparse.Namespace, r
         if arguments.store == "directory":
             store = Store(certificate, directory=directory)
             await measured(source, peer_of(name, store, arguments.parallel, work), arguments, root, meter, results)
+            return
+        if arguments.store == "minio":
+            with minio_server(directory) as minio:
+                assert minio.process is not None
+                admin(minio.url, minio.certificate).create_bucket(Bucket=BUCKET)
+                store = Store(minio.certificate, port=minio.port)
+                meter.left_out = frozenset({minio.process.pid})
+                await measured(source, peer_of(name, store, arguments.parallel, work), arguments, root, meter, results)
             return
         with stand_in(directory, certificate, key, arguments.delay_ms) as process:
             assert process.stdout is not None
@@ -109,8 +119,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segments", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--store", choices=["s3", "directory"], default="s3")
-    parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument("--store", choices=["s3", "minio", "directory"], default="s3")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="for each request of the stand-in")
     parser.add_argument(
         "--wal", choices=["pages", "changes"], default="pages", help="mostly full pages, or few of them"
     )

@@ -82,8 +82,13 @@ def waited_for_s() -> float:
 
 
 def peak_resident_mib(pid: int) -> float:
-    """VmHWM since the process began."""
+    """VmHWM since the process began, or since `forget_peak`."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) / 1024
     raise ValueError(f"{pid} has no VmHWM")
+
+
+def forget_peak(pid: int) -> None:
+    """From now on it counts anew, from what the process has."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")

@@ -100,12 +100,15 @@ async def _make(root: Path, count: int, *, full_pages: bool) -> None:
     before = root / "before"
     if not before.exists():
         shutil.rmtree(server.data, ignore_errors=True)
-        await _make_before(server, before)
+        await make_before(server, SCALE)
+        copy = before.with_name("before.new")
+        await asyncio.to_thread(subprocess.run, ["cp", "-a", str(server.data), str(copy)], check=True)
+        copy.replace(before)
     if not full_pages:
         server.configure(max_wal_size="1TB")
     await server.start(deadline_s=120)
     while len(found := _finished(server)) < count:
-        _pgbench(server, "-n", "-M", "prepared", "-c", "4", "-T", "2")
+        pgbench(server, "-n", "-M", "prepared", "-c", "4", "-T", "2")
         if full_pages:
             # The next touch of each page is logged with the whole page, as on a server with more data and more time.
             await server.execute("CHECKPOINT")
@@ -113,7 +116,8 @@ async def _make(root: Path, count: int, *, full_pages: bool) -> None:
     (root / "segments.json").write_text(json.dumps(found))
 
 
-async def _make_before(server: PostgresProcess, before: Path) -> None:
+async def make_before(server: PostgresProcess, scale: int) -> None:
+    """With pgbench's tables, stopped."""
     _run(
         ["initdb", "--no-sync", "--data-checksums", "--auth=trust", "--username=postgres", "-D", str(server.data)],
         server,
@@ -122,13 +126,10 @@ async def _make_before(server: PostgresProcess, before: Path) -> None:
         file.write("".join(f"{name} = '{value}'\n" for name, value in SETTINGS.items()))
         file.write("include_if_exists 'test.conf'\n")
     await server.start()
-    _pgbench(server, "-i", "-s", str(SCALE), "-q")
+    pgbench(server, "-i", "-s", str(scale), "-q")
     await server.stop(deadline_s=60)
     for path in (server.data / "pg_wal/archive_status").iterdir():
         path.unlink()
-    copy = before.with_name("before.new")
-    await asyncio.to_thread(subprocess.run, ["cp", "-a", str(server.data), str(copy)], check=True)
-    copy.replace(before)
 
 
 def _finished(server: PostgresProcess) -> list[str]:
@@ -137,7 +138,7 @@ def _finished(server: PostgresProcess) -> list[str]:
     return sorted({path.stem for path in status.iterdir()})
 
 
-def _pgbench(server: PostgresProcess, *options: str) -> None:
+def pgbench(server: PostgresProcess, *options: str) -> None:
     _run(["pgbench", "-h", str(server.socket), "-p", str(server.port), "-U", "postgres", *options, "postgres"], server)
 
 

@@ -10,7 +10,6 @@ the release index of envtest, the Go modules of Kubernetes and etcd. The system'
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -20,15 +19,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "programs"))
+
+import go_programs
+from go_programs import GoProgram, Say, build, locked
+from go_programs import Unavailable as Unavailable
 
 VERSION = "1.34.1"
 TOOLS = Path(__file__).resolve().parent / "tools"
@@ -40,14 +42,7 @@ PACKAGES = {
 }
 """The Go package of each program."""
 SYSTEM_PATH = ":/usr/bin:/usr/sbin"
-REPORT_INTERVAL_S = 15.0
 REQUEST_DEADLINE_S = 20.0
-
-Say = Callable[[str], None]
-
-
-class Unavailable(Exception):
-    """A program can be had in no way; the text says which, and what was tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +62,7 @@ class Sources:
 
 
 def cache_directory() -> Path:
-    """One folder per version, so that a new one never mixes with an old one."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    return Path(base) / "instance-manager" / f"kubernetes-{VERSION}"
+    return go_programs.cache_directory(f"kubernetes-{VERSION}")
 
 
 def find() -> Programs:
@@ -89,7 +82,7 @@ def provide(say: Say = print, sources: Sources | None = None) -> Programs:
     """Fetch or build what is missing; only one process at a time does it. Unavailable."""
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / "lock", say):
+    with locked(cache / "lock", say):
         with contextlib.suppress(Unavailable):
             return find()
         tried = [attempt for attempt in (_download(cache, sources or Sources(), say), _build(cache, say)) if attempt]
@@ -115,17 +108,6 @@ def _is_new_enough(etcd: str) -> bool:
     said = subprocess.run([etcd, "--version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"etcd Version: 3\.(\d+)\.(\d+)", said)
     return found is not None and (int(found[1]), int(found[2])) >= {"4": (4, 31)}.get(found[1], (5, 13))
-
-
-@contextlib.contextmanager
-def _locked(path: Path, say: Say) -> Iterator[None]:
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is fetching the programs; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # --- download ---
@@ -182,55 +164,12 @@ def _place(path: Path, content: bytes) -> None:
 
 
 def _build(cache: Path, say: Say) -> str | None:
-    """Build with Go what is missing yet; the reason why not, else None."""
-    missing = [name for name in PACKAGES if _look(name) is None]
-    if not missing:
-        return None
-    if shutil.which("go") is None:
-        return "build: there is no go (1.24 or later)"
-    for name in missing:
-        try:
-            _build_one(cache / name, say)
-        except (OSError, subprocess.CalledProcessError) as error:
-            detail = error.stderr if isinstance(error, subprocess.CalledProcessError) and error.stderr else error
-            return f"build of {name}: {detail}"
-    return None
-
-
-def _build_one(path: Path, say: Say) -> None:
-    package = PACKAGES[path.name]
-    environment = {**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly"}
-    say(f"{path.name}: listing packages (the first time, modules are downloaded)")
-    listed = subprocess.run(
-        ["go", "list", "-deps", package], cwd=TOOLS, env=environment, capture_output=True, text=True, check=True
-    )
-    total = len(listed.stdout.split())
+    """What is missing yet; the reason why not, else None."""
     major, minor, _ = VERSION.split(".")
     version = "k8s.io/component-base/version.git"
-    flags = f"-s -w -X {version}Version=v{VERSION} -X {version}Major={major} -X {version}Minor={minor}"
-    new = path.with_name(f"{path.name}.new")
-    command = ["nice", "-n", "10", "go", "build", "-v", "-p", str(os.cpu_count() or 1), "-trimpath", "-buildvcs=false"]
-    began_s = time.monotonic()
-    with subprocess.Popen(
-        [*command, "-ldflags", flags, "-o", str(new), package],
-        cwd=TOOLS,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as build:
-        assert build.stderr is not None
-        lines: list[str] = []
-        reader = threading.Thread(target=lines.extend, args=(build.stderr,), daemon=True)
-        reader.start()
-        while build.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                build.wait(REPORT_INTERVAL_S)
-            minutes = (time.monotonic() - began_s) / 60
-            say(f"{path.name}: {len(lines)} of at most {total} packages compiled, {minutes:.1f} minutes")
-        reader.join()
-    if build.returncode != 0:
-        raise subprocess.CalledProcessError(build.returncode, "go build", stderr="".join(lines[-20:]))
-    new.replace(path)
+    flags = f"-X {version}Version=v{VERSION} -X {version}Major={major} -X {version}Minor={minor}"
+    missing = [name for name in PACKAGES if _look(name) is None]
+    return build([GoProgram(name, PACKAGES[name], TOOLS, flags) for name in missing], cache, say)
 
 
 def main() -> int:

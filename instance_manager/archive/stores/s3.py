@@ -285,11 +285,13 @@ class S3Store:
         tags: list[CompletedPartTypeDef] = []
         digests = []
         try:
-            for number, part in enumerate(parts_of(content.chunks(), self._settings.part_bytes), 1):
-                whole.update(part.joined)
-                size += len(part.joined)
+            for part in parts_of(content.chunks(), self._settings.part_bytes):
+                part.add_to(whole)
+                size += part.size_bytes
                 digests.append(part.md5)
+                number = len(digests)
                 tags.append({"PartNumber": number, "ETag": self._upload_part(name, upload_id, number, part, end_s)})
+                del part  # else it is there until the next one is complete
             answer = s3.complete_multipart_upload(
                 **self._place(name), **self._condition, UploadId=upload_id, MultipartUpload={"Parts": tags}
             )

@@ -18,13 +18,13 @@ PIECE_BYTES = 256 << 10
 class Body(io.RawIOBase):
     """A file-like object over a content of known size. Reading past the deadline raises TimeoutError."""
 
-    def __init__(self, content: Content, size_bytes: int, end_s: float) -> None:
+    def __init__(self, content: Content | Part, size_bytes: int, end_s: float) -> None:
         super().__init__()
         self._content = content
         self._size_bytes = size_bytes
         self._end_s = end_s
         self._position = 0
-        self._chunks = content.chunks()
+        self._chunks: Iterator[bytes | memoryview] = content.chunks()
         self._left = memoryview(b"")
 
     def __len__(self) -> int:
@@ -75,31 +75,42 @@ class Body(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a larger upload, in memory."""
+    """One part of a larger upload, in memory, in the pieces that it came in: joined it would be there twice."""
 
-    joined: bytes
+    pieces: tuple[memoryview, ...]
 
     @property
     def size_bytes(self) -> int:
-        return len(self.joined)
+        return sum(map(len, self.pieces))
 
     @cached_property
     def md5(self) -> bytes:
-        return hashlib.md5(self.joined, usedforsecurity=False).digest()
+        digest = hashlib.md5(usedforsecurity=False)
+        self.add_to(digest)
+        return digest.digest()
 
-    def chunks(self) -> Iterator[bytes]:
-        yield self.joined
+    def add_to(self, digest: hashlib._Hash) -> None:
+        for piece in self.pieces:
+            digest.update(piece)
+
+    def chunks(self) -> Iterator[memoryview]:
+        return iter(self.pieces)
 
 
 def parts_of(chunks: Iterable[bytes], part_bytes: int) -> Iterator[Part]:
-    """The chunks in parts of `part_bytes`, the last one shorter; one empty part for no chunks."""
-    collected = bytearray()
-    sent = False
+    """The chunks in parts of `part_bytes`, the last one shorter; one empty part for no chunks. None is held here once the next is asked for."""
+    pieces: list[memoryview] = []
+    room, sent = part_bytes, False
     for chunk in chunks:
-        collected += chunk
-        while len(collected) >= part_bytes:
-            yield Part(bytes(memoryview(collected)[:part_bytes]))
-            sent = True
-            del collected[:part_bytes]
-    if collected or not sent:
-        yield Part(bytes(collected))
+        left = memoryview(chunk)
+        while len(left) >= room:
+            pieces.append(left[:room])
+            left = left[room:]
+            part, pieces, room, sent = Part(tuple(pieces)), [], part_bytes, True
+            yield part
+            del part
+        if left:
+            pieces.append(left)
+            room -= len(left)
+    if pieces or not sent:
+        yield Part(tuple(pieces))

@@ -95,6 +95,9 @@ def from_failure(error: Exception, what: str) -> ObjectStoreError:
         return StoreForbidden(
             f"{what}: {error}: give archive.s3.credentials_file, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a web identity"
         )
+    raised = error.kwargs.get("error") if isinstance(error, boto.HTTPClientError) else None
+    if isinstance(raised, ContentDamaged):
+        return raised  # by the content itself, while it was sent
     said = str(error)
     if _INVALID_HEADER in said:
         # Its text holds the session token, or the access key.
