@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from archiving_server import ArchivingServer, all_archived, insert, system_identifier
@@ -29,6 +31,19 @@ UID = "0123456789abcdef"
 SOURCE = Origin("orders", UID)
 TWO = Timeline(2)
 KEPT = set(range(2000))
+DEADLINE_S = 90.0
+JOIN_PATIENCE_S = 30.0
+"""Of these tests: in a cluster it is an hour until the standby takes connections, as it may have much to replay again."""
+
+_T = TypeVar("_T")
+
+
+async def in_time(making: Awaitable[_T], said: list[str]) -> _T:
+    """AssertionError at the deadline, with what it said last."""
+    try:
+        return await asyncio.wait_for(making, DEADLINE_S)
+    except TimeoutError:
+        raise AssertionError(f"no directory within {DEADLINE_S:g} s; it said last: {said[-5:]}") from None
 
 
 async def two_histories(made: ArchivingServer, section: dict[str, Any]) -> str:
@@ -93,7 +108,7 @@ class Making:
         self.process.own(self.server.data_directory)
         async with AsyncExitStack() as stack:
             choice = await choose(self.configuration, request, stack)
-            return await make_replica(
+            making = make_replica(
                 self.server,
                 choice,
                 request,
@@ -101,6 +116,7 @@ class Making:
                 on_failure=self.said.append,
                 settings=replace(SETTINGS, replay=ReplaySettings(outage_patience_s=5)),
             )
+            return await in_time(making, self.said)
 
     async def end(self, chain: TimelineChain) -> WalEnd:
         """Of its log, as a directory is judged by the agent before it follows."""
