@@ -18,6 +18,7 @@ from instance_manager.archive.recovery.origin import ORIGIN_FILE, Origin, render
 from instance_manager.archive.recovery.replay import ReplaySettings
 from instance_manager.archive.recovery.replica import make_replica
 from instance_manager.archive.recovery.replica_choice import Choice, choose
+from instance_manager.archive.recovery.replica_places import make_places
 from instance_manager.archive.recovery.replica_request import ReplicaRequest
 from instance_manager.config import Configuration, load_configuration
 from instance_manager.core.types import Lsn, Timeline, TimelineChain, WalEnd, parse_lsn
@@ -82,7 +83,7 @@ class Making:
 
     async def request(self, **changes: Any) -> ReplicaRequest:
         """As of an agent whose record begins with timeline 2."""
-        history = (self.primary.data / "pg_wal" / "00000002.history").read_text()
+        history = self.primary.data / "pg_wal" / "00000002.history"
         return replace(
             ReplicaRequest(
                 system_identifier=str(await system_identifier(self.primary)),
@@ -91,7 +92,7 @@ class Making:
                 chain=TimelineChain(TWO),
                 position=parse_lsn(await self.primary.fetchval("SELECT pg_current_wal_flush_lsn()::text")),
                 primary_conninfo=conninfo(self.primary, "replica"),
-                history=history,
+                history=history.read_text() if history.exists() else "",
                 origin=SOURCE,
                 keeps_fork=True,
             ),
@@ -108,6 +109,7 @@ class Making:
         self.process.own(self.server.data_directory)
         async with AsyncExitStack() as stack:
             choice = await choose(self.configuration, request, stack)
+            make_places(choice.tablespaces | choice.younger, self.process.server)
             making = make_replica(
                 self.server,
                 choice,
