@@ -53,18 +53,18 @@ def of_source(section: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_from_the_sources_archive_it_gets_nothing_past_the_fork_and_follows_the_new_timeline(
-    cluster: Cluster, directory_section: dict[str, Any]
+    cluster: Cluster, section: dict[str, Any]
 ) -> None:
     source = cluster.add("p")
-    with archiving(source, directory_section) as made:
+    with archiving(source, section) as made:
         await prepared(cluster, made)
-        moment = await two_histories(made, directory_section)
-        primary = await recovered_primary(cluster, directory_section, time=moment)
+        moment = await two_histories(made, section)
+        primary = await recovered_primary(cluster, section, time=moment)
         # The source writes on, and archives it.
         await insert(source, 200_000, 3000)
         await all_archived(source)
     await insert(primary, 2000, 500)
-    making = Making(cluster, "s", primary, of_source(directory_section))
+    making = Making(cluster, "s", primary, of_source(section))
     fork = fork_of(primary)
     assert await making.run() == fork
     control = await read_control_data(making.server)
