@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness import wait_until
+from harness import frozen, processes_of, title_of, wait_until
 from own_fixtures import own_template, servers
 from own_server import OwnServer, Servers
 
@@ -101,27 +99,24 @@ async def test_a_killed_agent_leaves_nobody_who_still_writes_into_tablespaces(se
     primary = await servers.primary()
     copy = servers.new("b")
     agent = multiprocessing.get_context("spawn").Process(target=clone_alone, args=(copy.server, primary.source()))
-    agent.start()
 
     async def begun() -> list[int]:
         return programs(str(copy.data))
 
-    found: list[int] = []
+    # The source has a checkpoint to make first, and does not.
+    (checkpointer,) = (pid for pid in processes_of(primary.data) if "checkpointer" in title_of(pid))
     try:
-        found = await wait_until(begun, deadline_s=20, what="pg_basebackup", interval_s=0.001)
-        for pid in found:
-            os.kill(pid, signal.SIGSTOP)
-        (half,) = inspect_directory(copy.server).leftovers
-        agent.kill()
-        agent.join()
-        # It waits for the last of them.
-        assert remove_leftovers(copy.server) == (half,)
-        assert programs(str(copy.data)) == []
+        with frozen(checkpointer):
+            agent.start()
+            await wait_until(begun, deadline_s=20, what="pg_basebackup")
+            (half,) = inspect_directory(copy.server).leftovers
+            agent.kill()
+            agent.join()
+            # It waits for the last of them.
+            assert remove_leftovers(copy.server) == (half,)
+            assert programs(str(copy.data)) == []
     finally:
         agent.kill()
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
 
 
 def programs(data_directory: str) -> list[int]:
