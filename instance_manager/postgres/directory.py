@@ -31,7 +31,7 @@ from instance_manager.postgres.files import (
     write_atomically,
 )
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
-from instance_manager.postgres.tablespaces import remove_places
+from instance_manager.postgres.tablespaces import kept_places, remove_aside, remove_places, take_along
 from instance_manager.postgres.wal_dump import VIEW_MARK
 from instance_manager.threads import monotonic_s
 
@@ -231,7 +231,7 @@ def discard_copy(server: LocalServer, staging: Path) -> None:
 
 
 def set_aside(server: LocalServer, *, kept: int = 1) -> Path:
-    """Rename the data directory to `<data>.set-aside-<n>`, so that a new one can take its place.
+    """Rename the data directory to `<data>.set-aside-<n>`, and its tablespaces alike, so that new ones can take their place.
 
     `kept`: how many of these stay, this one included; the oldest beyond are deleted, for the volume's space. The
     directory must not be a voter's (R6), and no server may run on it. DirectoryRefused: it is missing or foreign.
@@ -246,9 +246,16 @@ def set_aside(server: LocalServer, *, kept: int = 1) -> Path:
     target = server.data_directory.with_name(f"{server.data_directory.name}{SET_ASIDE_MARK}{number}")
     server.data_directory.rename(target)
     fsync_directory(target.parent)
+    take_along(target, _suffix_of(target))
     for path in (*earlier, target)[:-kept]:
-        shutil.rmtree(path)
+        remove_aside(path, _suffix_of(path))
     return target
+
+
+def places_kept_by_others(server: LocalServer) -> dict[Path, list[Path]]:
+    """By the directory that was set aside: where a tablespace of it still is, and no other can be. OSError."""
+    asides = _set_aside_directories(server.data_directory)
+    return {aside: kept for aside in asides if (kept := kept_places(aside, _suffix_of(aside)))}
 
 
 def create_standby_signal(server: LocalServer, directory: Path | None = None) -> None:
@@ -338,6 +345,10 @@ def _beside(data: Path, pattern: re.Pattern[str]) -> tuple[Path, ...]:
 
 def _set_aside_directories(data: Path) -> tuple[Path, ...]:
     return tuple(sorted(_beside(data, _SET_ASIDE), key=_set_aside_number))
+
+
+def _suffix_of(aside: Path) -> str:
+    return f"{SET_ASIDE_MARK}{_set_aside_number(aside)}"
 
 
 def _set_aside_number(path: Path) -> int:

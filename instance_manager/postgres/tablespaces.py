@@ -7,13 +7,16 @@ what is surely the copy's is removed. All functions block on the disk.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from instance_manager.postgres.files import read_if_present
+from instance_manager.postgres.files import fsync_directory, read_if_present
+
+log = logging.getLogger("instance_manager.postgres.tablespaces")
 
 UNFINISHED = "instance-manager.restoring"
 """From before the first file until pg_control is there: what lies beside it is ours, and may be removed. Also in each tablespace, of
@@ -26,9 +29,48 @@ _OF_POSTGRES = re.compile(r"PG_\d{1,3}_\d{9}")
 
 def places_of(directory: Path) -> frozenset[Path]:
     """Of its tablespaces, as its links tell. OSError."""
+    return frozenset(place for link in _links(directory) if (place := link.readlink()).is_absolute())
+
+
+def _links(directory: Path) -> list[Path]:
     folder = directory / LINKS
-    links = [each for each in folder.iterdir() if each.is_symlink()] if folder.is_dir() else []
-    return frozenset(place for link in links if (place := link.readlink()).is_absolute())
+    return [each for each in folder.iterdir() if each.is_symlink()] if folder.is_dir() else []
+
+
+def take_along(aside: Path, suffix: str) -> None:
+    """The places of the tablespaces of a directory that was set aside become free too: each is renamed, and an empty one made. One that
+    cannot be, such as a mount itself, stays."""
+    for link in _links(aside):
+        place = link.readlink()
+        moved = place.with_name(place.name + suffix)
+        if not place.is_absolute() or place.is_symlink() or not place.is_dir() or moved.exists():
+            continue
+        try:
+            place.rename(moved)
+        except OSError as error:
+            log.warning("the tablespace in %s is left there, and no other can be: %s", place, error)
+            continue
+        was = moved.stat()
+        place.mkdir(mode=0o700)
+        os.chown(place, was.st_uid, was.st_gid)
+        fsync_directory(place.parent)
+        new = link.with_name(f"{link.name}{suffix}")
+        new.symlink_to(moved)
+        new.replace(link)
+
+
+def kept_places(aside: Path, suffix: str) -> list[Path]:
+    """Those that `take_along` could not free, where there is anything in them."""
+    places = [place for place in sorted(places_of(aside)) if not place.name.endswith(suffix)]
+    return [place for place in places if place.is_dir() and any(place.iterdir())]
+
+
+def remove_aside(aside: Path, suffix: str) -> None:
+    """A directory that was set aside, with what it took along."""
+    for place in places_of(aside):
+        # A kill may have come before its link was changed.
+        shutil.rmtree(place.with_name(place.name.removesuffix(suffix) + suffix), ignore_errors=True)
+    shutil.rmtree(aside)
 
 
 def unfinished_places(directory: Path) -> list[Path]:

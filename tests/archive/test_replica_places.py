@@ -159,12 +159,17 @@ def test_a_place_that_cannot_be_used_is_told_before_anything_is_read(
         make_places({**good, "odd": Path(place.format(root=tmp_path))}, server)
 
 
-def test_a_directory_that_was_set_aside_keeps_its_tablespaces(server: LocalServer, tmp_path: Path) -> None:
+def test_where_a_directory_that_was_set_aside_has_its_tablespaces_still_nothing_is_made(
+    server: LocalServer, tmp_path: Path
+) -> None:
     """The log may make one anew that the primary has dropped, where the other one has its files."""
     aside = server.data_directory.with_name("data.set-aside-1")
     (aside / "pg_tblspc").mkdir(parents=True)
     (aside / "pg_tblspc" / "16400").symlink_to(tmp_path / "space")
+    (tmp_path / "space.set-aside-1").mkdir()
     make_places({}, server)
     (tmp_path / "space" / "PG_15_202209061").mkdir(parents=True)
-    with pytest.raises(RestoreFailed, match=f"{aside} was set aside, and its tablespaces are in {tmp_path / 'space'}"):
+    with pytest.raises(
+        RestoreFailed, match=f"{aside} was set aside, and its tablespaces are still in {tmp_path / 'space'}"
+    ):
         make_places({}, server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +193,29 @@ def test_a_copy_of_the_primary_has_its_tablespace_too(cluster: ArchiveCluster) -
     cluster.wait_redundant()
     assert f"from {primary}" in cluster.origins(standby)[-1]
     assert rows(cluster, standby) == "501|/var/lib/postgresql/space"
+
+
+def test_a_directory_that_is_set_aside_leaves_its_place_to_a_copy_and_so_does_its_tablespace(
+    cluster: ArchiveCluster,
+) -> None:
+    primary = cluster.wait_redundant()
+    standby = next(name for name in cluster.names if name != primary)
+    worker = cluster.worker(standby)
+    volume = worker.volume("data")
+    # Nobody can tell any more where its log ends, and it cannot be rewound.
+    for segment in (volume / "instance" / "data" / "pg_wal").glob("0000*"):
+        segment.unlink()
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_for(
+        lambda: [each for each in cluster.events("SetAsideAndCloned") if each["involvedObject"]["name"] == standby],
+        CHANGE_DEADLINE_S,
+        "it is set aside",
+    )
+    cluster.wait_redundant()
+    assert rows(cluster, standby) == "501|/var/lib/postgresql/space"
+    link = next((volume / "instance" / "data.set-aside-1" / "pg_tblspc").iterdir())
+    assert str(link.readlink()) == f"{SPACE}.set-aside-1"
+    assert any((volume / "space.set-aside-1").iterdir())
 
 
 def base_backups(cluster: ArchiveCluster, name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -9,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from instance_manager.postgres import directory
-from instance_manager.postgres.directory import DirectoryRefused, remove_leftovers, working_in
+from instance_manager.postgres.directory import (
+    DirectoryRefused,
+    places_kept_by_others,
+    remove_leftovers,
+    set_aside,
+    working_in,
+)
 from instance_manager.postgres.server import LocalServer
 from instance_manager.postgres.tablespaces import UNFINISHED
 
@@ -100,6 +107,51 @@ def test_a_half_copy_is_not_removed_while_a_process_works_in_it_that_has_outlive
     monkeypatch.setattr(directory, "LEFT_DEADLINE_S", 10.0)
     remove_leftovers(server)
     assert not (space / FILES).exists()
+
+
+def initialised(server: LocalServer, *places: Path) -> None:
+    (server.data_directory / "global").mkdir(parents=True)
+    (server.data_directory / "PG_VERSION").write_text("15\n")
+    (server.data_directory / "global" / "pg_control").touch()
+    for place in places:
+        tablespace(place, server.data_directory)
+
+
+def test_a_directory_that_is_set_aside_takes_its_tablespaces_along_and_goes_with_them(
+    server: LocalServer, tmp_path: Path
+) -> None:
+    space = tmp_path / "space"
+    initialised(server, space)
+    first = set_aside(server)
+    taken = tmp_path / "space.set-aside-1"
+    assert (first / "pg_tblspc" / "16400").resolve() == taken
+    assert (taken / FILES / "1").read_bytes() == b"rows"
+    assert list(space.iterdir()) == []
+    assert places_kept_by_others(server) == {}
+    space.rmdir()
+    initialised(server, space)
+    second = set_aside(server)
+    assert not first.exists()
+    assert not taken.exists()
+    assert (second / "pg_tblspc" / "16400" / FILES / "1").exists()
+
+
+def test_a_tablespace_that_cannot_be_moved_stays_and_is_told(
+    server: LocalServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = tmp_path / "space"
+    initialised(server, space)
+    rename = Path.rename
+
+    def is_a_mount(path: Path, target: Path) -> Path:
+        if path == space:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", is_a_mount)
+    aside = set_aside(server)
+    assert places_kept_by_others(server) == {aside: [space]}
+    assert (aside / "pg_tblspc" / "16400" / FILES / "1").exists()
 
 
 def test_nobody_works_in_a_directory_that_was_removed_meanwhile(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,8 @@ from pathlib import Path
 from instance_manager.archive.backup.info import BackupInfo
 from instance_manager.archive.recovery.replica_request import ReplicaRequest
 from instance_manager.archive.recovery.restore import RestoreFailed
-from instance_manager.postgres.directory import inspect_directory
+from instance_manager.postgres.directory import places_kept_by_others
 from instance_manager.postgres.server import LocalServer
-from instance_manager.postgres.tablespaces import places_of
 
 
 def places_for(info: BackupInfo, request: ReplicaRequest, given: Mapping[str, Path]) -> dict[str, Path]:
@@ -31,10 +30,10 @@ def younger_places(info: BackupInfo, request: ReplicaRequest) -> dict[str, Path]
 
 def make_places(places: Mapping[str, Path], server: LocalServer) -> None:
     """Empty, and Postgres's user's. RestoreFailed: one cannot be used. `server`: with the data directory in its own place. Blocks; OSError."""
-    for aside in inspect_directory(server).set_aside:
+    for aside, kept in places_kept_by_others(server).items():
         # The log may make and drop again what is none of the primary's now, over the files of another.
-        if kept := [str(place) for place in sorted(places_of(aside)) if place.is_dir() and any(place.iterdir())]:
-            raise RestoreFailed(f"{aside} was set aside, and its tablespaces are in {', '.join(kept)}: move both away")
+        where = ", ".join(str(place) for place in kept)
+        raise RestoreFailed(f"{aside} was set aside, and its tablespaces are still in {where}: move both away")
     taken = {"the data directory": server.data_directory}
     for name, place in places.items():
         if (problem := _cannot_be(place, taken) or _cannot_make(place, server)) is not None:
