@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -34,9 +36,7 @@ pytestmark = pytest.mark.timeout(400)
 
 
 class ArchiveCluster(KubernetesCluster):
-    """The base with the archive of overlays/production, its Secret, and the standbys' source."""
-
-    replicas_from = "archive"
+    """The base with the archive of overlays/production, its Secret, and standbys from there."""
 
     def install(self, *, instances: int = 3) -> None:
         credentials = self.directory / "credentials"
@@ -51,7 +51,7 @@ class ArchiveCluster(KubernetesCluster):
         where = {"endpoint": f"http://{SWITCH_ADDRESS}:{PORT}", "bucket": BUCKET, "path_style": True, "region": REGION}
         written = yaml.safe_load((overlay / "instance-manager.yaml").read_text())
         written["archive"] = {**shown, "s3": {**shown["s3"], **where}}
-        written["bootstrap"] = {"replicas_from": self.replicas_from}
+        written["bootstrap"] = {"replicas_from": "archive"}
         (overlay / "instance-manager.yaml").write_text(yaml.safe_dump(written))
         patch = yaml.safe_load((production / "statefulset.yaml").read_text())
         pod = patch["spec"]["template"]["spec"]
@@ -115,17 +115,32 @@ def store(control_plane: ControlPlane, network: PodNetwork, tmp_path_factory: py
         server.stop()
 
 
-def answers(network: PodNetwork) -> bool:
-    """It does, and has the bucket."""
+def ask(network: PodNetwork, method: str, path: str, body: bytes = b"") -> tuple[int, str]:
+    """The store; OSError."""
     connection = http.client.HTTPConnection(SWITCH_ADDRESS, PORT)
     try:
-        connection.sock = network.connect(SWITCH_ADDRESS, PORT, 2.0)
-        connection.request("PUT", f"/{BUCKET}")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
+        connection.sock = network.connect(SWITCH_ADDRESS, PORT, 5.0)
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
     finally:
         connection.close()
+
+
+def answers(network: PodNetwork) -> bool:
+    """It does, and has the bucket."""
+    with contextlib.suppress(OSError):
+        return ask(network, "PUT", f"/{BUCKET}")[0] == 200
+    return False
+
+
+def damage_backups(network: PodNetwork) -> None:
+    """Of each the files of the data directory."""
+    _, listed = ask(network, "GET", f"/{BUCKET}?list-type=2")
+    tars = re.findall(r"<Key>([^<]*/base/[^<]*/data[^<]*\.tar[^<]*)</Key>", listed)
+    assert tars, listed
+    for name in tars:
+        assert ask(network, "PUT", f"/{BUCKET}/{name}", b"damaged") == (200, "")
 
 
 @pytest.fixture(scope="module")
@@ -181,17 +196,21 @@ def test_a_pod_more_takes_its_data_from_the_archive_with_its_tablespace_and_beco
     assert rows(cluster, new) == "501|/var/lib/postgresql/space"
 
 
-def test_a_copy_of_the_primary_has_its_tablespace_too(cluster: ArchiveCluster) -> None:
+def test_where_the_archive_fails_its_tablespace_makes_room_for_that_of_a_copy_of_the_primary_and_an_event_says_why(
+    cluster: ArchiveCluster,
+) -> None:
     primary = cluster.wait_redundant()
-    cluster.replicas_from = "primary"
-    cluster.apply()
+    damage_backups(cluster.runner.network)
     standby = next(name for name in cluster.names if name != primary)
     old = cluster.worker(standby).volume("data")
     cluster.kubectl("delete", "persistentvolumeclaim", f"data-{standby}", "--wait=false")
     cluster.kubectl("delete", "pod", standby, "--wait=false")
     wait_for(lambda: cluster.worker(standby).volume("data") != old, 60, "a new volume")
     cluster.wait_redundant()
-    assert f"from {primary}" in cluster.origins(standby)[-1]
+    *_, failed, came = cluster.origins(standby)
+    assert "other content than was stored" in failed or "not lz4" in failed, failed
+    assert f"{primary} is copied instead" in failed
+    assert f"from {primary}" in came
     assert rows(cluster, standby) == "501|/var/lib/postgresql/space"
 
 

@@ -50,7 +50,7 @@ async def make_replica(
     on_failure: Callable[[str], None] = lambda _: None,
     settings: RestoreSettings | None = None,
 ) -> Lsn:
-    """Into `server.data_directory`, which must be empty, as `make_places` leaves the tablespaces'; how far it was replayed.
+    """Into `server.data_directory`, which must be empty, and the places of its tablespaces (`make_places`); how far it was replayed.
 
     RestoreFailed, and `on_failure` gets the last lines of Postgres's log. Cancelled, it stops Postgres first.
     """
