@@ -93,13 +93,14 @@ class ArchiveCluster(KubernetesCluster):
         )
         return self.run_in(name, *argv)
 
-    def origins(self, name: str) -> list[str]:
-        """What the instance has said of where its directory came from."""
-        return [
-            event["message"]
-            for event in self.events()
-            if event["involvedObject"]["name"] == name and event["reason"] in ("Cloned", "ArchiveCopyFailed")
-        ]
+    def wait_told(self, reason: str, name: str, words: str = "") -> str:
+        """An Event of the instance with these words in it; they come in the background, and in no order."""
+
+        def told() -> str | None:
+            found = [each for each in self.events(reason) if each["involvedObject"]["name"] == name]
+            return next((each["message"] for each in found if words in each["message"]), None)
+
+        return wait_for(told, CHANGE_DEADLINE_S, f"{reason} of {name}: {words}")
 
 
 @pytest.fixture(scope="module")
@@ -184,9 +185,8 @@ def test_a_pod_more_takes_its_data_from_the_archive_with_its_tablespace_and_beco
     found = load.judge(from_s=began_s, to_s=ended_s)
     assert not found.lost
     new = f"{CLUSTER}-2"
-    (came,) = cluster.origins(new)
-    assert "from backup " in came, came
-    assert "of this cluster's archive" in came
+    cluster.wait_told("Cloned", new, "of this cluster's archive")
+    assert not cluster.events("ArchiveCopyFailed")
     assert base_backups(cluster, primary) == copies, "the primary was read by nobody"
     status = cluster.status(primary)
     assert status is not None
@@ -207,10 +207,9 @@ def test_where_the_archive_fails_its_tablespace_makes_room_for_that_of_a_copy_of
     cluster.kubectl("delete", "pod", standby, "--wait=false")
     wait_for(lambda: cluster.worker(standby).volume("data") != old, 60, "a new volume")
     cluster.wait_redundant()
-    *_, failed, came = cluster.origins(standby)
+    failed = cluster.wait_told("ArchiveCopyFailed", standby, f"{primary} is copied instead")
     assert "other content than was stored" in failed or "not lz4" in failed, failed
-    assert f"{primary} is copied instead" in failed
-    assert f"from {primary}" in came
+    cluster.wait_told("Cloned", standby, f"from {primary}: ")
     assert rows(cluster, standby) == "501|/var/lib/postgresql/space"
 
 
@@ -225,11 +224,7 @@ def test_a_directory_that_is_set_aside_leaves_its_place_to_a_copy_and_so_does_it
     for segment in (volume / "instance" / "data" / "pg_wal").glob("0000*"):
         segment.unlink()
     os.kill(worker.pid, signal.SIGKILL)
-    wait_for(
-        lambda: [each for each in cluster.events("SetAsideAndCloned") if each["involvedObject"]["name"] == standby],
-        CHANGE_DEADLINE_S,
-        "it is set aside",
-    )
+    cluster.wait_told("SetAsideAndCloned", standby)
     cluster.wait_redundant()
     assert rows(cluster, standby) == "501|/var/lib/postgresql/space"
     link = next((volume / "instance" / "data.set-aside-1" / "pg_tblspc").iterdir())
