@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -43,6 +44,7 @@ class Agent:
     def __init__(self, making: Making, request: bytes) -> None:
         self._staged = making.server.data_directory
         self.said: list[str] = []
+        self._known: set[int] = set()
         self._process = subprocess.Popen(
             [sys.executable, str(PROGRAM), str(making.process.root / CONFIGURATION), str(self._staged)],
             stdin=subprocess.PIPE,
@@ -71,10 +73,13 @@ class Agent:
     def command(self) -> int:
         """Of the process that makes the directory."""
         (found,) = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        self._known.add(int(found))
         return int(found)
 
     def postgres(self) -> list[int]:
-        return [pid for staging in self.stagings() for pid in processes_of(staging)]
+        found = [pid for staging in self.stagings() for pid in processes_of(staging)]
+        self._known.update(found)
+        return found
 
     def stagings(self) -> list[Path]:
         return sorted(self._staged.parent.glob(f"{self._staged.name}.clone-*"))
@@ -93,6 +98,15 @@ class Agent:
         """Itself alone."""
         self._process.kill()
         self._process.wait()
+
+    def clear(self) -> None:
+        """What a test that failed has left of it, also what it has frozen."""
+        if not self.has_ended:
+            self.kill_all()
+        for pid in self._known:
+            with contextlib.suppress(OSError):
+                if str(self._staged).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
 
     def kill_all(self) -> None:
         """As the end of a container: none of them does anything after the first one's end."""
@@ -113,8 +127,7 @@ def begin() -> Iterator[Callable[[Making, bytes], Agent]]:
 
     yield begin
     for agent in begun:
-        if not agent.has_ended:
-            agent.kill_all()
+        agent.clear()
 
 
 class Moment:
@@ -161,6 +174,8 @@ async def test_one_that_was_killed_begins_anew_when_all_of_it_has_ended_and_noth
     moment_name: str,
 ) -> None:
     source, moved = cluster.add("p"), cluster.root / "moved"
+    # Of those that are killed nobody removes what they have there.
+    monkeypatch.setenv("TMPDIR", str(cluster.root))
     with archiving(source, s3_section) as made:
         await prepared(cluster, made)
         await source.execute(f"CREATE TABLESPACE space LOCATION '{owned_directory(cluster.root / 'space')}'")
