@@ -29,7 +29,7 @@ for major in "$@"; do
     fi
     cp -r "$cache/$major" "$reachable/$major"
     chmod -R a+rX "$reachable/$major"
-    tests=(tests/postgres tests/archive/test_backup.py tests/archive/test_recovery.py tests/archive/test_recovery_placed.py tests/archive/test_recovery_reading.py tests/archive/test_replica.py)
+    tests=(tests/postgres tests/archive/test_backup.py tests/archive/test_recovery.py tests/archive/test_recovery_placed.py tests/archive/test_recovery_reading.py tests/archive/test_replica.py tests/archive/test_replica_places.py tests/archive/test_replica_killed.py)
     # What the servers before cannot do is in a file that pytest does not collect by itself.
     [ "$major" -lt 17 ] || tests+=(tests/archive/incremental_backups.py tests/archive/incremental_recoveries.py)
     echo "=== Postgres $major: $("$reachable/$major/bin/postgres" --version)"

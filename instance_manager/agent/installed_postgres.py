@@ -266,6 +266,7 @@ class InstalledPostgres:
             history=before.history,
             origin=parse_origin(before.note),
             keeps_fork=before.keeps_fork,
+            tablespaces=tuple(sorted(before.tablespaces.items())),
         )
         return await make_replica(self._server, file, request, on_progress)
 

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import ctypes
 import logging
-import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 from instance_manager.archive.recovery.replica_request import NOT_FROM_ARCHIVE, ReplicaRequest
 from instance_manager.codec import to_json
 from instance_manager.postgres.clone import install_standby
-from instance_manager.postgres.directory import CLONE_MARK, create_staging, install_staging
+from instance_manager.postgres.directory import CLONE_MARK, create_staging, discard_copy, install_staging
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
 
 log = logging.getLogger("instance_manager.agent.recovering")
@@ -70,7 +69,7 @@ async def make_replica(
             raise NotMade(said or f"ended with {code}", is_choice=code == NOT_FROM_ARCHIVE)
         await asyncio.to_thread(install_standby, server, staging)
     finally:
-        await asyncio.shield(asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True))
+        await asyncio.shield(asyncio.to_thread(discard_copy, server, staging))
     return told
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +21,11 @@ from instance_manager.postgres.directory import (
     DirectoryState,
     create_staging,
     create_standby_signal,
+    discard_copy,
     inspect_directory,
     install_staging,
     remove_files_of_source,
+    working_in,
 )
 from instance_manager.postgres.host_based_access import REPLICATION_ROLE
 from instance_manager.postgres.server import DeadlinePassed, LocalPostgresError, LocalServer, run_program
@@ -124,7 +125,9 @@ async def clone(
     if slot is not None:
         argv.append(f"--slot={slot}")
     try:
-        await _run_watched(server, argv, limits, on_progress)
+        # A pg_basebackup that a kill of this process leaves behind writes into tablespaces, and they have no other place.
+        with working_in(staging) as lock:
+            await _run_watched(replace(server, kept_open=(lock,)), argv, limits, on_progress)
         control = await read_control_data(replace(server, data_directory=staging))
         if system_identifier is not None and control.system_identifier != system_identifier:
             raise CloneRefused(
@@ -132,7 +135,7 @@ async def clone(
             )
         await asyncio.to_thread(install_standby, server, staging)
     finally:
-        await asyncio.shield(asyncio.to_thread(shutil.rmtree, staging, ignore_errors=True))
+        await asyncio.shield(asyncio.to_thread(discard_copy, server, staging))
 
 
 def install_standby(server: LocalServer, staging: Path) -> None:
@@ -166,7 +169,7 @@ async def _run_watched(
         if on_progress is not None:
             on_progress(progress)
 
-    running = asyncio.create_task(run_program(server, argv, deadline_s=_NEVER_S, on_line=see))
+    running = asyncio.create_task(run_program(server, argv, deadline_s=_NEVER_S, on_line=see, ends_with_parent=True))
     try:
         while not running.done():
             left_s = moved_s + limit_s - loop.time()

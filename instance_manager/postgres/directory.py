@@ -9,12 +9,16 @@ aside before are deleted, the oldest first. All functions block on the disk: cal
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +31,9 @@ from instance_manager.postgres.files import (
     write_atomically,
 )
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
+from instance_manager.postgres.tablespaces import kept_places, remove_aside, remove_places, take_along
 from instance_manager.postgres.wal_dump import VIEW_MARK
+from instance_manager.threads import monotonic_s
 
 STANDBY_SIGNAL = "standby.signal"
 PROMOTE_SIGNAL = "promote"
@@ -35,6 +41,9 @@ REWIND_MARKER = "rewind-in-progress"
 CLONE_MARK = ".clone-"
 INITDB_MARK = ".initdb-"
 SET_ASIDE_MARK = ".set-aside-"
+LEFT_DEADLINE_S = 30.0
+"""Until those who work in a directory have ended, after the agent that began it."""
+_LEFT_POLL_S = 0.05
 
 _LEFTOVER = re.compile(rf"({re.escape(CLONE_MARK)}|{re.escape(INITDB_MARK)}|{re.escape(VIEW_MARK)})[0-9a-f]{{8}}")
 _SET_ASIDE = re.compile(rf"{re.escape(SET_ASIDE_MARK)}(\d{{1,9}})")
@@ -168,16 +177,61 @@ def install_staging(server: LocalServer, staging: Path) -> None:
     remove_rewind_marker(server)
 
 
+@contextlib.contextmanager
+def working_in(staging: Path, *, deadline_s: float = 0.0) -> Iterator[int]:
+    """Until this has ended, and every process that has inherited the descriptor, nobody else works in the directory, or removes it and
+    what it has in tablespaces. DirectoryRefused: somebody does. OSError."""
+    descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        end_s = monotonic_s() + deadline_s
+        while not _is_locked(descriptor) and monotonic_s() < end_s:
+            time.sleep(_LEFT_POLL_S)
+        _require_alone(descriptor, staging)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _require_alone(descriptor: int, directory: Path) -> None:
+    if not _is_locked(descriptor):
+        raise DirectoryRefused(f"somebody still works in {directory}")
+    # It may have been removed before it was locked, and made again.
+    if not directory.exists() or not os.path.samestat(os.fstat(descriptor), directory.stat()):
+        raise DirectoryRefused(f"{directory} was removed meanwhile")
+
+
 def remove_leftovers(server: LocalServer) -> tuple[Path, ...]:
-    """Delete half clones, half initdbs and views of WAL. Only while no such work is going on."""
+    """Delete half clones, half initdbs and views of WAL, with what they have in tablespaces. Only while this process is about no
+    such work. DirectoryRefused: what an earlier one began has not ended."""
     leftovers = _beside(server.data_directory, _LEFTOVER)
     for path in leftovers:
-        shutil.rmtree(path)
+        remove_copy(server, path)
     return leftovers
 
 
+def remove_copy(server: LocalServer, staging: Path) -> None:
+    """Delete a directory that never came into place, with what it has in tablespaces. DirectoryRefused: somebody works in it."""
+    with working_in(staging, deadline_s=LEFT_DEADLINE_S):
+        remove_places(staging, (server.data_directory, *_set_aside_directories(server.data_directory)))
+        shutil.rmtree(staging)
+
+
+def discard_copy(server: LocalServer, staging: Path) -> None:
+    """As `remove_copy`, if it is still there; what cannot be removed now `remove_leftovers` removes."""
+    with contextlib.suppress(OSError, DirectoryRefused):
+        remove_copy(server, staging)
+
+
 def set_aside(server: LocalServer, *, kept: int = 1) -> Path:
-    """Rename the data directory to `<data>.set-aside-<n>`, so that a new one can take its place.
+    """Rename the data directory to `<data>.set-aside-<n>`, and its tablespaces alike, so that new ones can take their place.
 
     `kept`: how many of these stay, this one included; the oldest beyond are deleted, for the volume's space. The
     directory must not be a voter's (R6), and no server may run on it. DirectoryRefused: it is missing or foreign.
@@ -192,9 +246,16 @@ def set_aside(server: LocalServer, *, kept: int = 1) -> Path:
     target = server.data_directory.with_name(f"{server.data_directory.name}{SET_ASIDE_MARK}{number}")
     server.data_directory.rename(target)
     fsync_directory(target.parent)
+    take_along(target, _suffix_of(target))
     for path in (*earlier, target)[:-kept]:
-        shutil.rmtree(path)
+        remove_aside(path, _suffix_of(path))
     return target
+
+
+def places_kept_by_others(server: LocalServer) -> dict[Path, list[Path]]:
+    """By the directory that was set aside: where a tablespace of it still is, and no other can be. OSError."""
+    asides = _set_aside_directories(server.data_directory)
+    return {aside: kept for aside in asides if (kept := kept_places(aside, _suffix_of(aside)))}
 
 
 def create_standby_signal(server: LocalServer, directory: Path | None = None) -> None:
@@ -284,6 +345,10 @@ def _beside(data: Path, pattern: re.Pattern[str]) -> tuple[Path, ...]:
 
 def _set_aside_directories(data: Path) -> tuple[Path, ...]:
     return tuple(sorted(_beside(data, _SET_ASIDE), key=_set_aside_number))
+
+
+def _suffix_of(aside: Path) -> str:
+    return f"{SET_ASIDE_MARK}{_set_aside_number(aside)}"
 
 
 def _set_aside_number(path: Path) -> int:

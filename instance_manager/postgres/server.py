@@ -87,6 +87,8 @@ class LocalServer:
     run_as: RunAs | None
     """None: Postgres runs as the agent's own user."""
     superuser: str = "postgres"
+    kept_open: tuple[int, ...] = ()
+    """Descriptors that its programs inherit: a lock that holds until the last of them has ended."""
 
     def program(self, name: str) -> str:
         """Full path of one of Postgres's programs."""
@@ -135,6 +137,7 @@ async def run_program(
             extra_groups=None if run_as is None else [],
             # pg_basebackup has a child that streams WAL: it must not outlive a kill.
             process_group=0,
+            pass_fds=server.kept_open,
             preexec_fn=_killed_with_parent if ends_with_parent else None,
         )
     except OSError as error:

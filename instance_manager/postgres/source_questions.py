@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 
 import asyncpg
@@ -24,7 +25,7 @@ class SourceNotReady(LocalPostgresError):
 
 @dataclass(frozen=True, slots=True)
 class Ancestry:
-    """What a primary's directory tells of the time before its cluster."""
+    """What a primary's directory tells of the time before its cluster, and of what lies outside of it."""
 
     history: str
     """Of the cluster's first timeline, as the file has it; empty: nothing was before."""
@@ -32,6 +33,8 @@ class Ancestry:
     """The content of the named file; None: there is none."""
     keeps_fork: bool
     """Is the first segment of that timeline still in its pg_wal?"""
+    tablespaces: dict[int, str]
+    """Where they are, by oid."""
 
 
 async def ask(
@@ -72,7 +75,9 @@ async def ancestry(source: SourceServer, first: Timeline, note_file: str) -> Anc
         source,
         "select pg_read_binary_file($1::text, 0, $3::bigint, true) as history, "
         "pg_read_binary_file($2::text, 0, $3::bigint, true) as note, "
-        "pg_size_bytes(current_setting('wal_segment_size')) as segment_bytes",
+        "pg_size_bytes(current_setting('wal_segment_size')) as segment_bytes, "
+        "(select json_object_agg(oid, pg_tablespace_location(oid)) from pg_tablespace "
+        "where pg_tablespace_location(oid) like '/%')::text as tablespaces",
         f"pg_wal/{history_file_name(first)}",
         note_file,
         _FILE_LIMIT_BYTES,
@@ -80,12 +85,13 @@ async def ancestry(source: SourceServer, first: Timeline, note_file: str) -> Anc
     )
     history = (row["history"] or b"").decode(errors="replace")
     note = None if row["note"] is None else row["note"].decode(errors="replace")
+    tablespaces = {int(oid): place for oid, place in json.loads(row["tablespaces"] or "{}").items()}
     try:
         parents = parse_history(first, history)
     except HistoryInvalid:
-        return Ancestry(history, note, keeps_fork=False)
+        return Ancestry(history, note, keeps_fork=False, tablespaces=tablespaces)
     if not parents:
-        return Ancestry("", note, keeps_fork=False)
+        return Ancestry("", note, keeps_fork=False, tablespaces=tablespaces)
     segment_bytes = row["segment_bytes"]
     segment = segment_file_name(first, parents[-1][1] // segment_bytes, segment_bytes)
     row = await ask(
@@ -94,4 +100,4 @@ async def ancestry(source: SourceServer, first: Timeline, note_file: str) -> Anc
         f"pg_wal/{segment}",
         application_name=name,
     )
-    return Ancestry(history, note, keeps_fork=row["is_there"])
+    return Ancestry(history, note, keeps_fork=row["is_there"], tablespaces=tablespaces)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from archiving_server import ArchivingServer, all_archived, insert, system_identifier
@@ -16,6 +18,7 @@ from instance_manager.archive.recovery.origin import ORIGIN_FILE, Origin, render
 from instance_manager.archive.recovery.replay import ReplaySettings
 from instance_manager.archive.recovery.replica import make_replica
 from instance_manager.archive.recovery.replica_choice import Choice, choose
+from instance_manager.archive.recovery.replica_places import make_places
 from instance_manager.archive.recovery.replica_request import ReplicaRequest
 from instance_manager.config import Configuration, load_configuration
 from instance_manager.core.types import Lsn, Timeline, TimelineChain, WalEnd, parse_lsn
@@ -29,6 +32,19 @@ UID = "0123456789abcdef"
 SOURCE = Origin("orders", UID)
 TWO = Timeline(2)
 KEPT = set(range(2000))
+DEADLINE_S = 90.0
+JOIN_PATIENCE_S = 30.0
+"""Of these tests: in a cluster it is an hour until the standby takes connections, as it may have much to replay again."""
+
+_T = TypeVar("_T")
+
+
+async def in_time(making: Awaitable[_T], said: list[str]) -> _T:
+    """AssertionError at the deadline, with what it said last."""
+    try:
+        return await asyncio.wait_for(making, DEADLINE_S)
+    except TimeoutError:
+        raise AssertionError(f"no directory within {DEADLINE_S:g} s; it said last: {said[-5:]}") from None
 
 
 async def two_histories(made: ArchivingServer, section: dict[str, Any]) -> str:
@@ -67,7 +83,7 @@ class Making:
 
     async def request(self, **changes: Any) -> ReplicaRequest:
         """As of an agent whose record begins with timeline 2."""
-        history = (self.primary.data / "pg_wal" / "00000002.history").read_text()
+        history = self.primary.data / "pg_wal" / "00000002.history"
         return replace(
             ReplicaRequest(
                 system_identifier=str(await system_identifier(self.primary)),
@@ -76,7 +92,7 @@ class Making:
                 chain=TimelineChain(TWO),
                 position=parse_lsn(await self.primary.fetchval("SELECT pg_current_wal_flush_lsn()::text")),
                 primary_conninfo=conninfo(self.primary, "replica"),
-                history=history,
+                history=history.read_text() if history.exists() else "",
                 origin=SOURCE,
                 keeps_fork=True,
             ),
@@ -93,7 +109,8 @@ class Making:
         self.process.own(self.server.data_directory)
         async with AsyncExitStack() as stack:
             choice = await choose(self.configuration, request, stack)
-            return await make_replica(
+            make_places(choice.tablespaces | choice.younger, self.process.server)
+            making = make_replica(
                 self.server,
                 choice,
                 request,
@@ -101,6 +118,7 @@ class Making:
                 on_failure=self.said.append,
                 settings=replace(SETTINGS, replay=ReplaySettings(outage_patience_s=5)),
             )
+            return await in_time(making, self.said)
 
     async def end(self, chain: TimelineChain) -> WalEnd:
         """Of its log, as a directory is judged by the agent before it follows."""

@@ -198,7 +198,7 @@ async def test_a_restore_that_was_killed_with_its_tablespaces_is_begun_anew_and_
     with monkeypatch.context() as during:
         # As a kill right before the end of the files: nothing is cleared up.
         during.setattr(restoring, "_finish_files", killed)
-        during.setattr(restoring, "_empty", lambda roots: None)
+        during.setattr(restoring, "empty", lambda roots: None)
         with pytest.raises(Killed):
             await restoration.run(changes=changes)
     assert any(moved.iterdir())

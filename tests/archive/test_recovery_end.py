@@ -18,7 +18,6 @@ from instance_manager.archive.recovery.restore import (
     MARKER,
     RestoreFailed,
     _alone_in,
-    _empty,
     _find_marker,
     _make_roots,
     _Marker,
@@ -32,6 +31,7 @@ from instance_manager.archive.wal_names import Segment
 from instance_manager.codec import to_json
 from instance_manager.core.types import Lsn, Timeline
 from instance_manager.postgres.server import LocalServer
+from instance_manager.postgres.tablespaces import empty
 
 END = Lsn(7 * SIZE.size_bytes + 5000)
 
@@ -134,7 +134,7 @@ def test_files_of_a_restore_that_was_killed_are_removed_and_nobody_elses(tmp_pat
     (data / "global" / "pg_control").write_bytes(b"whole")
     _remove_unfinished(data)
     assert (data / "global" / "pg_control").exists()
-    _empty(roots)
+    empty(roots)
     (data / "somebody").write_bytes(b"else's")
     _remove_unfinished(data)
     with pytest.raises(RestoreFailed, match="is not empty"):
@@ -150,7 +150,7 @@ def test_tablespaces_of_a_restore_that_was_killed_are_emptied_where_they_still_b
         (place / "PG_15_202209061").mkdir()
         (place / "PG_15_202209061" / "1").write_bytes(b"half")
     # Somebody has emptied the second since, and has put his own there.
-    _empty([second])
+    empty([second])
     (second / "somebody").write_bytes(b"else's")
     assert _remove_unfinished(data) == [first, data]
     assert (list(data.iterdir()), list(first.iterdir())) == ([], [])

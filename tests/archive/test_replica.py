@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from backup_harness import LAYOUT, store_of, take
 from harness import Cluster, PostgresProcess, processes_of, wait_until
 from replica_harness import (
     CONFIGURATION,
+    JOIN_PATIENCE_S,
     KEPT,
     TWO,
     Making,
     configuration_of,
     fork_of,
+    in_time,
     numbers,
     recovered_primary,
     two_histories,
@@ -25,17 +28,24 @@ from replica_harness import (
 from test_recovery import fork as fork_to
 
 from instance_manager.agent.recovering import NotMade
-from instance_manager.agent.recovering import make_replica as by_a_process
+from instance_manager.agent.recovering import make_replica as make_by_a_process
 from instance_manager.archive.backup.catalogue import list_backups
 from instance_manager.archive.recovery.origin import Origin
 from instance_manager.archive.recovery.replica_choice import NotFromArchive, require_cheaper
+from instance_manager.archive.recovery.replica_request import ReplicaRequest
 from instance_manager.archive.recovery.restore import RestoreFailed
 from instance_manager.core.types import Epoch, Lsn, Timeline, TimelineChain, TimelineSwitch, format_lsn
 from instance_manager.postgres.control_data import ClusterState, read_control_data
 from instance_manager.postgres.directory import DirectoryState, inspect_directory
+from instance_manager.postgres.server import LocalServer
 
 pytestmark = pytest.mark.timeout(240)
 CHAIN = TimelineChain(TWO)
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instance_manager.archive.recovery.joining.AGAIN_PATIENCE_S", JOIN_PATIENCE_S)
 
 
 def of_source(section: dict[str, Any]) -> dict[str, Any]:
@@ -43,18 +53,18 @@ def of_source(section: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_from_the_sources_archive_it_gets_nothing_past_the_fork_and_follows_the_new_timeline(
-    cluster: Cluster, directory_section: dict[str, Any]
+    cluster: Cluster, section: dict[str, Any]
 ) -> None:
     source = cluster.add("p")
-    with archiving(source, directory_section) as made:
+    with archiving(source, section) as made:
         await prepared(cluster, made)
-        moment = await two_histories(made, directory_section)
-        primary = await recovered_primary(cluster, directory_section, time=moment)
+        moment = await two_histories(made, section)
+        primary = await recovered_primary(cluster, section, time=moment)
         # The source writes on, and archives it.
         await insert(source, 200_000, 3000)
         await all_archived(source)
     await insert(primary, 2000, 500)
-    making = Making(cluster, "s", primary, of_source(directory_section))
+    making = Making(cluster, "s", primary, of_source(section))
     fork = fork_of(primary)
     assert await making.run() == fork
     control = await read_control_data(making.server)
@@ -64,7 +74,7 @@ async def test_from_the_sources_archive_it_gets_nothing_past_the_fork_and_follow
     standby = await making.follow(cluster)
     await insert(primary, 2500, 10)
     wanted = KEPT | set(range(2000, 2510))
-    await wait_until(lambda: has(standby, wanted), deadline_s=20)
+    await wait_until(lambda: has(standby, wanted), deadline_s=20, what="every row on the standby")
     # It is a whole standby: it opens, with every row.
     primary.kill()
     standby.set_dynamic(synchronous_standby_names="")
@@ -191,7 +201,8 @@ async def test_from_the_clusters_own_archive_it_comes_along_a_failover_and_not_a
             await making.choose(chain=unknown, history="", origin=None)
         standby = await making.follow(cluster)
         await insert(server, 6000, 10)
-        await wait_until(lambda: has(standby, {*range(2000), *range(5000, 6010)}), deadline_s=20)
+        wanted = {*range(2000), *range(5000, 6010)}
+        await wait_until(lambda: has(standby, wanted), deadline_s=20, what="every row on the standby")
 
 
 async def test_what_the_primary_does_not_keep_any_more_comes_from_the_clusters_own_archive(
@@ -217,7 +228,8 @@ async def test_what_the_primary_does_not_keep_any_more_comes_from_the_clusters_o
         assert await making.run(keeps_fork=False, primary_conninfo=nobody) == fork_of(primary)
         assert CHAIN.contains(await making.end(CHAIN))
         standby = await making.follow(cluster)
-        await wait_until(lambda: has(standby, KEPT | set(range(2000, 5000))), deadline_s=20)
+        wanted = KEPT | set(range(2000, 5000))
+        await wait_until(lambda: has(standby, wanted), deadline_s=20, what="every row on the standby")
 
 
 async def test_a_failure_on_the_way_is_told_and_the_primary_that_is_gone_is_not_waited_for_for_ever(
@@ -247,6 +259,18 @@ async def test_a_failure_on_the_way_is_told_and_the_primary_that_is_gone_is_not_
     assert list(making.server.data_directory.iterdir()) == []
 
 
+async def by_a_process(
+    server: LocalServer, file: Path, request: ReplicaRequest, on_progress: Callable[[str], None] = lambda _: None
+) -> str:
+    said: list[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        on_progress(text)
+
+    return await in_time(make_by_a_process(server, file, request, tell), said)
+
+
 async def test_an_agent_has_it_made_by_a_process_of_its_own_and_nothing_is_left_of_one_that_was_interrupted(
     cluster: Cluster, directory_section: dict[str, Any]
 ) -> None:
@@ -262,7 +286,7 @@ async def test_an_agent_has_it_made_by_a_process_of_its_own_and_nothing_is_left_
     server = replace(cheaper.process.server, data_directory=cheaper.process.root / "new")
     request, file = await cheaper.request(), cheaper.process.root / CONFIGURATION
     with pytest.raises(NotMade, match="a copy of the primary is cheaper") as refused:
-        await by_a_process(server, file, request, lambda _: None)
+        await by_a_process(server, file, request)
     assert refused.value.is_choice
 
     sections["bootstrap"]["replicas_from"] = "archive"
@@ -273,6 +297,7 @@ async def test_an_agent_has_it_made_by_a_process_of_its_own_and_nothing_is_left_
     )
     waiting = asyncio.create_task(replays.wait())
     await asyncio.wait({making, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
     assert not making.done(), await making
     (staging,) = cheaper.process.root.glob("new.clone-*")
     making.cancel()
@@ -290,7 +315,7 @@ async def test_an_agent_has_it_made_by_a_process_of_its_own_and_nothing_is_left_
     assert not failed.value.is_choice
     assert list(cheaper.process.root.glob("new*")) == []
 
-    told = await by_a_process(server, file, request, lambda _: None)
+    told = await by_a_process(server, file, request)
     assert "of the source's archive" in told
     report = inspect_directory(server)
     assert (report.state, report.has_standby_signal, report.leftovers) == (DirectoryState.INITIALISED, True, ())

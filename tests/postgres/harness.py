@@ -102,6 +102,14 @@ async def wait_until(
         await asyncio.sleep(interval_s)
 
 
+def owned_directory(place: Path) -> Path:
+    """Made, and Postgres's: for a tablespace."""
+    place.mkdir(mode=0o700)
+    if (user := run_as()) is not None:
+        os.chown(place, user.uid, user.gid)
+    return place
+
+
 def freeze(pid: int) -> None:
     """SIGSTOP; `Cluster.close` kills frozen processes too."""
     os.kill(pid, signal.SIGSTOP)

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import multiprocessing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from harness import frozen, processes_of, title_of, wait_until
 from own_fixtures import own_template, servers
 from own_server import OwnServer, Servers
 
 from instance_manager.core.types import Timeline
-from instance_manager.postgres.clone import CloneDeadlines, CloneProgress, CloneRefused, clone, parse_progress
+from instance_manager.postgres.clone import (
+    CloneDeadlines,
+    CloneProgress,
+    CloneRefused,
+    SourceServer,
+    clone,
+    parse_progress,
+)
 from instance_manager.postgres.configuration import REPLICATION_CONF, ReplicationSettings
 from instance_manager.postgres.control_data import ClusterState, read_control_data
 from instance_manager.postgres.directory import (
@@ -22,7 +33,7 @@ from instance_manager.postgres.directory import (
     set_aside,
 )
 from instance_manager.postgres.rewind import RewindFailed, RewindOutcome, SourceNotReady, rewind, rewind_marker
-from instance_manager.postgres.server import DeadlinePassed, ProgramFailed
+from instance_manager.postgres.server import DeadlinePassed, LocalServer, ProgramFailed
 from instance_manager.postgres.sql import session
 
 __all__ = ["own_template", "servers"]
@@ -77,6 +88,46 @@ async def test_an_interrupted_clone_leaves_nothing_that_could_be_started(servers
     assert remove_leftovers(copy.server) == (half,)
     assert not half.exists()
     assert stranger.exists()
+
+
+def clone_alone(server: LocalServer, source: SourceServer) -> None:
+    asyncio.run(clone(server, source, system_identifier=None))
+
+
+async def test_a_killed_agent_leaves_nobody_who_still_writes_into_tablespaces(servers: Servers) -> None:
+    """They have no other place: the next copy would be in the same."""
+    primary = await servers.primary()
+    copy = servers.new("b")
+    agent = multiprocessing.get_context("spawn").Process(target=clone_alone, args=(copy.server, primary.source()))
+
+    async def begun() -> list[int]:
+        return programs(str(copy.data))
+
+    # The source has a checkpoint to make first, and does not.
+    (checkpointer,) = (pid for pid in processes_of(primary.data) if "checkpointer" in title_of(pid))
+    try:
+        with frozen(checkpointer):
+            agent.start()
+            await wait_until(begun, deadline_s=20, what="pg_basebackup")
+            (half,) = inspect_directory(copy.server).leftovers
+            agent.kill()
+            agent.join()
+            # It waits for the last of them.
+            assert remove_leftovers(copy.server) == (half,)
+            assert programs(str(copy.data)) == []
+    finally:
+        agent.kill()
+
+
+def programs(data_directory: str) -> list[int]:
+    """Every pg_basebackup into a place beside it that still lives."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            argv = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if argv[0].endswith("/pg_basebackup") and any(f"--pgdata={data_directory}.clone-" in word for word in argv):
+                found.append(int(entry.name))
+    return found
 
 
 async def test_a_clone_that_cannot_be_made_or_is_of_another_system_leaves_nothing(servers: Servers) -> None:

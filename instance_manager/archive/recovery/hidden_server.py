@@ -175,6 +175,7 @@ class HiddenServer:
                 group=None if run_as is None else run_as.gid,
                 extra_groups=None if run_as is None else [],
                 start_new_session=True,
+                pass_fds=self._server.kept_open,
                 preexec_fn=_end_with_parent,
             )
 

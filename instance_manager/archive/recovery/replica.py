@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from instance_manager.archive.commands import NoInterpreter
@@ -49,7 +50,7 @@ async def make_replica(
     on_failure: Callable[[str], None] = lambda _: None,
     settings: RestoreSettings | None = None,
 ) -> Lsn:
-    """Into `server.data_directory`, which must be empty; how far it was replayed.
+    """Into `server.data_directory`, which must be empty, and the places of its tablespaces (`make_places`); how far it was replayed.
 
     RestoreFailed, and `on_failure` gets the last lines of Postgres's log. Cancelled, it stops Postgres first.
     """
@@ -62,6 +63,7 @@ async def make_replica(
     on_progress(f"restoring {choice}")
     try:
         plan, archive = choice.plan, choice.archive
+        how = replace(how, tablespaces=choice.tablespaces)
         await restore_files(server, archive.store, archive.layout, Target(), how, plan, on_progress)
         reached = await _replay(server, choice, request, how, on_progress, on_failure)
         if choice.fork is not None:

@@ -15,18 +15,20 @@ import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from instance_manager.archive.backup.catalogue import Listed, chain_of, is_part_of, list_backups, window_of
 from instance_manager.archive.codecs import Codec
 from instance_manager.archive.layout import Layout
 from instance_manager.archive.lineage import ForeignArchive, Lineage, read_lineage
 from instance_manager.archive.recovery.origin import Origin
+from instance_manager.archive.recovery.replica_places import places_for, younger_places
 from instance_manager.archive.recovery.replica_request import ReplicaRequest
 from instance_manager.archive.recovery.restore import LIST_DEADLINE_S, Plan, RestoreFailed
 from instance_manager.archive.tail import chain_from_history, chain_of_archive, histories_in
 from instance_manager.archive.where import make_store
 from instance_manager.config import Configuration
-from instance_manager.config_sections import ArchiveSection
+from instance_manager.config_sections import ArchiveSection, RecoverySection
 from instance_manager.core.types import Lsn, Timeline, TimelineChain, format_lsn
 from instance_manager.ports import ObjectStore, ObjectStoreError
 from instance_manager.postgres.histories import HistoryInvalid, parse_history
@@ -72,6 +74,10 @@ class Choice:
     """None: the archive is the cluster's own."""
     own: Archive | None = None
     """For what comes behind the fork; None: there is none, or it is not this cluster's."""
+    tablespaces: dict[str, Path]
+    """Where each of the backup's is to be, by name."""
+    younger: dict[str, Path]
+    """Where the log may make others."""
     log_bytes: int
     size_bytes: int | None
     """Of the cluster; None: barman-cloud did not tell."""
@@ -110,7 +116,7 @@ async def choose(configuration: Configuration, request: ReplicaRequest, stack: A
     if recovery is not None:
         try:
             source = await _open(recovery.archive, recovery.archive.server_name or "", stack)
-            return await _from_source(source, own, recovery.archive.parallel, request)
+            return await _from_source(source, own, recovery, request)
         except (NotFromArchive, ObjectStoreError, ForeignArchive) as error:
             reasons.append(f"the source's archive: {error}")
             is_away = is_away or isinstance(error, ObjectStoreError)
@@ -149,12 +155,16 @@ async def _from_own(own: Archive, parallel: int, request: ReplicaRequest) -> Cho
         archive=own,
         parallel=parallel,
         plan=plan,
+        tablespaces=places_for(plan.info, request, {}),
+        younger=younger_places(plan.info, request),
         log_bytes=max(0, (request.position or plan.info.begin_lsn) - plan.info.begin_lsn),
         size_bytes=_size_bytes(plan.backup),
     )
 
 
-async def _from_source(source: Archive, own: Archive | None, parallel: int, request: ReplicaRequest) -> Choice:
+async def _from_source(
+    source: Archive, own: Archive | None, recovery: RecoverySection, request: ReplicaRequest
+) -> Choice:
     chain, fork = _before(request)
     _require_origin(source, request)
     if chain != await chain_of_archive(source.store, source.layout, timeline=chain.current, deadline_s=LIST_DEADLINE_S):
@@ -169,10 +179,12 @@ async def _from_source(source: Archive, own: Archive | None, parallel: int, requ
     behind = max(0, (request.position or fork.lsn) - fork.lsn)
     return Choice(
         archive=source,
-        parallel=parallel,
+        parallel=recovery.archive.parallel,
         plan=plan,
         fork=fork,
         own=own,
+        tablespaces=places_for(plan.info, request, recovery.tablespaces),
+        younger=younger_places(plan.info, request),
         log_bytes=fork.lsn - plan.info.begin_lsn + behind,
         size_bytes=_size_bytes(plan.backup),
     )
@@ -209,9 +221,7 @@ async def _plan(
     listed = await list_backups(archive.store, archive.layout, deadline_s=LIST_DEADLINE_S)
     fitting = [each for each in listed if _is_fit(each, request, chain, reaches)]
     if not fitting:
-        raise NotFromArchive(
-            f"of its {len(listed)} backups none is sound, of this cluster's history and without tablespaces"
-        )
+        raise NotFromArchive(f"of its {len(listed)} backups none is sound and of this cluster's history")
     chosen = max(fitting, key=lambda each: (each.info.end_lsn or 0, each.backup_id) if each.info else (0, ""))
     info = chosen.info
     assert info is not None  # noqa: S101 - _is_fit has looked
@@ -239,8 +249,6 @@ def _is_fit(listed: Listed, request: ReplicaRequest, chain: TimelineChain, reach
         and info is not None
         and info.end_lsn is not None
         and (info.system_identifier, info.major) == (request.system_identifier, request.major)
-        # Their places would have to be empty, and nobody could tell later whose what is in them is.
-        and not info.tablespaces
         and is_part_of(info, chain)
         and reaches(info.end_lsn)
     )

@@ -13,23 +13,26 @@ import os
 import signal
 import sys
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from instance_manager.archive.recovery.replica import make_replica
 from instance_manager.archive.recovery.replica_choice import NotFromArchive, choose, require_cheaper
+from instance_manager.archive.recovery.replica_places import make_places
 from instance_manager.archive.recovery.replica_request import NOT_FROM_ARCHIVE, ReplicaRequest
 from instance_manager.archive.recovery.restore import RestoreFailed
 from instance_manager.codec import from_json
 from instance_manager.config import Configuration, ConfigurationError, load_configuration
 from instance_manager.core.types import format_lsn
 from instance_manager.ports import ObjectStoreError
+from instance_manager.postgres.directory import DirectoryRefused, working_in
 from instance_manager.postgres.server import LocalServer, RunAs
 
 
 async def make(configuration: Configuration, request: ReplicaRequest, into: Path, bin_directory: Path) -> str:
-    """What it was made from. NotFromArchive; RestoreFailed; ObjectStoreError."""
+    """What it was made from. NotFromArchive; RestoreFailed; ObjectStoreError; DirectoryRefused; OSError."""
     server = LocalServer(
-        data_directory=into,
+        data_directory=configuration.data_directory,
         socket_directory=configuration.socket_directory,
         state_directory=configuration.state_directory,
         listen_address=configuration.listen_host,
@@ -41,8 +44,11 @@ async def make(configuration: Configuration, request: ReplicaRequest, into: Path
         choice = await choose(configuration, request, stack)
         if configuration.bootstrap.replicas_from == "auto":
             require_cheaper(choice)
+        # Postgres inherits it: whoever comes after a kill waits until that has ended too.
+        lock = stack.enter_context(working_in(into))
+        await asyncio.to_thread(make_places, choice.tablespaces | choice.younger, server)
         reached = await make_replica(
-            server,
+            replace(server, data_directory=into, kept_open=(lock,)),
             choice,
             request,
             on_progress=lambda text: print(text, flush=True),
@@ -74,7 +80,7 @@ def main() -> int:
     except NotFromArchive as error:
         print(error, file=sys.stderr)
         return NOT_FROM_ARCHIVE
-    except (RestoreFailed, ConfigurationError, ObjectStoreError) as error:
+    except (RestoreFailed, ConfigurationError, ObjectStoreError, DirectoryRefused, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except asyncio.CancelledError:

@@ -29,3 +29,5 @@ class ReplicaRequest:
     origin: Origin | None = None
     keeps_fork: bool = False
     """Has the primary still the segment in which the chain's first timeline begins?"""
+    tablespaces: tuple[tuple[int, str], ...] = ()
+    """Each with its oid, and where the primary has it."""

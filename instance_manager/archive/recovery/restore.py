@@ -51,12 +51,11 @@ from instance_manager.ports import ContentDamaged, ObjectStore, ObjectStoreError
 from instance_manager.postgres.directory import STANDBY_SIGNAL, create_standby_signal, remove_files_of_source
 from instance_manager.postgres.files import read_if_present, write_atomically
 from instance_manager.postgres.server import LocalPostgresError, LocalServer
+from instance_manager.postgres.tablespaces import UNFINISHED, empty, unfinished_places
 
 log = logging.getLogger("instance_manager.archive.recovery")
 
 MARKER = "instance-manager.recovery.json"
-STARTED = "instance-manager.restoring"
-"""From before the first file until pg_control is there: what lies beside it is ours, and may be removed. Also in each tablespace."""
 LOG_FILE = "instance-manager.recovery.log"
 LIST_DEADLINE_S = 60.0
 
@@ -199,15 +198,12 @@ def _alone_in(directory: Path) -> Iterator[None]:
 
 def _remove_unfinished(data_directory: Path) -> list[Path]:
     """The files of a restore that was killed before all were there; what is nobody's of ours stays. Where there were any."""
-    started = read_if_present(data_directory / STARTED)
-    if started is None or (data_directory / "global" / "pg_control").exists():
+    if not (data_directory / UNFINISHED).exists() or (data_directory / "global" / "pg_control").exists():
         return []
-    # A place that somebody has taken for something else since has no mark of ours.
-    named = [Path(line) for line in started.decode(errors="surrogateescape").splitlines()]
-    places = [place for place in named if (place / STARTED).exists()]
     # The data directory last: it names the others.
-    _empty([*places, data_directory])
-    return [*places, data_directory]
+    places = [*unfinished_places(data_directory), data_directory]
+    empty(places)
+    return places
 
 
 def _tell_gap(plan: Plan, on_progress: Callable[[str], None]) -> None:
@@ -309,7 +305,7 @@ async def restore_files(
         await asyncio.to_thread(_finish_files, server, destination, extracted, info, target)
     except BaseException:
         # Nothing was there before: nothing is left now.
-        await asyncio.shield(asyncio.to_thread(_empty, made))
+        await asyncio.shield(asyncio.to_thread(empty, made))
         raise
 
 
@@ -320,24 +316,14 @@ def _make_roots(destination: Destination) -> list[Path]:
         root.chmod(0o700)
         if destination.run_as is not None:
             os.chown(root, destination.run_as.uid, destination.run_as.gid)
-    started = destination.data_directory / STARTED
+    started = destination.data_directory / UNFINISHED
     started.touch()
     # Named before they are marked, so that none is left behind of which nobody knows.
     named = "".join(f"{place}\n" for place in destination.tablespaces.values())
     write_atomically(started, named.encode(errors="surrogateescape"))
     for place in destination.tablespaces.values():
-        (place / STARTED).touch()
+        (place / UNFINISHED).touch()
     return roots
-
-
-def _empty(roots: list[Path]) -> None:
-    """What says whose it is goes last."""
-    for root in roots:
-        for entry in sorted(root.iterdir(), key=lambda each: each.name == STARTED):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
 
 
 def _finish_files(
@@ -356,12 +342,12 @@ def _finish_files(
         raise ContentDamaged("the backup holds no pg_control")
     write_control(destination, extracted.control)
     _unmark(destination.tablespaces.values())
-    (data / STARTED).unlink()
+    (data / UNFINISHED).unlink()
 
 
 def _unmark(places: Iterable[Path]) -> None:
     for place in places:
-        (place / STARTED).unlink(missing_ok=True)
+        (place / UNFINISHED).unlink(missing_ok=True)
 
 
 def _make_directory(path: Path, destination: Destination) -> None:
