@@ -93,11 +93,17 @@ class LocalCluster:
     # --- making one ---
 
     @classmethod
-    def create(cls, plan: ClusterPlan | None = None, *, launches: Mapping[str, Launch] | None = None) -> LocalCluster:
-        """A new cluster in a temporary directory; by default three instances on free ports of loopback."""
+    def create(
+        cls,
+        plan: ClusterPlan | None = None,
+        *,
+        launches: Mapping[str, Launch] | None = None,
+        below: Path | None = None,
+    ) -> LocalCluster:
+        """A new cluster in a temporary directory `below`, or in /tmp; by default three instances on free ports of loopback."""
         if plan is None:
             plan = loopback_plan(instances=3, base_port=choose_base_port(6, None, spread=True))
-        directory = Path(tempfile.mkdtemp(prefix="instance-manager-", dir="/tmp"))
+        directory = Path(tempfile.mkdtemp(prefix="instance-manager-", dir=below or "/tmp"))  # noqa: S108
         try:
             cluster = cls(directory, plan, temporary=True, launches=launches)
             write_files(cluster.layout, plan)

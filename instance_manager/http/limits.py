@@ -13,7 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
-from aiohttp import web
+from aiohttp import ClientConnectionResetError, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from instance_manager.http.answers import ErrorBody, Handler, errors_in_json, json_response, without_server_version
@@ -234,11 +234,13 @@ def limited_application(limits: Limits | None) -> web.Application:
 
 
 class _NotOurError(logging.Filter):
-    """aiohttp logs a traceback for each request that is no HTTP: whoever reaches the port could fill the log."""
+    """aiohttp logs a traceback for each request that is no HTTP, and for each client that is gone before it is told to
+    go on (`Expect`): whoever reaches the port could fill the log.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, HttpProcessingError)
+        return not isinstance(error, HttpProcessingError | ClientConnectionResetError)
 
 
 _log = logging.getLogger(__name__)

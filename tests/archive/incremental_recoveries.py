@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 from archiving_server import all_archived, archiving, prepared
 from backup_harness import store_of, take
-from harness import BIN_DIRECTORY, Cluster
+from harness import BIN_DIRECTORY, FAST_DIRECTORY, Cluster
 from incremental_backups import LARGE_PAGES, SUMMARIES, incremental, large_table, sums
 
 from instance_manager.demo import command
@@ -83,7 +83,7 @@ async def test_a_cluster_and_its_standby_begin_with_a_chain_to_the_last_row(
         recovery=command._recovery_plan(options("--recover-from", f"{directory_section['directory']}/orders")),
         replicas_from="archive",
     )
-    with LocalCluster.create(plan) as recovered:
+    with LocalCluster.create(plan, below=FAST_DIRECTORY) as recovered:
         await asyncio.to_thread(recovered.start_all)
         try:
             primary = await asyncio.to_thread(recovered.wait_redundant, 120)

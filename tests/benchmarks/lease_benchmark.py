@@ -88,7 +88,7 @@ def look(cluster: LocalCluster, primary: str, *, until_archived: bool) -> Look:
 
 
 def measure(segments: int) -> None:
-    with running_cluster(archive=ArchivePlan()) as cluster:
+    with running_cluster(archive=ArchivePlan(), below=None) as cluster:
         primary = cluster.wait_primary()
         archiver = cluster.processes(primary).archiver
         assert archiver is not None

@@ -1,20 +1,28 @@
-"""A running three-instance cluster for tests: real supervisors, agents and Postgres, in a directory below /tmp."""
+"""A running three-instance cluster for tests: real supervisors, agents and Postgres, in memory if there is enough of it."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from instance_manager.config_sections import Durability, ReplicasFrom
 from instance_manager.demo.cluster import LocalCluster
 from instance_manager.demo.plan import APPLICATION, ArchivePlan, RecoveryPlan, loopback_plan
 from instance_manager.demo.ports import choose_base_port
+from instance_manager.postgres.binaries import find_bin_directory
+
+sys.path.append(str(Path(__file__).parent.parent / "postgres"))
+from harness import FAST_DIRECTORY as FAST_DIRECTORY
 
 START_DEADLINE_S = 60.0
 LOG_LINES_SHOWN = 60
-# Loss of power is not what these tests are about; a cluster that never waits for the disk starts faster.
+PSQL = shutil.which("psql", path=find_bin_directory()) or "psql"
+"""Debian's own is a wrapper, whose Perl takes longer than the tests' statements."""
 FAST = (("shared_buffers", "32MB"),)
 
 T = TypeVar("T")
@@ -29,8 +37,12 @@ def running_cluster(
     recovery: RecoveryPlan | None = None,
     replicas_from: ReplicasFrom = "auto",
     parameters: tuple[tuple[str, str], ...] = (),
+    below: Path | None = FAST_DIRECTORY,
 ) -> Iterator[LocalCluster]:
-    """Started, fully redundant, and ended with everything of it at the end of the block."""
+    """Started, fully redundant, and ended with everything of it at the end of the block.
+
+    Loss of power is not what these tests are about; a cluster that never waits for the disk (`below`) starts faster.
+    """
     plan = loopback_plan(
         instances=instances,
         base_port=choose_base_port(2 * instances, None, spread=True),
@@ -40,7 +52,7 @@ def running_cluster(
         recovery=recovery,
         replicas_from=replicas_from,
     )
-    with LocalCluster.create(plan) as cluster:
+    with LocalCluster.create(plan, below=below) as cluster:
         cluster.start_all()
         try:
             cluster.wait_redundant(START_DEADLINE_S)
@@ -75,7 +87,7 @@ def sql(cluster: LocalCluster, statement: str, *, on: str | None = None, timeout
             f"passfile={cluster.layout.password_file}"
         )
     done = subprocess.run(
-        ["psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", f"--command={statement}", target],
+        [PSQL, "--no-psqlrc", "--quiet", "--tuples-only", "--no-align", f"--command={statement}", target],
         capture_output=True,
         text=True,
         timeout=timeout_s,

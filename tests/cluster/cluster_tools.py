@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
+from cluster_harness import PSQL
 
 from instance_manager.codec import from_json, to_json
 from instance_manager.coordination.local import LocalCoordination
@@ -131,7 +132,7 @@ def target_of(cluster: LocalCluster, name: str, *, user: str = APPLICATION, data
 
 def psql(target: str, statement: str, *, timeout_s: float = 15.0) -> Told:
     ended = subprocess.run(
-        ["psql", "--no-psqlrc", "--no-password", "--quiet", "--tuples-only", "--no-align", "-c", statement, target],
+        [PSQL, "--no-psqlrc", "--no-password", "--quiet", "--tuples-only", "--no-align", "-c", statement, target],
         capture_output=True,
         text=True,
         timeout=timeout_s,

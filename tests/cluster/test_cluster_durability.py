@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from cluster_harness import logs, running_cluster
+from cluster_harness import PSQL, logs, running_cluster
 from cluster_tools import (
     Writer,
     done,
@@ -74,7 +74,7 @@ def test_required_lets_no_commit_return_while_every_standby_is_gone() -> None:
         before = record(cluster)
         cluster.kill(standby)
         with subprocess.Popen(
-            ["psql", "--no-psqlrc", "-q", "-c", "INSERT INTO waits VALUES (1)", target_of(cluster, primary)],
+            [PSQL, "--no-psqlrc", "-q", "-c", "INSERT INTO waits VALUES (1)", target_of(cluster, primary)],
             stderr=subprocess.PIPE,
         ) as commit:
             try:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_harness import START_DEADLINE_S, eventually, logs
+from cluster_harness import FAST_DIRECTORY, START_DEADLINE_S, eventually, logs
 from cluster_tools import psql, superuser_sql, target_of
 
 from instance_manager import certificates
@@ -46,7 +46,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
         tls=True,
         managed=MANAGED.format(directory=outside),
     )
-    with LocalCluster.create(plan) as made:
+    with LocalCluster.create(plan, below=FAST_DIRECTORY) as made:
         for path in made.layout.secrets.iterdir():
             path.write_text(f"{PLANTED}-{path.name}")
         made.layout.password_file.write_text(f"*:*:app:app:{PLANTED}-application\n")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_harness import START_DEADLINE_S, eventually, logs
+from cluster_harness import FAST_DIRECTORY, START_DEADLINE_S, eventually, logs
 from cluster_tools import Writer, peer_call, psql, superuser_sql, target_of
 
 from instance_manager.demo.cluster import LocalCluster
@@ -38,7 +38,7 @@ def cluster() -> Iterator[LocalCluster]:
         parameters=(("shared_buffers", "32MB"),),
         tls=True,
     )
-    with LocalCluster.create(plan) as made:
+    with LocalCluster.create(plan, below=FAST_DIRECTORY) as made:
         for name in made.names:
             change_configuration(made, name, lambda content: (content.pop("tls"), content.pop("control")))
         made.start_all()

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import malformed_requests
@@ -270,6 +271,26 @@ async def test_a_client_that_does_not_read_its_answer_is_let_go(directory: Path)
         async with asyncio.timeout(10):
             await _none_left(limits)
         writer.transport.abort()
+
+
+async def test_a_client_that_is_gone_before_it_is_told_to_go_on_costs_no_line_of_the_log(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = PeerToken(make_configuration(directory).secrets.peer_token)
+    limits = Limits()
+    runner = LimitedRunner(public_application(FakeService(), token, limits), limits, shutdown_timeout=0.1)
+    await runner.setup()
+    ours, theirs = socket.socketpair()
+    with theirs:
+        make: Any = runner.server
+        transport, protocol = await asyncio.get_running_loop().connect_accepted_socket(make, ours)
+        # Both before aiohttp comes to look at the request.
+        protocol.data_received(b"POST /peer/echo HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n\r\n")
+        transport.abort()
+        async with asyncio.timeout(5):
+            await _none_left(limits)
+    await runner.cleanup()
+    assert caplog.text == ""
 
 
 async def test_no_answer_tells_what_serves(directory: Path) -> None:

@@ -38,12 +38,17 @@ BIN_DIRECTORY = Path(os.environ.get("POSTGRES_BIN_DIRECTORY", "/usr/lib/postgres
 REPLICATION_FILE = "instance-manager.replication.conf"
 NOBODY = "ANY 1 (nobody)"
 """A list that no standby can satisfy: every commit waits."""
+_MEMORY = Path("/dev/shm")
+FAST_DIRECTORY = _MEMORY if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 4 << 30 else None
+"""Memory where there is enough of it: the tests flush a lot. None: where temporary files are."""
 
 _T = TypeVar("_T")
 _PR_SET_PDEATHSIG = 1
 _TEMPLATE_SETTINGS = {
     "autovacuum": "off",
     "checkpoint_timeout": "1h",
+    # In the directory, which is deleted: of a server that is killed a POSIX segment stays.
+    "dynamic_shared_memory_type": "mmap",
     "hot_standby": "on",
     "listen_addresses": "127.0.0.1",
     "log_line_prefix": "%m [%p] %b ",
@@ -377,12 +382,12 @@ class PostgresProcess:
 
 
 class Cluster:
-    """The servers of one test, under one directory in /tmp; `close` kills and deletes all of it."""
+    """The servers of one test, under one directory, in memory if it can be; `close` kills and deletes all of it."""
 
     def __init__(self, template: Path, bin_directory: Path = BIN_DIRECTORY) -> None:
         self.template = template
         self.bin_directory = bin_directory
-        self.root = Path(tempfile.mkdtemp(prefix="im-pg-"))
+        self.root = Path(tempfile.mkdtemp(prefix="im-pg-", dir=FAST_DIRECTORY))
         self.root.chmod(0o755)
         self.servers: dict[str, PostgresProcess] = {}
         atexit.register(self.close)

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from harness import free_port
+from harness import FAST_DIRECTORY, free_port
 
 from instance_manager.core.types import Lsn, parse_lsn
 from instance_manager.postgres.binaries import find_bin_directory, server_version
@@ -57,9 +57,6 @@ MAJOR = int(
     .stdout.split()[2]
     .split(b".")[0]
 )
-_MEMORY = Path("/dev/shm")
-FAST_DIRECTORY = _MEMORY if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 4 << 30 else None
-"""Memory where there is enough of it: the tests flush a lot."""
 REPLICATION_PASSWORD = "replication:secret\\'1"
 APPLICATION_PASSWORD = "application secret"
 MONITORING_PASSWORD = "monitoring-secret"

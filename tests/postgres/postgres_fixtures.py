@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import Cluster, make_template
+from harness import FAST_DIRECTORY, Cluster, make_template
 
 
 @pytest.fixture(scope="session")
 def postgres_template() -> Iterator[Path]:
     """A stopped data directory with segments of 1 MiB, made by initdb once per session."""
-    directory = Path(tempfile.mkdtemp(prefix="im-pg-template-"))
+    directory = Path(tempfile.mkdtemp(prefix="im-pg-template-", dir=FAST_DIRECTORY))
     try:
         yield make_template(directory)
     finally:

@@ -5,6 +5,7 @@ The seeds run in a process of their own, because a seed is the same run everywhe
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -37,9 +38,17 @@ QUICK = [variant["name"] for variant in VARIANTS if not variant["slow"]]
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    """All of them at once, on two cores, by whichever test comes first; the tests are a group, so that one process runs them all."""
-    return {result["name"]: result for result in _ask("--json", "--quick", "--jobs", str(JOBS))}
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All of them at once, on two cores, by whichever test comes first; the other processes of this run wait for what it found."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    found = directory / "broken-rules.json"
+    with (directory / "broken-rules.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            found.write_text(json.dumps(_ask("--json", "--quick", "--jobs", str(JOBS))))
+    return {result["name"]: result for result in json.loads(found.read_text())}
 
 
 def test_there_are_enough_of_them() -> None:
@@ -57,7 +66,6 @@ def test_the_documentation_lists_exactly_the_registered_variants() -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.xdist_group("broken rules")
 @pytest.mark.parametrize("name", QUICK)
 def test_a_broken_rule_is_caught(name: str, results: dict[str, dict[str, Any]]) -> None:
     result = results[name]
