@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,15 @@ from fault_proxy import FaultProxy
 from s3_server import CREDENTIALS, REGION, make_bucket, s3_server, settings_for
 
 pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For what those have there who are killed."""
+    with tempfile.TemporaryDirectory(prefix="im-killed-") as place:
+        Path(place).chmod(0o711)
+        monkeypatch.setenv("TMPDIR", place)
+        yield
 
 
 @pytest.fixture
