@@ -46,9 +46,10 @@ lint: $(VENV)/.made-for-tests
 
 unit: system monitoring-tools $(VENV)/.made-for-tests
 	@tests/install-system.sh "$(PYTHON)" test
-	$(RUN) pytest -n 2 --dist loadgroup $(PYTEST_OPTIONS) tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/simulation tests/benchmarks
-	# By files, each with a cluster of its own: they wait more than they work.
-	$(RUN) pytest -n 2 --dist loadfile $(PYTEST_OPTIONS) --ignore=tests/cluster/test_cluster_recovery.py tests/supervisor tests/cluster
+	# Twice as many processes as CI has cores: all but the simulation's, which come first, wait more than they work.
+	$(RUN) pytest -n 4 --dist worksteal $(PYTEST_OPTIONS) tests/simulation tests/core tests/agent tests/unit tests/coordination tests/http tests/drill tests/deploy tests/postgres tests/archive tests/metrics tests/benchmarks
+	# By files, each with a cluster of its own.
+	$(RUN) pytest -n 4 --dist loadfile $(PYTEST_OPTIONS) --ignore=tests/cluster/test_cluster_recovery.py tests/supervisor tests/cluster
 
 # What a scrape of 50 databases and 1,000 tables costs.
 scrape-cost: system $(VENV)/.made-for-tests

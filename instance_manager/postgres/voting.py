@@ -57,7 +57,6 @@ __all__ = [
 ]
 
 _DEFAULT_LIBRARY_PATH = "$libdir"
-_LAST_LOOK_S = 0.05
 _RESUME_S = 1.0
 
 
@@ -194,9 +193,14 @@ async def _underlying_library_path(block: str, settings: DynamicSettings, deadli
 async def _end_walreceivers(server: RunningServer, deadline: Deadline) -> Stopped:
     ended: set[int] = set()
     pause = Pause(0.02)
+    late: NotStopped | None = None
     async with server.processes(deadline) as processes:
         while True:
-            kinds = await processes.children(deadline)
+            try:
+                kinds = await processes.children(deadline)
+            except DeadlinePassed as error:
+                # The look before has told who lives, which a query without an answer does not.
+                raise late or error from None
             receivers = tuple(pid for pid, kind in kinds.items() if kind == "walreceiver")
             unclassified = tuple(pid for pid, kind in kinds.items() if kind == "unclassified")
             if not receivers and not unclassified:
@@ -204,13 +208,13 @@ async def _end_walreceivers(server: RunningServer, deadline: Deadline) -> Stoppe
             for pid in receivers:
                 if pid not in ended and processes.terminate(pid):
                     ended.add(pid)
-            # The last look is not left to a query that has no time any more: this failure names who lives.
-            if deadline.left_s < _LAST_LOOK_S:
-                raise NotStopped(
-                    f"after {deadline.whole_s:g} s walreceivers {receivers} live and {unclassified} may be some",
-                    receivers,
-                    unclassified,
-                )
+            late = NotStopped(
+                f"after {deadline.whole_s:g} s walreceivers {receivers} live and {unclassified} may be some",
+                receivers,
+                unclassified,
+            )
+            if deadline.passed:
+                raise late
             await pause(deadline)
 
 

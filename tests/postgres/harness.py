@@ -39,8 +39,8 @@ REPLICATION_FILE = "instance-manager.replication.conf"
 NOBODY = "ANY 1 (nobody)"
 """A list that no standby can satisfy: every commit waits."""
 _MEMORY = Path("/dev/shm")
-FAST_DIRECTORY = _MEMORY if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 4 << 30 else None
-"""Memory where there is enough of it: the tests flush a lot. None: where temporary files are."""
+FAST_DIRECTORY = _MEMORY if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 6 << 30 else None
+"""Memory where there is enough of it: the tests flush a lot, and four clusters at a time take 4 GiB. None: where temporary files are."""
 
 _T = TypeVar("_T")
 _PR_SET_PDEATHSIG = 1

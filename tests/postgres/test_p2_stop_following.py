@@ -23,9 +23,11 @@ from instance_manager.agent.postgres_port import Upstream
 from instance_manager.core.quorum import NOBODY
 from instance_manager.core.types import Epoch, MemberId, Timeline, parse_lsn
 from instance_manager.postgres import directory, running
+from instance_manager.postgres.deadlines import Deadline
 from instance_manager.postgres.dynamic_settings import DynamicSettings
 from instance_manager.postgres.files import write_atomically
 from instance_manager.postgres.host_based_access import Access
+from instance_manager.postgres.server import DeadlinePassed
 from instance_manager.postgres.voting import NotFollowing, NotStopped, follow, stop_following
 from instance_manager.postgres.wal_dump import segment_file_name
 
@@ -136,6 +138,26 @@ async def test_p2_a_walreceiver_that_does_not_end_makes_no_vote(cluster: Cluster
     assert not await primary.commit_is_acknowledged(within_s=0.3)
 
 
+async def test_p2_a_last_look_without_an_answer_names_who_was_seen_before(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, standby = await cluster.primary_with_standbys(A)
+    walreceiver = standby.child_pid("walreceiver")
+    look, looks = running._SqlProcesses.children, 0
+
+    async def answers_once(processes: running._SqlProcesses, deadline: Deadline) -> Any:
+        nonlocal looks
+        looks += 1
+        if looks > 1:
+            raise DeadlinePassed("a query", deadline.whole_s)
+        return await look(processes, deadline)
+
+    monkeypatch.setattr(running._SqlProcesses, "children", answers_once)
+    with frozen(walreceiver), pytest.raises(NotStopped) as failure:
+        await stop_following(standby.running, settings_of(standby), deadline_s=10)
+    assert failure.value.walreceivers == (walreceiver,)
+
+
 async def test_p2_a_stopped_postmaster_makes_no_vote(cluster: Cluster) -> None:
     _, standby = await cluster.primary_with_standbys(A)
     with frozen(standby.pid), pytest.raises(NotStopped):
@@ -208,11 +230,14 @@ async def busy_from_pg_wal(cluster: Cluster) -> BusyFromPgWal:
     primary, standby = await cluster.primary_with_standbys(A)
     await require(primary)
     await primary.execute("CREATE TABLE conflict AS SELECT generate_series(1, 1000) AS id")
+    await primary.execute("CHECKPOINT")
     await cluster_caught_up(primary, standby)
-    standby.configure(max_standby_streaming_delay="-1", max_standby_archive_delay="-1", recovery_min_apply_delay="2s")
+    # A restartpoint: the next start replays nothing of before, where the delay would hold it up.
+    await standby.execute("CHECKPOINT")
+    standby.configure(max_standby_streaming_delay="-1", max_standby_archive_delay="-1", recovery_min_apply_delay="1h")
     await standby.reload()
     await asyncio.sleep(0.1)
-    # While the start replays this commit, late, a reader can come in before the lock.
+    # While the start does not replay this commit yet, a reader can come in before the lock.
     await primary.execute("SELECT pg_logical_emit_message(true, 'test', 'delayed')")
     locker = await primary.connect()
     await locker.execute("BEGIN; LOCK TABLE conflict IN ACCESS EXCLUSIVE MODE")
@@ -223,6 +248,8 @@ async def busy_from_pg_wal(cluster: Cluster) -> BusyFromPgWal:
     await standby.start()
     reader = await standby.connect()
     await reader.execute("BEGIN; LOCK TABLE conflict IN ACCESS SHARE MODE")
+    standby.configure(recovery_min_apply_delay="0")
+    await standby.reload()
     await wait_until(
         lambda: standby.fetchval(
             "SELECT count(*) > 0 FROM pg_stat_activity WHERE backend_type = 'startup' AND wait_event_type = 'Lock'"
@@ -266,7 +293,6 @@ async def test_p2_a_standby_busy_with_pg_wal_votes_and_never_connects_to_the_old
     assert "started streaming WAL" not in busy.life()
     assert not await busy.primary.commit_is_acknowledged(within_s=0.5)
     busy.locker.terminate()
-    standby.configure(recovery_min_apply_delay="0")
     await follow(standby.running, settings_of(standby), address, None, deadline_s=5)
     assert await busy.primary.commit_is_acknowledged(within_s=5)
 

@@ -101,8 +101,9 @@ async def test_the_end_of_a_paused_standby_is_where_its_promotion_forks(servers:
 
 async def test_the_end_after_a_crash_in_mid_load_is_where_recovery_ends(servers: Servers) -> None:
     primary = await servers.primary(max_wal_size="2GB", checkpoint_timeout="30min")
+    begun = await primary.lsn("pg_current_wal_flush_lsn")
     load = asyncio.create_task(write_rows(primary, 2_000_000))
-    await asyncio.sleep(1.0)
+    await primary.wait_for(f"select pg_current_wal_flush_lsn() > '{format_lsn(begun)}'::pg_lsn + {6 << 20}")
     primary.kill()
     with pytest.raises(Exception, match=r"SQL|connection|no end"):
         await load
