@@ -19,7 +19,7 @@ sys.path[:0] = [str(TESTS / folder) for folder in ("postgres", "archive")]
 from certificates import make_certificate  # noqa: E402
 from measure import CpuMeter, adopt_orphans  # noqa: E402
 from minio_server import minio_server  # noqa: E402
-from peers import BUCKET, REPLAYED_MAX, BarmanCloud, Moved, Nothing, Ours, Peer, PgBackRest, Placed, Store  # noqa: E402
+from peers import BUCKET, REPLAYED_MAX, BarmanCloud, Busy, Moved, Nothing, Ours, Peer, PgBackRest, Placed, Store  # noqa: E402
 from runs import archive, replay, stand_in  # noqa: E402
 from s3_server import admin  # noqa: E402
 from wal_source import WalSource, emptied, wal_source  # noqa: E402
@@ -31,6 +31,8 @@ Results = dict[str, dict[str, list[float]]]
 def peer_of(name: str, store: Store, parallel: int, work: Path) -> Peer:
     if name == "nothing":
         return Nothing()
+    if name == "busy":
+        return Busy()
     if name == "mv":
         return Moved(work)
     kinds = {"ours": Ours, "placed": Placed, "pgbackrest": PgBackRest, "barman": BarmanCloud}
@@ -75,7 +77,7 @@ async def measured(
         if done.peak_mib is not None:
             found["peak MiB"] = done.peak_mib
         if not arguments.no_replay:
-            from_pg_wal = type(peer) is Nothing
+            from_pg_wal = type(peer) in (Nothing, Busy)
             count = min(count, REPLAYED_MAX)
             if isinstance(peer, Placed):
                 peer.placed_before = min(peer.placed_before, count - 1)

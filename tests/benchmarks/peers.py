@@ -18,6 +18,8 @@ from harness import BIN_DIRECTORY, PostgresProcess, run_as
 from s3_server import CREDENTIALS
 from wal_source import REPLAY_SETTINGS, SEGMENT_BYTES
 
+from instance_manager.archive.recovery.serving import NICENESS
+
 BUCKET = "benchmark"
 REGION = "us-east-1"
 KEY_ID, SECRET = "testing", "testing-secret"
@@ -271,6 +273,22 @@ class Nothing:
 
     def close(self) -> None:
         return
+
+
+class Busy(Nothing):
+    """Replay from pg_wal beside an empty loop, which is as nice as what brings segments: what it costs that anybody works on another processor."""
+
+    name = "(nothing), beside an empty loop"
+    loop: subprocess.Popen[bytes] | None = None
+
+    async def begin_restore(self, server: PostgresProcess, system_identifier: int) -> None:
+        program = f"import os\nos.nice({NICENESS})\nwhile True: pass"
+        self.loop = subprocess.Popen([sys.executable, "-c", program])  # noqa: ASYNC220 - it takes no time
+
+    def close(self) -> None:
+        if self.loop is not None:
+            self.loop.kill()
+            self.loop.wait()
 
 
 @dataclass

@@ -19,6 +19,8 @@ from measure import CpuMeter, peak_resident_mib, waited_for_s
 from peers import Ours, Peer
 from wal_source import SEGMENT_BYTES, WalSource, server_at
 
+from instance_manager.archive.recovery.sizes import replay_sizes
+
 ARCHIVING_DEADLINE_S = 280.0
 REPLAY_DEADLINE_S = 280.0
 _POLL_S = 0.01
@@ -122,6 +124,7 @@ async def replay(
             recovery_target_lsn=target_lsn,
             recovery_target_action="shutdown",
             restore_command=peer.restore_command(),
+            **replay_sizes(server.data),
         )
         await server.start(wait=False)
         meter.owned.add(server.pid)
