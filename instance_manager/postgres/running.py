@@ -21,7 +21,7 @@ from instance_manager.postgres import sql
 from instance_manager.postgres.configuration import HEADER, REPLICATION_CONF, parse_settings, render_settings
 from instance_manager.postgres.deadlines import Deadline, Pause
 from instance_manager.postgres.files import make_directory, read_if_present, write_atomically
-from instance_manager.postgres.server import LocalServer
+from instance_manager.postgres.server import DeadlinePassed, LocalServer
 from instance_manager.threads import InOrder
 
 Reload = Callable[[], Awaitable[None]]
@@ -96,7 +96,10 @@ class ReplicationSession(Protocol):
         ...
 
     async def canary_waits(self, deadline: Deadline) -> bool:
-        """One commit of our own: True, it was seen waiting for standbys (and was ended); False, it came back."""
+        """One commit of our own: True, it was seen waiting for standbys (and was ended); False, it came back without.
+
+        DeadlinePassed: neither was seen. SqlUnavailable.
+        """
         ...
 
 
@@ -258,6 +261,8 @@ class _SqlReplication:
                 f"SET application_name = '{CANARY_NAME}'; SET synchronous_commit = on", deadline_s=deadline.left_s
             )
             pid = canary.connection.get_server_pid()
+            warnings: list[object] = []
+            canary.connection.add_log_listener(lambda _, message: warnings.append(message))
             commit = asyncio.ensure_future(
                 canary.execute(
                     "SELECT pg_logical_emit_message(true, 'instance-manager', 'canary')", deadline_s=deadline.left_s + 5
@@ -266,7 +271,10 @@ class _SqlReplication:
             seen = False
             pause = Pause(0.01)
             try:
-                while not commit.done() and not seen and not deadline.passed:
+                while not commit.done() and not seen:
+                    # What has no outcome yet proves nothing: taken for a commit that came back, it would let the next list begin (P1).
+                    if deadline.passed:
+                        raise DeadlinePassed("a commit that is neither over nor seen waiting", deadline.whole_s)
                     seen = bool(
                         await self._session.fetchval(
                             "SELECT count(*) > 0 FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'SyncRep'",
@@ -276,6 +284,10 @@ class _SqlReplication:
                     )
                     if not seen:
                         await pause(deadline)
+                if not seen:
+                    await commit
+                # Somebody may have cancelled its wait: then it comes back with a warning.
+                return seen or bool(warnings)
             finally:
                 if not commit.done():
                     canary.terminate()
@@ -284,7 +296,6 @@ class _SqlReplication:
                         await self._session.execute(f"SELECT pg_terminate_backend({pid})", deadline_s=1.0)
                 if commit.done() and not commit.cancelled():
                     commit.exception()
-            return seen
 
 
 class _SqlProcesses:

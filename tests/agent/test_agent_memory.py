@@ -23,9 +23,9 @@ print(len(aiohttp.connector._SSL_CONTEXT_VERIFIED.get_ca_certs()), len(ssl.creat
 """
 _HEAPS = """
 import ctypes, threading
-from instance_manager.agent.__main__ import _use_one_heap
+from instance_manager.heap import use_one_heap
 if {one}:
-    _use_one_heap()
+    use_one_heap()
 kept, made = [], threading.Barrier(9)
 def allocate():
     kept.append(bytes(100_000))  # more than Python's own allocator takes

@@ -231,18 +231,22 @@ class SimulatedReplication:
     async def canary_waits(self, deadline: Deadline) -> bool:
         server = self._server
         await self._access.ask(server, deadline.left_s, "the canary")
-        returned = False
+        outcome: Outcome | None = None
 
-        def on_result(_: Outcome, __: Entry) -> None:
-            nonlocal returned
-            returned = True
+        def on_result(result: Outcome, _: Entry) -> None:
+            nonlocal outcome
+            outcome = result
 
         commit = server.canary(on_result)
         try:
-            while not returned and not commit.waiting and not deadline.passed:
+            while outcome is None and not commit.waiting:
+                if deadline.passed:
+                    raise DeadlinePassed("a commit that is neither over nor seen waiting", deadline.whole_s)
                 await asyncio.sleep(CANARY_LOOK_S)
                 await self._access.ask(server, deadline.left_s, "the canary's wait")
-            return commit.waiting
+            if outcome in ("failed", "unknown"):
+                raise SqlUnavailable("the canary's connection was lost")
+            return commit.waiting or outcome == "cancelled_wait"
         finally:
             if server.process.alive:
                 server.end_canary(commit)
