@@ -112,6 +112,19 @@ def test_the_buffers_are_for_what_the_directory_holds_within_a_quarter_of_the_me
 
 
 @pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), KeyError("MemAvailable"), ValueError("kB")]
+)
+def test_a_kernel_that_does_not_tell_of_its_memory_keeps_nobody_from_recovering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def untold() -> int:
+        raise error
+
+    monkeypatch.setattr(sizes, "memory_bytes", untold)
+    assert replay_sizes(directory(tmp_path, database_bytes=GIB))["shared_buffers"] == "128MB"
+
+
+@pytest.mark.parametrize(
     ("free_bytes", "expected"),
     [
         pytest.param(2 * GIB, "1024MB", id="Postgres's default at least"),

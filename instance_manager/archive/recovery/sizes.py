@@ -8,9 +8,12 @@ most so much to do again.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+
+log = logging.getLogger("instance_manager.archive.recovery")
 
 SHARE = 4
 """A quarter of each: of the memory as Postgres's documentation recommends it (shared_buffers), of the free room because the rows may need
@@ -27,8 +30,12 @@ _STRICT = "2"
 
 
 def replay_sizes(data_directory: Path) -> dict[str, str]:
-    """shared_buffers and max_wal_size. OSError."""
-    memory = memory_bytes() // SHARE
+    """shared_buffers and max_wal_size. OSError: of the directory; a kernel that does not tell of its memory costs speed, and no recovery."""
+    try:
+        memory = memory_bytes() // SHARE
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("replay has the least memory, since what there is cannot be read: %r", error)
+        memory = 0
     held = _pages_bytes(data_directory, memory)
     volume = os.statvfs(data_directory / "pg_wal")
     return {
